@@ -1,0 +1,127 @@
+"""A stage as a process group: its output line by line while it runs, nothing of it left over when it ends."""
+
+import codecs
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO
+
+GRACE = 20.0
+"""Seconds between SIGTERM and SIGKILL: enough to finish writing a checkpoint."""
+_POLL = 0.1
+
+
+class Stop:
+    """Whether the flow is to stop: asked by a signal, or by `also`, looked at every few seconds."""
+
+    def __init__(self, also: Callable[[], bool] | None = None, every: float = 5.0) -> None:
+        self._also, self._every = also, every
+        self._looked = time.monotonic()
+        self.reason: str | None = None
+
+    def asked(self) -> bool:
+        """True from the first request on."""
+        if self.reason is None and self._also and time.monotonic() - self._looked >= self._every:
+            self._looked = time.monotonic()
+            if self._also():
+                self.reason = "cancelled in Prefect"
+        return self.reason is not None
+
+    def on_signal(self, number: int, _frame: object) -> None:
+        """The first signal asks; a second one, from somebody who cannot wait, interrupts whatever is being done."""
+        if self.reason is not None:
+            raise KeyboardInterrupt
+        self.reason = f"stopped by {signal.Signals(number).name}"
+
+
+@contextmanager
+def signals_to(stop: Stop) -> Iterator[None]:
+    """SIGINT and SIGTERM ask `stop` while this is open; in a thread other than the main one nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_streamed(command: Sequence[str], on_line: Callable[[str], None], stop: Stop, grace: float = GRACE) -> int:
+    """Runs `command` in a process group of its own, calls `on_line` (in another thread) with each line of its output.
+
+    Returns:
+        Its exit code, negative for a signal. Whatever of the group is left then, or when `stop` is asked, gets SIGTERM,
+        and SIGKILL `grace` seconds later.
+    """
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    reader = threading.Thread(target=_pass_on, args=(process.stdout, on_line), daemon=True)
+    reader.start()
+    try:
+        while process.poll() is None and not stop.asked():
+            time.sleep(_POLL)
+    finally:
+        _end_group(process, grace)
+        reader.join(timeout=5)
+    return process.wait()
+
+
+def _end_group(process: "subprocess.Popen[bytes]", grace: float) -> None:
+    deadline = time.monotonic() + grace
+    sent = None
+    while _group_lives(process):
+        wanted = signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL
+        if wanted != sent:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, wanted)
+            sent = wanted
+        if time.monotonic() > deadline + 5:
+            return  # nothing survives SIGKILL but what waits for a disk, or a zombie that nobody reaps
+        time.sleep(_POLL)
+
+
+def _group_lives(process: "subprocess.Popen[bytes]") -> bool:
+    process.poll()  # reaps the leader: a zombie would keep the group alive
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _pass_on(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
+    descriptor = stream.fileno()
+    for line in split_lines(iter(lambda: os.read(descriptor, 65536), b"")):
+        on_line(line)
+
+
+def split_lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Lines as a terminal would show them in the end: of a progress bar that redraws itself, only the last state."""
+    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+    rest = ""
+    for chunk in chunks:
+        *whole, rest = (rest + decode(chunk)).replace("\r\n", "\n").split("\n")
+        yield from filter(None, map(_last_state, whole))
+        # A bar without an end of line must not grow without bound.
+        if rest.endswith("\r"):
+            rest = _last_state(rest) + "\r"
+    if last := _last_state(rest):
+        yield last
+
+
+def _last_state(line: str) -> str:
+    states = [state.rstrip() for state in line.split("\r")]
+    return next((state for state in reversed(states) if state), "")

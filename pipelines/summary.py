@@ -1,0 +1,81 @@
+"""What came out, in one short table: `python -m pipelines.summary`, the last line of `make repro`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from stages import tracking
+from stages.command import run
+from stages.params.load import load_section
+from stages.params.register import Register
+
+METRICS = Path("reports/metrics.json")
+RECEIPT = Path("models/registered.json")
+
+
+def summary_rows() -> list[tuple[str, str]]:
+    """Label and value per row, from reports/metrics.json and the registry; what is not there is left out or named.
+
+    Raises:
+        StageError: the registry's server or database failed.
+    """
+    metrics = json.loads(METRICS.read_text(encoding="utf-8")) if METRICS.exists() else {}
+    return [*_data_rows(metrics), *_accuracy_rows(metrics), *_version_rows(), *_look_rows()]
+
+
+def _data_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    data = metrics.get("data", {})
+    if data.get("accepted") is None:
+        return []
+    return [("images", f"{data['accepted']:,} accepted, {data['quarantined']:,} quarantined")]
+
+
+def _accuracy_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    names = {"before": "top-1 before fine-tuning", "test": "top-1 after fine-tuning", "scratch": "top-1 from scratch"}
+    return [
+        (label, _accuracy(metrics[part]))
+        for part, label in names.items()
+        if metrics.get(part, {}).get("top1") is not None
+    ]
+
+
+def _accuracy(part: dict[str, Any]) -> str:
+    """`85.3 %  (81.0 – 88.9)`: the estimate and its interval, where it has one."""
+    text = f"{part['top1']:.1%}".replace("%", " %")
+    low, high = part.get("top1_low"), part.get("top1_high")
+    return text if low is None or high is None else f"{text}  ({low * 100:.1f} – {high * 100:.1f})"
+
+
+def _version_rows() -> list[tuple[str, str]]:
+    name = load_section("register", Register).name
+    if not RECEIPT.exists():
+        return [("model", f"{name}: not registered yet")]
+    if not tracking.enabled():
+        return [("model", f"{name}: not registered (SYNSET_TRACKING=off)")]
+    with tracking.reachable():
+        version = tracking.find_version(name, json.loads(RECEIPT.read_text(encoding="utf-8"))["sha256"])
+    if not version:
+        return [
+            ("model", f"{name}: not in this registry ({tracking.tracking_uri()}); `dvc repro -f -s register` enters it")
+        ]
+    aliases = "".join(f" @{alias}" for alias in version.aliases)
+    return [("model", f"{name}, version {version.number}{aliases}"), ("gate", version.tags.get("gate", "not taken"))]
+
+
+def _look_rows() -> list[tuple[str, str]]:
+    pages = [page for page in ("reports/validation.html", "reports/report.html") if Path(page).exists()]
+    return [("look at it", "make ui"), *(("", page) for page in pages)]
+
+
+def main() -> None:
+    """Prints the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    rows = summary_rows()
+    width = max(len(label) for label, _ in rows)
+    rule = "-" * (width + 2 + max(len(value) for _, value in rows))
+    print(rule, *(f"{label:<{width}}  {value}" for label, value in rows), rule, sep="\n")
+
+
+if __name__ == "__main__":
+    run(main)

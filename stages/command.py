@@ -1,0 +1,24 @@
+"""How a stage ends: quietly, or with one clear message and an exit code that is not 0."""
+
+import errno
+import logging
+import sys
+from collections.abc import Callable
+
+
+class StageError(Exception):
+    """Something a person can put right; the message says what, where and what to do."""
+
+
+def run(main: Callable[[], object]) -> None:
+    """Calls `main`; a `StageError` or a full disk ends the process with one message instead of a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        main()
+    except StageError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        sys.exit(f"error: no space left on the device{where}; nothing half-written is kept. Free space and run again")

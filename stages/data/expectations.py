@@ -1,0 +1,227 @@
+"""What is expected of images, batches, classes and of drift: one readable table, checked by Great Expectations."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from stages.params.validate import Validate
+
+Scope = Literal["image", "batch", "class", "drift"]
+Severity = Literal["quarantine", "stop", "note"]
+
+# In the words of Great Expectations.
+SEVERITIES: dict[Severity, str] = {"stop": "critical", "quarantine": "warning", "note": "info"}
+
+
+Check = tuple[str, dict[str, Any]]
+"""A Great Expectations class and its keywords."""
+
+
+def at_least(limit: float) -> Check:
+    """A number from `limit` on."""
+    return "ExpectColumnValuesToBeBetween", {"min_value": limit}
+
+
+def at_most(limit: float) -> Check:
+    """A number up to `limit`."""
+    return "ExpectColumnValuesToBeBetween", {"max_value": limit}
+
+
+def one_of(*values: object) -> Check:
+    """One of these values."""
+    return "ExpectColumnValuesToBeInSet", {"value_set": list(values)}
+
+
+def none() -> Check:
+    """No value at all."""
+    return "ExpectColumnValuesToBeNull", {}
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A row of the table."""
+
+    name: str
+    scope: Scope
+    severity: Severity
+    column: str
+    check: Check
+    parameter: str
+    """The key of params.yaml that sets the limit; empty where there is none."""
+    reason: str
+    """Why a person should care when it fails, in plain words."""
+
+    @property
+    def limit(self) -> str:
+        """What is demanded of the column, for people: `≥ 16`, `JPEG, PNG`, `none`."""
+        _, arguments = self.check
+        match arguments:
+            case {"value_set": values}:
+                return ", ".join({True: "yes", False: "no"}.get(value, str(value)) for value in values)
+            case {"min_value": limit}:
+                return f"≥ {limit:,}"
+            case {"max_value": limit}:
+                return f"≤ {limit:,}"
+        return "none"
+
+
+EXACT, NEAR = "no_exact_duplicate", "no_near_duplicate"
+
+
+def image_expectations(limits: Validate) -> list[Expectation]:
+    """Of every image by itself; an image that fails is quarantined, named after the first of these that it fails.
+
+    The order is from what says most: a text file does not decode either, but "not an image" tells more.
+    """
+    image = partial(Expectation, scope="image", severity="quarantine")
+    return [
+        image(name="not_empty", column="bytes", check=at_least(1), parameter="",
+              reason="The file has no bytes at all."),
+        image(name="known_format", column="format", check=one_of(*limits.formats), parameter="validate.formats",
+              reason="Its first bytes are of no image format that we read, whatever its name says."),
+        image(name="sane_size", column="pixels", check=at_most(limits.max_pixels), parameter="validate.max_pixels",
+              reason="So many pixels that decoding it could take the machine down."),
+        image(name="decodes", column="decodes", check=one_of(True), parameter="",
+              reason="Damaged: it does not decode to its last byte. A loader would crash on it, or train on grey."),
+        image(name="large_enough", column="short_side", check=at_least(limits.min_side), parameter="validate.min_side",
+              reason="Too few pixels on its shorter side to show anything."),
+        image(name="sane_aspect", column="aspect", check=at_most(limits.max_aspect), parameter="validate.max_aspect",
+              reason="So long and narrow that a square crop shows almost nothing of it."),
+        image(name="not_flat", column="contrast", check=at_least(limits.min_contrast),
+              parameter="validate.min_contrast",
+              reason="One flat colour: nothing to learn from."),
+    ]  # fmt: skip
+
+
+def duplicate_expectations() -> list[Expectation]:
+    """Of every image among those that came before it; only images that pass all others are compared."""
+    image = partial(Expectation, scope="image", severity="quarantine", check=none())
+    return [
+        image(name=EXACT, column="duplicate_of", parameter="",
+              reason="The same bytes as an image that stays: it would count twice, or let a test image into training."),
+        image(name=NEAR, column="near_duplicate_of", parameter="validate.near_duplicate_distance",
+              reason="The same picture as an image that stays (resized, recoded, brightened); confirmed on pixels."),
+    ]  # fmt: skip
+
+
+def table_expectations(limits: Validate) -> list[Expectation]:
+    """Of batches, classes and drift, as counted after the images were judged; a failure stops the run."""
+    batch = partial(Expectation, scope="batch", severity="stop")
+    of_class = partial(Expectation, scope="class", severity="stop")
+    known_class = of_class(
+        name="known_class", column="new_in", check=none(), parameter="validate.allow_new_classes",
+        reason="A later batch brings a class that the target task does not have: a new one, or a misspelt folder.",
+    )  # fmt: skip
+    return [
+        batch(name="some_accepted", column="accepted", check=at_least(1), parameter="",
+              reason="A batch of which nothing is left brings nothing."),
+        batch(name="few_quarantined", column="share_quarantined", check=at_most(limits.max_quarantined),
+              parameter="validate.max_quarantined",
+              reason="So much of a batch is bad that something went wrong before it came here."),
+        batch(name="labelled", column="unlabelled", check=at_most(0), parameter="",
+              reason="Fine-tuning learns from labels; an image without one is of no use to it."),
+        of_class(name="enough_to_train", column="train", check=at_least(limits.min_images_per_class),
+                 parameter="validate.min_images_per_class",
+                 reason="A class that training hardly sees will never be predicted."),
+        *([] if limits.allow_new_classes else [known_class]),
+        Expectation(name="no_drift", scope="drift", severity="stop" if limits.drift.stop else "note",
+                    column="unexplained", check=one_of(False), parameter="validate.drift",
+                    reason="The batch looks different from all that came before it in its role."),
+    ]  # fmt: skip
+
+
+def with_measures(facts: pd.DataFrame) -> pd.DataFrame:
+    """The columns that the image expectations look at, one row an image.
+
+    What is unknown (sizes of broken headers) is NaN, and NaN passes: another expectation fails there.
+    """
+    width, height = (facts[side].to_numpy(np.float64) for side in ("width", "height"))
+    known = (width > 0) & (height > 0)
+    short, long = np.minimum(width, height), np.maximum(width, height)
+    return pd.DataFrame(
+        {
+            "bytes": facts["bytes"].to_numpy(),
+            "format": facts["format"].to_numpy(),
+            "decodes": facts["decodes"].to_numpy(),
+            "contrast": facts["contrast"].to_numpy(),
+            "pixels": np.where(known, width * height, np.nan),
+            "short_side": np.where(known, short, np.nan),
+            "aspect": np.divide(long, short, out=np.full(len(facts), np.nan), where=known),
+        }
+    )
+
+
+def failures(table: pd.DataFrame, expectations: Sequence[Expectation]) -> dict[str, np.ndarray]:
+    """Validates `table` with Great Expectations.
+
+    Returns:
+        Name of each expectation → positions (int64, ascending) of the rows that fail it.
+
+    Raises:
+        RuntimeError: Great Expectations could not evaluate an expectation.
+    """
+    if table.empty or not expectations:
+        return {expectation.name: np.empty(0, np.int64) for expectation in expectations}
+    gx, validate = _great_expectations()
+    rows = table.assign(row=np.arange(len(table)))
+    suite = gx.ExpectationSuite(name="suite", expectations=[_as_gx(gx, expectation) for expectation in expectations])
+    results = validate(rows, suite).results
+    by_name = {result.expectation_config.meta["name"]: result for result in results}
+    return {expectation.name: _failing_rows(by_name[expectation.name]) for expectation in expectations}
+
+
+def first_failures(count: int, expectations: Sequence[Expectation], failed: dict[str, np.ndarray]) -> np.ndarray:
+    """(count,) objects: name of the first expectation in table order that a row fails; empty where it passes all."""
+    reason = np.full(count, "", dtype=object)
+    for expectation in reversed(expectations):
+        reason[failed[expectation.name]] = expectation.name
+    return reason
+
+
+def _as_gx(gx: Any, expectation: Expectation) -> Any:
+    kind, arguments = expectation.check
+    return getattr(gx.expectations, kind)(
+        column=expectation.column,
+        severity=SEVERITIES[expectation.severity],
+        meta={"name": expectation.name, "reason": expectation.reason},
+        **arguments,
+    )
+
+
+def _failing_rows(result: Any) -> np.ndarray:
+    if result.exception_info.get("raised_exception"):
+        raise RuntimeError(f"{result.expectation_config.meta['name']}: {result.exception_info['exception_message']}")
+    rows = np.array([row["row"] for row in result.result["unexpected_index_list"]], dtype=np.int64)
+    # Great Expectations cuts some of its lists (`unexpected_list` at 200); a cut one must not pass for whole.
+    if len(rows) != result.result["unexpected_count"]:
+        raise RuntimeError(f"{result.expectation_config.meta['name']}: only {len(rows)} of the failing rows are listed")
+    return np.sort(rows)
+
+
+@cache
+def _great_expectations() -> tuple[Any, Callable[[pd.DataFrame, Any], Any]]:
+    """The package (it takes 4 to 9 s to import, so only who validates pays) and a function (table, suite) → result."""
+    os.environ |= {"GX_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+    import great_expectations as gx
+    import great_expectations.expectations
+    from great_expectations.data_context.types.base import ProgressBarsConfig
+
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    asset = context.data_sources.add_pandas("rows").add_dataframe_asset("rows")
+    whole = asset.add_batch_definition_whole_dataframe("whole")
+    complete = {
+        "result_format": "COMPLETE",
+        "unexpected_index_column_names": ["row"],
+        "return_unexpected_index_query": False,
+    }
+
+    def validate(table: pd.DataFrame, suite: Any) -> Any:
+        return whole.get_batch(batch_parameters={"dataframe": table}).validate(suite, result_format=complete)
+
+    return gx, validate

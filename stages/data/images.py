@@ -1,0 +1,117 @@
+"""From bytes as they came to pixels: what an image is, and its conversion to upright 8-bit RGB."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+# Above this nothing is decoded: a decompression bomb must not take the machine down (PIL's own limit).
+MAX_PIXELS = 178_956_970
+Image.MAX_IMAGE_PIXELS = None
+
+# What is recognised at all. A closed list: some of PIL's plugins start other programs (EPS) or need them.
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
+
+# A thumbnail with its shorter side at least this long is enough for hash, brightness and contrast.
+THUMBNAIL_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first bytes say. `format` is empty where they are of no known image."""
+
+    format: str = ""
+    width: int = 0
+    height: int = 0
+    mode: str = ""
+    orientation: int = 1
+
+
+def read_header(data: bytes) -> Header:
+    """By magic number, never by name; an unknown format or a broken header gives the empty one."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            return Header(
+                # Cameras' multi-picture files are JPEGs with more behind the first one.
+                format="JPEG" if image.format == "MPO" else image.format or "",
+                width=image.width,
+                height=image.height,
+                mode=image.mode,
+                orientation=orientation if orientation in range(1, 9) else 1,
+            )
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        return Header()
+
+
+def decode_strictly(data: bytes, header: Header) -> np.ndarray:
+    """Luminance thumbnail (H, W), uint8, orientation not applied, of an image that decodes to its last byte.
+
+    JPEGs are decoded at the smallest scale that keeps both sides from 32 px on: it reads the whole stream, so it finds
+    every truncation, at a fraction of the cost of all pixels.
+
+    Raises:
+        ValueError: the image is damaged, is none, or has more than `MAX_PIXELS`; the message says which.
+    """
+    if not header.format:
+        raise ValueError("empty file" if not data else "not an image")
+    if header.width * header.height > MAX_PIXELS:
+        raise ValueError(f"{header.width}x{header.height} is more than {MAX_PIXELS} pixels")
+    if header.format == "JPEG":
+        side = THUMBNAIL_SIDE
+        return simplejpeg.decode_jpeg(
+            data, "GRAY", fastdct=True, fastupsample=True, min_height=side, min_width=side, strict=True
+        )[:, :, 0]
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return np.asarray(_eight_bit(image).convert("L"))
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def difference_hash(luminance: np.ndarray) -> int:
+    """64-bit difference hash (Krawetz 2013): which cells of a 9x8 thumbnail are darker than the one to the right.
+
+    Args:
+        luminance: (H, W), uint8.
+    """
+    cells = np.asarray(Image.fromarray(luminance).resize((9, 8), Image.Resampling.BOX))
+    return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
+
+
+def to_rgb(data: bytes) -> Image.Image:
+    """The image upright, 8 bits, RGB. CMYK, grey, palette and 16-bit are converted; transparency is dropped."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return ImageOps.exif_transpose(_eight_bit(image)).convert("RGB")
+
+
+def resize_shorter(image: Image.Image, side: int) -> Image.Image:
+    """The image with its shorter side at `side` pixels, antialiased bicubic; smaller ones are left as they are."""
+    shorter = min(image.size)
+    if shorter <= side:
+        return image
+    width, height = (max(side, round(length * side / shorter)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def is_baseline_rgb_jpeg(data: bytes) -> bool:
+    """Whether a decoder of any kind, hardware ones too, takes these bytes as they are."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return image.format in ("JPEG", "MPO") and image.mode == "RGB" and not image.info.get("progressive") and upright
+
+
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """Baseline JPEG of an RGB image, 4:2:0, without metadata."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", optimize=False, progressive=False, exif=b"")
+    return buffer.getvalue()
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey keeps its high byte: PIL's own conversion would clip everything above 255 to white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    return image

@@ -1,0 +1,212 @@
+"""How far a figure can be trusted: intervals, and the exact test between two models on the same images.
+
+The right kind for each: Wilson for proportions, a bootstrap over images for what has no closed form, and *paired*
+differences where two models answered the same images, since most of their errors are shared.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import betainc, ndtri
+
+from stages.evaluation.metrics import (
+    Bools,
+    Float64,
+    Floats,
+    Int64,
+    bin_indices,
+    confidences,
+    f1_scores,
+    nan_mean,
+    predictions,
+)
+
+CHUNK = 4_000_000
+"""Resampled images held at once: 32 MB of indices."""
+
+
+class Interval(NamedTuple):
+    """Both ends belong to it; NaN where there is nothing to tell from."""
+
+    low: float
+    high: float
+
+
+def wilson(hits: ArrayLike, n: ArrayLike, confidence: float) -> tuple[Float64, Float64]:
+    """Score interval of a proportion (Wilson 1927), lower and upper ends; arrays give arrays. NaN where n is 0."""
+    hits, n = np.asarray(hits, dtype=np.float64), np.asarray(n, dtype=np.float64)
+    z = _normal_quantile(confidence)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = hits / n
+        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    # At 0 and n hits the ends are exactly 0 and 1, which rounding would miss by a hair.
+    low = np.where(hits == 0, 0 * share, middle - half)
+    high = np.where(hits == n, 1 + 0 * share, middle + half)
+    return low, high
+
+
+def mean_interval(values: Float64, draws: int, seed: int, confidence: float) -> Interval:
+    """Percentile bootstrap of a mean over images: NLL, or any difference that is paired image by image.
+
+    Args:
+        values: (N,), one of each image.
+    """
+    if not len(values):
+        return Interval(np.nan, np.nan)
+    means = np.concatenate([values[rows].mean(axis=1) for rows in _resamples(len(values), draws, seed)])
+    return _percentiles(means, confidence)
+
+
+def accuracy_difference_interval(one: Bools, other: Bools, draws: int, seed: int, confidence: float) -> Interval:
+    """Of accuracy(one) - accuracy(other) on the same images: paired percentile bootstrap.
+
+    Only the images on which the two differ move it, so the draw is of three counts and not of N images.
+
+    Args:
+        one, other: (N,) correct or not, of the same images in the same order.
+    """
+    n = len(one)
+    if not n:
+        return Interval(np.nan, np.nan)
+    won, lost = int((one & ~other).sum()), int((other & ~one).sum())
+    counts = np.random.default_rng(seed).multinomial(n, [won / n, lost / n, (n - won - lost) / n], size=draws)
+    return _percentiles((counts[:, 0] - counts[:, 1]) / n, confidence)
+
+
+def macro_f1_interval(confusion: Int64, draws: int, seed: int, confidence: float) -> Interval:
+    """Percentile bootstrap of macro-F1.
+
+    Resampling images and counting them again is one multinomial draw over the cells of the confusion matrix that are
+    not empty, at most N of them however many classes there are.
+
+    Args:
+        confusion: (C, C) counts.
+    """
+    n, classes = int(confusion.sum()), len(confusion)
+    if not n:
+        return Interval(np.nan, np.nan)
+    actual, predicted = np.nonzero(confusion)
+    chances = confusion[actual, predicted] / n
+    rng, scores = np.random.default_rng(seed), []
+    for rows in _chunks(draws, max(len(actual), classes)):
+        drawn = rng.multinomial(n, chances, size=rows)
+        hits = _sums(drawn[:, actual == predicted], actual[actual == predicted], classes)
+        scores.append(nan_mean(f1_scores(hits, _sums(drawn, actual, classes), _sums(drawn, predicted, classes))))
+    return _percentiles(np.concatenate(scores), confidence)
+
+
+def calibration_interval(
+    logits: Floats, labels: Int64, bins: int, draws: int, seed: int, confidence: float
+) -> Interval:
+    """Of the ECE that the model would show on endless images.
+
+    ECE cannot be below 0, so few images push it up, and a resample of them pushes it up once more: the percentile
+    bootstrap covers the truth of a well-calibrated model never (measured: 0 of 400). This is the reverse percentile
+    bootstrap, 2 ECE - quantile, which takes that push off again; and where the data do not contradict a perfectly
+    calibrated model (`calibration_noise`), the interval begins at 0. Measured coverage of 95 %: 87 to 98 %.
+    """
+    if not len(labels):
+        return Interval(np.nan, np.nan)
+    confident = confidences(logits)
+    index, gaps = bin_indices(confident, bins), (predictions(logits) == labels) - confident
+    estimate = np.abs(np.bincount(index, gaps, minlength=bins)).sum() / len(gaps)
+    resampled = [
+        np.abs(_binned(gaps[rows], index[rows], bins)).sum(axis=1) / len(gaps)
+        for rows in _resamples(len(gaps), draws, seed)
+    ]
+    low, high = _percentiles(np.concatenate(resampled), confidence)
+    calibrated = calibration_noise(logits, bins, draws, seed)
+    contradicted = estimate > np.quantile(calibrated, (1 + confidence) / 2)
+    return Interval(float(max(0, 2 * estimate - high)) if contradicted else 0.0, float(2 * estimate - low))
+
+
+def calibration_noise(logits: Floats, bins: int, draws: int, seed: int) -> Float64:
+    """ECE of a model that is right exactly as often as it says, drawn again and again on images like these: (draws,).
+
+    Consistency resampling (Bröcker and Smith 2007): each prediction is right with the probability that it claims.
+    """
+    confident = confidences(logits)
+    if not len(confident):
+        return np.full(draws, np.nan)
+    index, rng = bin_indices(confident, bins), np.random.default_rng([seed, 1])
+    noise = []
+    for rows in _chunks(draws, len(confident)):
+        gaps = (rng.random((rows, len(confident))) < confident) - confident
+        noise.append(np.abs(_binned(gaps, np.broadcast_to(index, gaps.shape), bins)).sum(axis=1) / len(confident))
+    return np.concatenate(noise)
+
+
+class McNemar(NamedTuple):
+    """Two models on the same images. `won`: only the first is right; `lost`: only the second."""
+
+    won: int
+    lost: int
+    better: float
+    """One-sided p: how often two equally good models would give at least so many won."""
+    worse: float
+    """One-sided p of the other direction."""
+    two_sided: float
+
+
+def mcnemar(one: Bools, other: Bools) -> McNemar:
+    """Exact McNemar test: where just one of two equal models is right, it is either with probability 1/2.
+
+    Args:
+        one, other: (N,) correct or not, of the same images in the same order.
+    """
+    won, lost = int((one & ~other).sum()), int((other & ~one).sum())
+    better, worse = float(at_least(won, won + lost)), float(at_least(lost, won + lost))
+    return McNemar(won, lost, better, worse, min(1.0, 2 * min(better, worse)))
+
+
+def at_least(heads: ArrayLike, tosses: ArrayLike) -> Float64:
+    """Probability of at least so many heads of a fair coin; arrays give arrays.
+
+    P(X >= k) of a binomial is the regularised incomplete beta function I_p(k, n - k + 1).
+    """
+    heads, tosses = np.asarray(heads, dtype=np.float64), np.asarray(tosses, dtype=np.float64)
+    return np.where(heads <= 0, 1.0, betainc(np.maximum(heads, 1), tosses - np.maximum(heads, 1) + 1, 0.5))
+
+
+def _normal_quantile(confidence: float) -> float:
+    return float(ndtri((1 + confidence) / 2))
+
+
+def _percentiles(draws: Float64, confidence: float) -> Interval:
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high))
+
+
+def _chunks(draws: int, width: int) -> Iterator[int]:
+    """`draws` in pieces, each of which holds about CHUNK numbers in rows of `width`."""
+    rows = max(1, CHUNK // width)
+    for start in range(0, draws, rows):
+        yield min(rows, draws - start)
+
+
+def _resamples(n: int, draws: int, seed: int) -> Iterator[Int64]:
+    """Indices of `draws` resamples with replacement, (rows, n) at a time."""
+    rng = np.random.default_rng(seed)
+    for rows in _chunks(draws, n):
+        yield rng.integers(0, n, size=(rows, n))
+
+
+def _sums(values: Int64, groups: Int64, count: int) -> Int64:
+    """(R, K) values summed over the columns of each group: (R, count)."""
+    sums = np.zeros((len(values), count), dtype=np.int64)
+    if not len(groups):
+        return sums
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    sums[:, groups[order][starts]] = np.add.reduceat(values[:, order], starts, axis=1)
+    return sums
+
+
+def _binned(values: Float64, index: Int64, bins: int) -> Float64:
+    """(R, N) values summed into the bins that `index` (R, N) names, row by row: (R, bins)."""
+    cells = index + bins * np.arange(len(values))[:, None]
+    sums = np.bincount(cells.ravel(), values.ravel(), minlength=bins * len(values))
+    return sums.reshape(-1, bins).astype(np.float64, copy=False)

@@ -1,0 +1,252 @@
+"""reports/report.html: one file that a reviewer reads from top to bottom, without network and without scripts.
+
+Everything a figure needs is worked out here; the template places it. Whatever is drawn is SVG, in shares of the space
+it gets, so that it fits a laptop, a narrow window and paper.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from stages.evaluation.intervals import wilson
+from stages.evaluation.metrics import Int64, PerClass, Reliability, per_class
+
+MOST_PAIRS = 12
+MOST_CLASSES_AT_ONCE = 40
+"""Longer tables of classes show the worst and fold the rest away."""
+MOST_CLASSES_IN_HEAT_MAP = 24
+MODELS = {
+    "before": "Before: frozen backbone, nearest class mean",
+    "test": "After: fine-tuned",
+    "scratch": "From scratch, same recipe",
+}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image, what it is and what the model took it for."""
+
+    key: str
+    actual: str
+    predicted: str
+    probability: float
+    jpeg: bytes
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """A batch: accepted images by split, and how many were quarantined."""
+
+    batch: str
+    role: str
+    accepted: Mapping[str, int]
+    quarantined: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that the report shows."""
+
+    classes: Sequence[str]
+    metrics: Mapping[str, Any]
+    """As in reports/metrics.json."""
+    confusion: Int64
+    reliability: Reliability
+    calibrated_ece: float
+    """ECE that a perfectly calibrated model would show on as many images."""
+    mistakes: Sequence[Mistake]
+    curves: Mapping[str, Sequence[Mapping[str, float]]]
+    """Epochs by run: pretrain, finetuned, scratch."""
+    data: Sequence[DataRow]
+    reasons: Mapping[str, int]
+    """Quarantined images by reason."""
+    config: Mapping[str, Any]
+    """Of the fine-tuned model."""
+    sha256: str
+    """Of its weights."""
+    settings: Mapping[str, Any]
+    """The section `evaluate`."""
+
+
+def render(findings: Findings) -> str:
+    """The page. The same findings give the same bytes."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"percent": percent, "count": count, "decimal": decimal, "range": as_range, "signed": signed}
+    rows = class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
+    worst = rows[0] if rows else None
+    return environment.get_template("report.html.j2").render(
+        findings=findings,
+        test=findings.metrics["test"],
+        models=model_rows(findings.metrics),
+        axis=ticks(0, 1, 5),
+        worst=worst,
+        classes=rows[:MOST_CLASSES_AT_ONCE],
+        more_classes=rows[MOST_CLASSES_AT_ONCE:],
+        pairs=confused_pairs(findings.classes, findings.confusion),
+        heat_map=heat_map(findings.classes, findings.confusion),
+        bins=reliability_bars(findings.reliability),
+        panels=curve_panels(findings.curves),
+        mistakes=[{"image": _data_uri(each.jpeg), "of": each} for each in findings.mistakes],
+        fresh=findings.metrics["fresh"],
+        splits=("train", "val", "test", "fresh"),
+    )
+
+
+def model_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Before, after and from scratch: figures, and what fine-tuning gained over each. A model that is not there is left out."""
+    return [
+        {"id": name, "label": label, "figures": metrics[name], "gain": metrics["gain"].get(name)}
+        for name, label in MODELS.items()
+        if metrics[name]["top1"] is not None
+    ]
+
+
+def class_rows(classes: Sequence[str], confusion: Int64, confidence: float) -> list[dict[str, Any]]:
+    """A row per class, the lowest recall first; classes without images last."""
+    figures: PerClass = per_class(confusion)
+    low, high = wilson(confusion.diagonal(), figures.support, confidence)
+    rows = []
+    for index, name in enumerate(classes):
+        wrong = np.where(np.arange(len(classes)) == index, 0, confusion[index])
+        rows.append(
+            {
+                "name": name, "support": int(figures.support[index]), "recall": figures.recall[index],
+                "low": low[index], "high": high[index], "precision": figures.precision[index], "f1": figures.f1[index],
+                "taken_for": classes[int(wrong.argmax())] if wrong.any() else "", "times": int(wrong.max(initial=0)),
+            }
+        )  # fmt: skip
+    return sorted(rows, key=lambda row: (np.isnan(row["recall"]), row["recall"], row["name"]))
+
+
+def confused_pairs(classes: Sequence[str], confusion: Int64) -> list[dict[str, Any]]:
+    """The most frequent mistakes, as counts and as shares of the true class."""
+    wrong = confusion - np.diag(confusion.diagonal())
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
+    pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
+    return [
+        {
+            "actual": classes[i],
+            "predicted": classes[j],
+            "times": int(wrong[i, j]),
+            "share": wrong[i, j] / confusion[i].sum(),
+        }
+        for i, j in pairs
+        if wrong[i, j]
+    ]
+
+
+def heat_map(classes: Sequence[str], confusion: Int64) -> dict[str, Any]:
+    """Counts and shares of the row, of all classes or, of too many, of those with the most mistakes."""
+    mistakes = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()
+    shown = np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CLASSES_IN_HEAT_MAP])
+    support = np.maximum(confusion.sum(axis=1), 1)
+    rows = [
+        {
+            "name": classes[i],
+            "cells": [{"times": int(confusion[i, j]), "share": confusion[i, j] / support[i], "hit": i == j} for j in shown],
+        }
+        for i in shown
+    ]
+    return {"names": [classes[j] for j in shown], "rows": rows, "whole": len(shown) == len(classes)}
+
+
+def reliability_bars(curve: Reliability) -> list[dict[str, float]]:
+    """The bins that hold images: edges, confidence, accuracy, images, and the share of the fullest bin."""
+    fullest = max(curve.count.max(initial=0), 1)
+    return [
+        {
+            "low": curve.low[i], "high": curve.high[i], "confidence": curve.confidence[i],
+            "accuracy": curve.accuracy[i], "count": int(curve.count[i]), "height": curve.count[i] / fullest,
+        }
+        for i in np.flatnonzero(curve.count)
+    ]  # fmt: skip
+
+
+def curve_panels(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:
+    """Small charts of what training showed: target val top-1, target loss, pretraining loss and val top-1."""
+    target = {name: curves[name] for name in ("finetuned", "scratch") if curves.get(name)}
+    upstream = {"pretrain": curves["pretrain"]} if curves.get("pretrain") else {}
+    panels = [
+        _panel("Target: top-1 on val", target, ["val_top1"], share=True),
+        _panel("Target: loss", target, ["train_loss", "val_loss"], share=False),
+        _panel("Backbone: top-1 on val", upstream, ["val_top1"], share=True),
+        _panel("Backbone: loss", upstream, ["train_loss", "val_loss"], share=False),
+    ]
+    return [panel for panel in panels if panel["lines"]]
+
+
+def _panel(title: str, runs: Mapping[str, Sequence[Mapping[str, float]]], keys: list[str], share: bool) -> dict[str, Any]:
+    """Lines as points in shares of the panel, (0, 0) at its lower left."""
+    lines = [
+        {"run": run, "key": key, "points": [(epoch["epoch"], epoch[key]) for epoch in epochs if key in epoch]}
+        for run, epochs in runs.items()
+        for key in keys
+    ]
+    lines = [line for line in lines if line["points"]]
+    top = 1.0 if share else max((y for line in lines for _, y in line["points"]), default=1.0) * 1.05
+    last = max((x for line in lines for x, _ in line["points"]), default=1)
+    for line in lines:
+        line["end"] = line["points"][-1][1]
+        line["points"] = [((x - 1) / max(last - 1, 1), y / top) for x, y in line["points"]]
+    marks = ticks(0, top, 4)
+    return {"title": title, "lines": lines, "share": share, "last": int(last), "ticks": [(y, y / top) for y in marks]}
+
+
+def ticks(low: float, high: float, wanted: int) -> list[float]:
+    """Round numbers from `low` to `high`, about as many as wanted, steps of 1, 2, 2.5 or 5 times a power of ten."""
+    rough = (high - low) / wanted
+    power = 10.0 ** np.floor(np.log10(rough))
+    step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= rough * 0.999)
+    return [round(float(value), 10) for value in np.arange(np.ceil(low / step) * step, high + step / 1e6, step)]
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """`0.8531` as `85.3 %`; a dash for what there is not."""
+    return "–" if _absent(share) else f"{100 * _number(share):.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def as_range(low: float | None, high: float | None, digits: int = 1) -> str:
+    """Two shares as `83.4 – 88.8 %`."""
+    if _absent(low) or _absent(high):
+        return "–"
+    return f"{100 * _number(low):.{digits}f}\N{NO-BREAK SPACE}–\N{NO-BREAK SPACE}{percent(high, digits)}"
+
+
+def signed(share: float | None) -> str:
+    """A difference of shares in points: `+12.3`."""
+    return "–" if _absent(share) else f"{100 * _number(share):+.1f}".replace("-", "−")
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    """A number that is no share."""
+    return "–" if _absent(value) else f"{_number(value):.{digits}f}"
+
+
+def count(number: int) -> str:
+    """Thousands set apart."""
+    return f"{number:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def _absent(value: float | None) -> bool:
+    return value is None or bool(np.isnan(value))
+
+
+def _number(value: float | None) -> float:
+    assert value is not None
+    return float(value)
+
+
+def _data_uri(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")

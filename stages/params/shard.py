@@ -1,0 +1,18 @@
+"""The section `shard`: how images are written into tar shards, per role."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from stages.params.load import Section
+
+
+class Shard(Section):
+    """`shard.pretrain` or `shard.finetune`."""
+
+    resize: Annotated[int, Field(ge=8, le=4096)]
+    """Shorter side in pixels; smaller images keep their size."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 90
+    images_per_shard: Annotated[int, Field(ge=1)] = 1000
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Of the global shuffle at writing."""

@@ -1,0 +1,344 @@
+"""Stage `register`: models/finetuned -> a version in MLflow's registry, and the receipt models/registered.json.
+
+A model whose sha256 is registered already ends as `unchanged`. Everything else that a registration makes can be made
+again, and the tag `model.sha256` is the last that a version gets. So one that died midway leaves no more than a version
+without that tag (it has `registering` instead), which the next run removes before it starts from the beginning.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages import tracking
+from stages.command import StageError, run
+from stages.files import sha256, write_json, write_text
+from stages.params.evaluate import Evaluate
+from stages.params.gate import Gate
+from stages.params.load import load_section, params_path, read_params
+from stages.params.register import Register
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow.entities import Run
+
+    from stages.evaluation.gate import Answers
+    from stages.model_card import Candidate, Review
+
+log = logging.getLogger(__name__)
+
+MODEL = Path("models/finetuned")
+RECEIPT = Path("models/registered.json")
+REPORTS = Path("reports")
+PREDICTIONS = REPORTS / "predictions.parquet"
+SERVING = Path(__file__).with_name("serving.py")
+REQUIREMENTS = ("mlflow", "torch", "torchvision", "pillow", "safetensors", "pandas", "numpy")
+"""What stages/serving.py imports, pinned as installed here."""
+OUTPUT = {"class_id": "long", "name": "string", "probability": "double"}
+
+ASKED = 64
+"""Test images on which the served model is compared with the evaluation."""
+MOST_DIFFERENT = 0.05
+"""Mean absolute difference of probability, per image summed over classes and halved (total variation), up to which they agree.
+
+Evaluation may run under bf16 (8 bits of mantissa, a few hundredths of a probability) and on another decoder; the served
+model runs in float32. A forgotten crop, a channel order or another normalisation moves it by tenths.
+"""
+TIMED = 50
+"""Single predictions that are timed."""
+
+
+def register(name: str, model_sha256: str, gate: Gate, confidence: float) -> tracking.Version:
+    """Registers the model under `name` as its newest version, with the alias `challenger`.
+
+    Raises:
+        StageError: the served model does not answer as the evaluation did, or MLflow failed.
+    """
+    _remove_unfinished(name)
+    run = tracking.find_run(model_sha256) or _run_from_files(model_sha256)
+    tags = {tracking.SHA256: model_sha256}
+    source = tracking.log_model(run, SERVING, MODEL, OUTPUT, _requirements(), tags)
+    try:
+        latency_ms = _ask(source)
+    except StageError:
+        tracking.delete_model(source)
+        raise
+    candidate = _candidate(model_sha256, confidence, latency_ms)
+    review = _review(name, candidate, gate)
+    _log_files(run, candidate, review)
+    return _enter(name, run, source, candidate, review)
+
+
+def _remove_unfinished(name: str) -> None:
+    for version in tracking.versions(name):
+        if "registering" in version.tags and not version.sha256:
+            log.info("removing version %d of %s, whose registration was interrupted", version.number, name)
+            tracking.delete_version(version)
+
+
+def _run_from_files(model_sha256: str) -> "Run":
+    """This server has not seen the training: the model was pulled, or tracking was off."""
+    stored = REPORTS / "finetune/metrics.json"
+    metrics = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+    params = read_params()
+    return tracking.create_finished_run(
+        "finetune",
+        {section: params[section] for section in ("model", "finetune", "training") if section in params},
+        {tracking.SHA256: model_sha256, "source": "stored params and metrics"},
+        metrics.get("finetuned", {}).get("epochs", []),
+    )
+
+
+def _requirements() -> list[str]:
+    # Without a build's local part (2.15.0+cu130): no index has that one.
+    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in REQUIREMENTS]
+
+
+# ------------------------------------------------------------------------------- the served model against the evaluation
+
+
+def _ask(source: str) -> tuple[float, float]:
+    """Lets a fresh process load the logged model and answer for test images; returns latency (median, p95) in ms.
+
+    Raises:
+        StageError: it does not load, or answers otherwise than reports/predictions.parquet.
+    """
+    import numpy as np
+    import pandas as pd
+
+    images, expected = _test_images()
+    with tempfile.TemporaryDirectory() as folder:
+        pd.DataFrame({"image": images}).to_parquet(Path(folder, "images.parquet"))
+        _run_fresh(source, folder)
+        answers = json.loads(Path(folder, "answers.json").read_text(encoding="utf-8"))
+    served = np.zeros_like(expected)
+    for row, (class_ids, probabilities) in enumerate(zip(answers["class_id"], answers["probability"], strict=True)):
+        served[row, class_ids] = probabilities
+    difference = float(np.abs(served - expected).sum(axis=1).mean() / 2)
+    same = float((served.argmax(axis=1) == expected.argmax(axis=1)).mean())
+    log.info("served as evaluated: top-1 equal on %.1f %% of %d test images, probabilities %.4f apart", 100 * same,
+             len(images), difference)  # fmt: skip
+    if difference > MOST_DIFFERENT:
+        raise StageError(
+            f"the served model does not answer as the evaluation did: on {len(images)} test images its probabilities are "
+            f"{difference:.3f} away on average (at most {MOST_DIFFERENT}), top-1 is equal on {100 * same:.0f} %. "
+            f"stages/serving.py must prepare images as stages/data/loading.py does; nothing was registered"
+        )
+    median, p95 = np.percentile(answers["milliseconds"], [50, 95])
+    return float(median), float(p95)
+
+
+def _test_images() -> tuple[list[bytes], Any]:
+    """Encoded test images spread over the test split, and what the evaluation said: (N, classes) probabilities."""
+    import numpy as np
+
+    from stages.data.loading import read_samples
+    from stages.data.sharding import shard_sets
+    from stages.evaluation.metrics import log_probabilities
+
+    samples = read_samples(list(shard_sets("finetune")), "test")
+    chosen = np.unique(np.linspace(0, len(samples) - 1, ASKED).astype(int)) if len(samples) else []
+    logits = _predictions().set_index("key")["logits"]
+    missing = [samples.key[i] for i in chosen if samples.key[i] not in logits.index]
+    if missing or not len(chosen):
+        what = f"no prediction for {missing[0]}" if missing else "no test images"
+        raise StageError(f"{PREDICTIONS}: {what} in data/shards/finetune; `dvc repro evaluate` makes it anew")
+    expected = np.stack([logits[samples.key[i]] for i in chosen])
+    return [samples.jpeg(int(i)) for i in chosen], np.exp(log_probabilities(expected))
+
+
+def _run_fresh(source: str, folder: str) -> None:
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "CUDA_VISIBLE_DEVICES": "",  # what is served here, and timed, is a CPU
+    }
+    command = [sys.executable, "-m", "stages.register", "--answer", source, folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise StageError(
+            f"the logged model {source} does not load and answer; nothing was registered:\n{done.stderr[-2000:]}"
+        )
+
+
+def answer(source: str, folder: Path) -> None:
+    """The fresh process: loads a model, answers images.parquet in answers.json, and times single predictions."""
+    tracking.open_client()
+    import mlflow
+    import pandas as pd
+
+    model = mlflow.pyfunc.load_model(source)
+    images = pd.read_parquet(folder / "images.parquet")
+    answers = model.predict(images, params={"top_k": 1_000_000})
+    milliseconds = []
+    for i in range(TIMED + 3):
+        began = time.perf_counter()
+        model.predict(images.iloc[[i % len(images)]])
+        milliseconds.append(1000 * (time.perf_counter() - began))
+    content = {column: list(answers[column]) for column in OUTPUT} | {"milliseconds": milliseconds[3:]}
+    (folder / "answers.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------ gate and version
+
+
+def _candidate(model_sha256: str, confidence: float, latency_ms: tuple[float, float]) -> "Candidate":
+    from stages.data.facts import read_table
+    from stages.model_card import Batch, Candidate
+
+    quarantine = read_table(Path("data/quarantine.parquet"))
+    sets = [(role, each) for role in ("pretrain", "finetune") for each in tracking.shard_sets(role)]
+    return Candidate(
+        sha256=model_sha256,
+        config=json.loads((MODEL / "config.json").read_text(encoding="utf-8")),
+        metrics=_metrics(),
+        predictions=_predictions(),
+        quarantined={str(reason): int(n) for reason, n in quarantine["reason"].value_counts().items()},
+        batches=[Batch(each.batch, role, each.counts) for role, each in sets],
+        confidence=confidence,
+        git=tracking.git_tags(),
+        latency_ms=latency_ms,
+    )
+
+
+def _predictions() -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.read_parquet(PREDICTIONS)
+
+
+def _metrics() -> dict[str, Any]:
+    return json.loads((REPORTS / "metrics.json").read_text(encoding="utf-8"))
+
+
+def _review(name: str, candidate: "Candidate", gate: Gate) -> "Review":
+    """The verdict against the version in force: that of `serving`, else `champion`; without either, the floors decide."""
+    from stages.evaluation.gate import answers_of, judge
+    from stages.model_card import Review
+
+    in_force = tracking.version_by_alias(name, "serving") or tracking.version_by_alias(name, "champion")
+    predicted = _predictions_of(in_force) if in_force else None
+    try:
+        verdict = judge(
+            answers_of(candidate.sha256, candidate.predictions),
+            candidate.metrics["test"],
+            (MODEL / "model.safetensors").stat().st_size,
+            _answers(in_force, predicted) if in_force else None,
+            gate,
+        )
+    except (KeyError, ValueError) as error:
+        raise StageError(
+            f"{REPORTS}/metrics.json and {PREDICTIONS}: {error}; `dvc repro -f evaluate` makes both"
+        ) from error
+    against = f"version {in_force.number}" if in_force else ""
+    return Review(verdict, against, predicted)
+
+
+def _predictions_of(version: tracking.Version) -> "pd.DataFrame | None":
+    import pandas as pd
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = tracking.download(version.run_id, PREDICTIONS.as_posix(), Path(folder))
+        return pd.read_parquet(path) if path else None
+
+
+def _answers(version: tracking.Version, predicted: "pd.DataFrame | None") -> "Answers":
+    import numpy as np
+
+    from stages.evaluation.gate import Answers, answers_of
+
+    if predicted is not None:
+        return answers_of(version.sha256, predicted)
+    # The gate then says `inconclusive`: a version that cannot be compared with is no reason to pass.
+    log.warning("warning: the run of version %d holds no predictions to compare with", version.number)
+    return Answers(version.sha256, (), np.empty(0, np.int64), np.empty(0, np.bool_))
+
+
+def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "Review") -> tracking.Version:
+    from stages.model_card import render_card
+
+    median, p95 = candidate.latency_ms
+    figures = tracking.flatten(candidate.metrics) | {"latency.median_ms": median, "latency.p95_ms": p95}
+    tracking.log_metrics(run, figures, source)
+    tags = {"gate": review.verdict.result, "data.fingerprint": tracking.data_fingerprint(), **candidate.git}
+    tags |= {"latency.median_ms": f"{median:.1f}", "latency.p95_ms": f"{p95:.1f}"}
+    card = render_card(candidate, review, _links(name, run))
+    version = tracking.create_version(
+        name, _about(name), source, run.info.run_id, tags | {"registering": candidate.sha256}, card
+    )
+    tracking.set_alias(version, "challenger")
+    tracking.finish_version(version, candidate.sha256)
+    return version
+
+
+def _links(name: str, run: "Run") -> dict[str, str]:
+    pages = {"evaluation report": "report.html", "validation": "validation.html", "comparison page": "review.html"}
+    return {
+        "run": tracking.run_link(run),
+        **{label: tracking.artifact_link(run, page) for label, page in pages.items()},
+    }
+
+
+def _about(name: str) -> str:
+    return (
+        f"Image classifier **{name}**, made by Synset. Each version's page carries its model card.\n\n"
+        "`challenger` is the newest candidate. Set `champion` on the version that you want; `serving` is in force, and "
+        "`previous` was before it."
+    )
+
+
+def _log_files(run: "Run", candidate: "Candidate", review: "Review") -> None:
+    """Everything that a reviewer or a later comparison may want, as artifacts of the run."""
+    from stages.model_card import render_review
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_json(folder / "gate.json", review.verdict.to_dict())
+        write_text(folder / "review.html", render_review(candidate, review))
+        for path in (params_path(), Path("dvc.lock"), REPORTS / "report.html", REPORTS / "validation.html"):
+            if path.exists():
+                shutil.copyfile(path, folder / path.name)
+        for path in (PREDICTIONS, *REPORTS.rglob("*.json")):
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        tracking.log_files(run, folder)
+
+
+def main() -> None:
+    """Registers models/finetuned unless it is registered, and writes the receipt."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--answer", nargs=2, metavar=("MODEL", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.answer:
+        return answer(arguments.answer[0], Path(arguments.answer[1]))
+    name = load_section("register", Register).name
+    gate = load_section("gate", Gate)
+    confidence = load_section("evaluate", Evaluate).confidence
+    model_sha256 = sha256(MODEL / "model.safetensors")
+    if tracking.enabled():
+        with tracking.reachable():
+            _register_once(name, model_sha256, gate, confidence)
+    else:
+        log.warning("warning: SYNSET_TRACKING=off, so nothing is registered; later: `dvc repro -f -s register`")
+    write_json(RECEIPT, {"name": name, "sha256": model_sha256})
+
+
+def _register_once(name: str, model_sha256: str, gate: Gate, confidence: float) -> None:
+    if found := tracking.find_version(name, model_sha256):
+        print(f"unchanged: {name} version {found.number} has these weights")
+        return
+    version = register(name, model_sha256, gate, confidence)
+    print(f"registered {name} version {version.number}; `make ui` shows it")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,127 @@
+"""The model as MLflow serves it: an image file in, class names and probabilities out ("models from code").
+
+This file is copied into every registered version and runs there alone. It therefore imports nothing of `stages`: two
+versions loaded in one process would otherwise share the code of the first. It repeats stages.data.images (decoding) and
+stages.training.models (architecture, normalisation); a test compares the decoding pixel for pixel, and every
+registration compares the answers with those of the evaluation.
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import torch
+import torchvision
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
+MAX_PIXELS = 178_956_970
+"""A small file may claim to be a huge image: above this it is refused before it is decoded."""
+BATCH = 64
+
+
+def read_pixels(data: bytes, resize: int, image_size: int) -> np.ndarray:
+    """What the model sees of an image file: upright, RGB, shorter side at `resize`, its middle; (H, W, 3) uint8.
+
+    Raises:
+        ValueError: not an image, a damaged one, or one of too many pixels.
+    """
+    if not data:
+        raise ValueError("empty")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+            upright = ImageOps.exif_transpose(_eight_bit(image)).convert("RGB")
+    except (OSError, SyntaxError, EOFError) as error:
+        known = ", ".join(FORMATS)
+        raise ValueError(f"not a whole image of a known format ({known}): {error}") from error
+    return np.asarray(_centre(_resize_shorter(upright, resize), image_size))
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey keeps its high byte: PIL's own conversion would clip everything above 255 to white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    return image
+
+
+def _resize_shorter(image: Image.Image, side: int) -> Image.Image:
+    """Larger ones as when shards are written, smaller ones as the evaluation enlarges them."""
+    shorter = min(image.size)
+    if shorter == side:
+        return image
+    width, height = (max(side, round(length * side / shorter)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    # An odd margin is halved as DALI does it: rounded up.
+    left, top = ((length - side + 1) // 2 for length in image.size)
+    return image.crop((left, top, left + side, top + side))
+
+
+class ImageClassifier(PythonModel):
+    """`image` (the bytes of a file) to the classes of highest probability, best first."""
+
+    # MLflow insists on this parameter's name.
+    def load_context(self, context: PythonModelContext) -> None:
+        """Reads config.json and model.safetensors of the artifact `model`; nothing is unpickled."""
+        folder = Path(context.artifacts["model"])
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.classes: list[str] = self.config["classes"]
+        architecture = self.config["architecture"]
+        extra = {"aux_logits": False, "init_weights": False} if architecture in ("googlenet", "inception_v3") else {}
+        network = torchvision.models.get_model(architecture, weights=None, num_classes=len(self.classes), **extra)
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+        self.network = network.eval()
+        self.mean = 255 * torch.tensor(self.config["mean"]).view(1, 3, 1, 1)
+        self.std = 255 * torch.tensor(self.config["std"]).view(1, 3, 1, 1)
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """A row per image: `class_id`, `name` and `probability`, each a list of `top_k` values.
+
+        Raises:
+            MlflowException: BAD_REQUEST (HTTP 400) where an input is no image, naming its row.
+        """
+        top_k = int((params or {}).get("top_k", 5))
+        if top_k < 1:
+            raise MlflowException(f"top_k must be at least 1, got {top_k}", error_code=BAD_REQUEST)
+        images = [self._pixels(row, data) for row, data in enumerate(model_input["image"])]
+        probabilities, class_ids = self._probabilities(images).topk(min(top_k, len(self.classes)), dim=1)
+        return pd.DataFrame(
+            {
+                "class_id": class_ids.tolist(),
+                "name": [[self.classes[index] for index in row] for row in class_ids.tolist()],
+                "probability": probabilities.tolist(),
+            }
+        )
+
+    def _pixels(self, row: int, data: bytes) -> torch.Tensor:
+        try:
+            pixels = read_pixels(data, self.config["resize"], self.config["image_size"])
+        except ValueError as error:
+            raise MlflowException(f"input {row} of column `image`: {error}", error_code=BAD_REQUEST) from error
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+    @torch.inference_mode()
+    def _probabilities(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """(N, classes), float64, from N images (3, H, W) uint8."""
+        answers = [torch.zeros(0, len(self.classes), dtype=torch.float64)]
+        for start in range(0, len(images), BATCH):
+            batch = torch.stack(images[start : start + BATCH]).float()
+            answers.append(self.network((batch - self.mean) / self.std).double().softmax(dim=1))
+        return torch.cat(answers)
+
+
+mlflow.models.set_model(ImageClassifier())

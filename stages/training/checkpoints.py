@@ -1,0 +1,30 @@
+"""Checkpoints: what a killed training needs to end in the same bytes as an undisturbed one."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.files import replaced_file
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Writes the state aside and renames it, so that a kill leaves the old checkpoint or the new one."""
+    with replaced_file(path) as aside:
+        torch.save(state, aside)
+
+
+def load_checkpoint(path: Path, device: str) -> dict[str, Any] | None:
+    """The state, or None where there is none. Tensors and plain values only: nothing is unpickled."""
+    if not path.is_file():
+        return None
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def prune(stage_work: Path, keep: Path) -> None:
+    """Removes work in progress of other configurations of a stage: nothing will ever ask for it again."""
+    if stage_work.is_dir():
+        for folder in stage_work.iterdir():
+            if folder != keep:
+                shutil.rmtree(folder)

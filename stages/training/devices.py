@@ -1,0 +1,69 @@
+"""Where and how arithmetic is done: device, precision, memory layout, determinism."""
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from stages.command import StageError
+from stages.params.training import Training
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What `training` in params.yaml comes to on this machine."""
+
+    device: str
+    """cpu or cuda."""
+    bf16: bool
+    channels_last: bool
+    threads: int
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """bf16 autocast where it is on; weights and optimiser stay in float32."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+
+    def place(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model on the device, in the memory layout that its convolutions like."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return model.to(self.device).to(memory_format=layout)
+
+    @property
+    def kind(self) -> str:
+        """The kind of machine that decides bits, for the fingerprint."""
+        name = torch.cuda.get_device_name() if self.device == "cuda" else torch.cpu.get_capabilities().get("cpu_name")
+        return f"{self.device} {name} {'bf16' if self.bf16 else 'float32'}"
+
+
+def set_up(training: Training) -> Compute:
+    """Sets threads and determinism of this process, and says what it will compute on.
+
+    Raises:
+        StageError: a GPU or bf16 was asked for and is not there.
+    """
+    if training.device == "cuda" and not torch.cuda.is_available():
+        raise StageError("params.yaml: `training.device` is cuda, but torch sees no CUDA device; set it to auto or cpu")
+    device = "cuda" if training.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if training.precision == "bf16" and not has_bf16(device):
+        raise StageError(
+            f"params.yaml: `training.precision` is bf16, which this {device} does not compute; set it to auto"
+        )
+    torch.set_num_threads(training.threads)
+    if training.deterministic:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS is deterministic only with a fixed workspace
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return Compute(
+        device, training.precision != "float32" and has_bf16(device), training.channels_last, training.threads
+    )
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the hardware multiplies bf16 itself; emulated bf16 is slower than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
