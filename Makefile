@@ -2,6 +2,8 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 include environment.mk
+# Bytecode goes to .synset/pycache; without it every stage would compile all that it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(CURDIR)/.venv/bin
 # The commands in dvc.yaml begin with a plain `python`.
@@ -9,6 +11,7 @@ export PATH := $(BIN):$(PATH)
 # uv takes the Python that is here and never fetches another.
 export UV_PYTHON_DOWNLOADS := never
 UV_VERSION := 0.13.9
+QUIETLY := --quiet --no-cache-dir --disable-pip-version-check
 UV = $(or $(shell command -v uv),$(CURDIR)/.synset/uv/bin/uv)
 # Run, not only looked up: a pyenv shim exists also for versions that are not switched on.
 PYTHON = $(shell for name in python3.13 python3.12 python3.11 python3; do \
@@ -17,7 +20,7 @@ FOLDERS = $(foreach folder,stages pipelines tests bench,$(if $(wildcard $(folder
 # What .venv was made from; it also holds the place, because the scripts of a moved .venv call the old one.
 LOCKED = $(shell cksum < requirements.lock) $(CURDIR)
 # Packages whose version decides the bytes of stages' outputs: stages/versions/*.txt are dependencies in dvc.yaml.
-DATA_PACKAGES := great-expectations|jinja2|numpy|pandas|pillow|pyarrow|scikit-learn|scipy|simplejpeg
+DATA_PACKAGES := great-expectations|jinja2|numpy|pandas|pillow|pyarrow|scipy|simplejpeg
 TRAINING_PACKAGES := numpy|nvidia-dali-cuda130|safetensors|torch|torchvision
 
 .PHONY: help
@@ -46,8 +49,8 @@ uv: # the one on PATH, else our own; venv and pip are two packages of their own 
 	  "install one, or name it: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	@command -v "$(UV)" >/dev/null || { mkdir -p .synset && rm -rf .synset/uv && \
 	  if "$(PYTHON)" -m venv .synset/uv 2>/dev/null; \
-	  then .synset/uv/bin/python -m pip install --quiet --no-cache-dir --disable-pip-version-check uv==$(UV_VERSION); \
-	  else "$(PYTHON)" -m pip install --quiet --no-cache-dir --disable-pip-version-check --target .synset/uv uv==$(UV_VERSION); fi; } || \
+	  then .synset/uv/bin/python -m pip install $(QUIETLY) uv==$(UV_VERSION); \
+	  else PIP_ROOT_USER_ACTION=ignore "$(PYTHON)" -m pip install $(QUIETLY) --target .synset/uv uv==$(UV_VERSION); fi; } || \
 	  { echo "error: uv could not be installed with $(PYTHON) (is there a network?); install uv yourself, or Python's venv or pip" >&2; \
 	  exit 1; }
 

@@ -57,7 +57,8 @@ def reproduce() -> State[Any]:
                 break
         create_table_artifact(key="durations", table=durations, description="Seconds a stage, DVC's own included")
         if not state.is_completed():
-            return state
+            # A new state: of the task's own, Prefect would only count that "1/1 states failed".
+            return (Cancelled if state.is_cancelled() else Failed)(message=state.message)
         create_markdown_artifact(key="result", markdown=_result_table())
     return Completed(message="every stage is up to date")
 

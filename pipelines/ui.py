@@ -112,7 +112,9 @@ def main() -> None:
     if tracking.is_server(uri):
         _print_links(uri.rstrip("/"), name)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # Set, because a shell starts background jobs with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     port = free_port(port)
     print(f"starting MLflow on port {port} ...", flush=True)
     with suppress(KeyboardInterrupt), server(port) as process:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from stages.command import StageError, run
-from stages.data.raw import write_tar
+from stages.data.ingesting import write_tar
 from stages.data.sources import read_source
 from stages.files import replaced_directory
 from stages.params.batches import load_batch

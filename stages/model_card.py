@@ -17,7 +17,9 @@ from stages.evaluation.gate import Verdict
 
 MOST_CHARACTERS = 5000
 MOST_BATCHES = 8
+MOST_REASONS = 12
 WORST_CLASSES = 5
+EM_SPACE = "\u2003"
 SPLITS = ("train", "val", "test", "fresh")
 
 
@@ -73,7 +75,7 @@ class Review:
         if not self.against:
             return "The first model has only floors to clear. The next is held against the version then in force."
         return (
-            f"Compared with {self.against}, weights `{(self.verdict.in_force or '')[:12]}`, on the same test images. An "
+            f"Compared with {self.against}, `{(self.verdict.in_force or '')[:12]}`, on the same test images. An "
             f"equally good model passes in at most {percent(self.verdict.alpha, 0)} of cases, an identical one never."
         )
 
@@ -93,7 +95,9 @@ def render_card(candidate: Candidate, review: Review, links: Mapping[str, str]) 
         "splits": SPLITS,
         "batches": _batch_rows(candidate.batches),
         "quarantine_line": _quarantine_line(candidate.metrics.get("data", {})),
-        "quarantined": [{"reason": reason, "images": n} for reason, n in candidate.quarantined.items()],
+        "quarantined": [
+            {"reason": reason, "images": n} for reason, n in [*candidate.quarantined.items()][:MOST_REASONS]
+        ],
         "architecture": candidate.config["architecture"],
         "image_size": candidate.config["image_size"],
         "classes": len(candidate.config["classes"]),
@@ -101,8 +105,9 @@ def render_card(candidate: Candidate, review: Review, links: Mapping[str, str]) 
         "reproduce": _reproduce(candidate.git),
         "links": list(links.items()),
     }
-    card = _templates(markdown_cell).get_template("model_card.md.j2").render(values).strip() + "\n"
-    return card if len(card) <= MOST_CHARACTERS else card[: MOST_CHARACTERS - 3].rsplit("\n", 1)[0] + "\n…\n"
+    card = _spaced(_templates(markdown_cell).get_template("model_card.md.j2").render(values).strip() + "\n")
+    rest = "\n\nThere is more than fits here: see the run.\n"
+    return card if len(card) <= MOST_CHARACTERS else card[: MOST_CHARACTERS - len(rest)].rsplit("\n", 1)[0] + rest
 
 
 def render_review(candidate: Candidate, review: Review) -> str:
@@ -229,6 +234,12 @@ def _reproduce(git: Mapping[str, str]) -> str:
 def percent(share: float, digits: int = 1) -> str:
     """`0.853` as `85.3 %`."""
     return f"{100 * share:.{digits}f} %"
+
+
+def _spaced(card: str) -> str:
+    """MLflow shows table cells without any padding: an em space behind each keeps columns apart."""
+    rows = [f"{line.replace(' |', EM_SPACE + '|')}" if line.startswith("| ") else line for line in card.split("\n")]
+    return "\n".join(rows)
 
 
 def markdown_cell(value: object) -> object:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.command import StageError, run
 from stages.data.loading import read_samples
-from stages.data.sharding import pooled_statistics, read_index, shard_sets
+from stages.data.shard_sets import pooled_statistics, read_index, shard_sets
 from stages.files import sha256, write_json
 from stages.fingerprint import fingerprint, work_folder
 from stages.params.load import load_section

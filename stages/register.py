@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +29,15 @@ from stages.params.load import load_section, params_path, read_params
 from stages.params.register import Register
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from mlflow.entities import Run
+    from numpy.typing import NDArray
 
     from stages.evaluation.gate import Answers
     from stages.model_card import Candidate, Review
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MODEL = Path("models/finetuned")
 RECEIPT = Path("models/registered.json")
@@ -47,12 +51,12 @@ OUTPUT = {"class_id": "long", "name": "string", "probability": "double"}
 ASKED = 64
 """Test images on which the served model is compared with the evaluation."""
 MOST_DIFFERENT = 0.05
-"""Mean absolute difference of probability, per image summed over classes and halved (total variation), up to which they agree.
+"""Up to which the two agree: total variation of the probabilities (half the sum over classes), mean over the images.
 
-Evaluation may run under bf16 (8 bits of mantissa, a few hundredths of a probability) and on another decoder; the served
-model runs in float32. A forgotten crop, a channel order or another normalisation moves it by tenths.
+Evaluation may run under bf16 (8 bits of mantissa, a few hundredths of a probability) and with another decoder; the
+served model runs in float32. A forgotten crop, a channel order or another normalisation moves it by tenths.
 """
-TIMED = 50
+TIMED = 40
 """Single predictions that are timed."""
 
 
@@ -62,15 +66,15 @@ def register(name: str, model_sha256: str, gate: Gate, confidence: float) -> tra
     Raises:
         StageError: the served model does not answer as the evaluation did, or MLflow failed.
     """
-    _remove_unfinished(name)
-    run = tracking.find_run(model_sha256) or _run_from_files(model_sha256)
-    tags = {tracking.SHA256: model_sha256}
-    source = tracking.log_model(run, SERVING, MODEL, OUTPUT, _requirements(), tags)
-    try:
-        latency_ms = _ask(source)
-    except StageError:
-        tracking.delete_model(source)
-        raise
+    with _fresh_process() as fresh:
+        _remove_unfinished(name)
+        run = tracking.find_run(model_sha256) or _run_from_files(model_sha256)
+        source = tracking.log_model(run, SERVING, MODEL, OUTPUT, _requirements(), {tracking.SHA256: model_sha256})
+        try:
+            latency_ms = _ask(fresh, source)
+        except StageError:
+            tracking.delete_model(source)
+            raise
     candidate = _candidate(model_sha256, confidence, latency_ms)
     review = _review(name, candidate, gate)
     _log_files(run, candidate, review)
@@ -80,7 +84,7 @@ def register(name: str, model_sha256: str, gate: Gate, confidence: float) -> tra
 def _remove_unfinished(name: str) -> None:
     for version in tracking.versions(name):
         if "registering" in version.tags and not version.sha256:
-            log.info("removing version %d of %s, whose registration was interrupted", version.number, name)
+            logger.info("removing version %d of %s, whose registration was interrupted", version.number, name)
             tracking.delete_version(version)
 
 
@@ -102,11 +106,30 @@ def _requirements() -> list[str]:
     return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in REQUIREMENTS]
 
 
-# ------------------------------------------------------------------------------- the served model against the evaluation
+# ------------------------------------------------------------------------- the served model against the evaluation
 
 
-def _ask(source: str) -> tuple[float, float]:
-    """Lets a fresh process load the logged model and answer for test images; returns latency (median, p95) in ms.
+@contextmanager
+def _fresh_process() -> Iterator["subprocess.Popen[str]"]:
+    """A process that will load the logged model, told which one once it is logged: its imports take as long as ours."""
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "CUDA_VISIBLE_DEVICES": "",  # what is timed is one thread of a CPU, the same everywhere
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "stages.register", "--answer"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _ask(fresh: "subprocess.Popen[str]", source: str) -> tuple[float, float]:
+    """Lets the fresh process load the logged model and answer for test images; returns latency (median, p95) in ms.
 
     Raises:
         StageError: it does not load, or answers otherwise than reports/predictions.parquet.
@@ -117,23 +140,40 @@ def _ask(source: str) -> tuple[float, float]:
     images, expected = _test_images()
     with tempfile.TemporaryDirectory() as folder:
         pd.DataFrame({"image": images}).to_parquet(Path(folder, "images.parquet"))
-        _run_fresh(source, folder)
+        _, errors = fresh.communicate(json.dumps([source, folder]))
+        if fresh.returncode:
+            what = f"the logged model {source} does not load and answer; nothing was registered"
+            raise StageError(f"{what}:\n{errors[-2000:]}")
         answers = json.loads(Path(folder, "answers.json").read_text(encoding="utf-8"))
+    check_answers(answers, expected)
+    median, p95 = np.percentile(answers["milliseconds"], [50, 95])
+    return float(median), float(p95)
+
+
+def check_answers(answers: dict[str, Any], expected: "NDArray[np.float64]") -> None:
+    """Compares the served model's answers with the evaluation's.
+
+    Args:
+        answers: `class_id` and `probability`, of all classes, for N images.
+        expected: (N, classes) probabilities.
+
+    Raises:
+        StageError: they are further apart than `MOST_DIFFERENT`.
+    """
+    import numpy as np
+
     served = np.zeros_like(expected)
     for row, (class_ids, probabilities) in enumerate(zip(answers["class_id"], answers["probability"], strict=True)):
         served[row, class_ids] = probabilities
     difference = float(np.abs(served - expected).sum(axis=1).mean() / 2)
-    same = float((served.argmax(axis=1) == expected.argmax(axis=1)).mean())
-    log.info("served as evaluated: top-1 equal on %.1f %% of %d test images, probabilities %.4f apart", 100 * same,
-             len(images), difference)  # fmt: skip
+    same = f"top-1 equal on {100 * (served.argmax(axis=1) == expected.argmax(axis=1)).mean():.1f} %"
+    logger.info("served as evaluated: %s of %d test images, probabilities %.4f apart", same, len(served), difference)
     if difference > MOST_DIFFERENT:
         raise StageError(
-            f"the served model does not answer as the evaluation did: on {len(images)} test images its probabilities are "
-            f"{difference:.3f} away on average (at most {MOST_DIFFERENT}), top-1 is equal on {100 * same:.0f} %. "
+            f"the served model does not answer as the evaluation did: on {len(served)} test images its probabilities "
+            f"are {difference:.3f} away on average (at most {MOST_DIFFERENT}), {same}. "
             f"stages/serving.py must prepare images as stages/data/loading.py does; nothing was registered"
         )
-    median, p95 = np.percentile(answers["milliseconds"], [50, 95])
-    return float(median), float(p95)
 
 
 def _test_images() -> tuple[list[bytes], Any]:
@@ -141,42 +181,30 @@ def _test_images() -> tuple[list[bytes], Any]:
     import numpy as np
 
     from stages.data.loading import read_samples
-    from stages.data.sharding import shard_sets
+    from stages.data.shard_sets import shard_sets
     from stages.evaluation.metrics import log_probabilities
 
     samples = read_samples(list(shard_sets("finetune")), "test")
-    chosen = np.unique(np.linspace(0, len(samples) - 1, ASKED).astype(int)) if len(samples) else []
+    chosen = np.unique(np.linspace(0, len(samples) - 1, min(ASKED, len(samples))).astype(np.int64))
     logits = _predictions().set_index("key")["logits"]
     missing = [samples.key[i] for i in chosen if samples.key[i] not in logits.index]
     if missing or not len(chosen):
         what = f"no prediction for {missing[0]}" if missing else "no test images"
         raise StageError(f"{PREDICTIONS}: {what} in data/shards/finetune; `dvc repro evaluate` makes it anew")
     expected = np.stack([logits[samples.key[i]] for i in chosen])
-    return [samples.jpeg(int(i)) for i in chosen], np.exp(log_probabilities(expected))
+    return [samples.jpeg(i) for i in chosen], np.exp(log_probabilities(expected))
 
 
-def _run_fresh(source: str, folder: str) -> None:
-    environment = os.environ | {
-        "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        "CUDA_VISIBLE_DEVICES": "",  # what is served here, and timed, is a CPU
-    }
-    command = [sys.executable, "-m", "stages.register", "--answer", source, folder]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise StageError(
-            f"the logged model {source} does not load and answer; nothing was registered:\n{done.stderr[-2000:]}"
-        )
-
-
-def answer(source: str, folder: Path) -> None:
-    """The fresh process: loads a model, answers images.parquet in answers.json, and times single predictions."""
+def answer() -> None:
+    """The fresh process: reads [model, folder] from stdin, answers images.parquet there, times single predictions."""
     tracking.open_client()
     import mlflow
     import pandas as pd
+    import torchvision  # noqa: F401  what the model will import, while the stage is still logging it
 
+    source, folder = json.load(sys.stdin)
     model = mlflow.pyfunc.load_model(source)
-    images = pd.read_parquet(folder / "images.parquet")
+    images = pd.read_parquet(Path(folder, "images.parquet"))
     answers = model.predict(images, params={"top_k": 1_000_000})
     milliseconds = []
     for i in range(TIMED + 3):
@@ -184,10 +212,10 @@ def answer(source: str, folder: Path) -> None:
         model.predict(images.iloc[[i % len(images)]])
         milliseconds.append(1000 * (time.perf_counter() - began))
     content = {column: list(answers[column]) for column in OUTPUT} | {"milliseconds": milliseconds[3:]}
-    (folder / "answers.json").write_text(json.dumps(content), encoding="utf-8")
+    Path(folder, "answers.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------------ gate and version
+# ------------------------------------------------------------------------------------------------ gate and version
 
 
 def _candidate(model_sha256: str, confidence: float, latency_ms: tuple[float, float]) -> "Candidate":
@@ -220,7 +248,7 @@ def _metrics() -> dict[str, Any]:
 
 
 def _review(name: str, candidate: "Candidate", gate: Gate) -> "Review":
-    """The verdict against the version in force: that of `serving`, else `champion`; without either, the floors decide."""
+    """The verdict against the version in force (`serving`, else `champion`); without one, the floors decide."""
     from stages.evaluation.gate import answers_of, judge
     from stages.model_card import Review
 
@@ -236,7 +264,7 @@ def _review(name: str, candidate: "Candidate", gate: Gate) -> "Review":
         )
     except (KeyError, ValueError) as error:
         raise StageError(
-            f"{REPORTS}/metrics.json and {PREDICTIONS}: {error}; `dvc repro -f evaluate` makes both"
+            f"{REPORTS}/metrics.json, {PREDICTIONS}: {error}; `dvc repro -f evaluate` makes both"
         ) from error
     against = f"version {in_force.number}" if in_force else ""
     return Review(verdict, against, predicted)
@@ -258,7 +286,7 @@ def _answers(version: tracking.Version, predicted: "pd.DataFrame | None") -> "An
     if predicted is not None:
         return answers_of(version.sha256, predicted)
     # The gate then says `inconclusive`: a version that cannot be compared with is no reason to pass.
-    log.warning("warning: the run of version %d holds no predictions to compare with", version.number)
+    logger.warning("warning: the run of version %d holds no predictions to compare with", version.number)
     return Answers(version.sha256, (), np.empty(0, np.int64), np.empty(0, np.bool_))
 
 
@@ -316,10 +344,10 @@ def _log_files(run: "Run", candidate: "Candidate", review: "Review") -> None:
 def main() -> None:
     """Registers models/finetuned unless it is registered, and writes the receipt."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answer", nargs=2, metavar=("MODEL", "FOLDER"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.answer:
-        return answer(arguments.answer[0], Path(arguments.answer[1]))
+    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
+    if parser.parse_args().answer:
+        answer()
+        return
     name = load_section("register", Register).name
     gate = load_section("gate", Gate)
     confidence = load_section("evaluate", Evaluate).confidence
@@ -328,7 +356,7 @@ def main() -> None:
         with tracking.reachable():
             _register_once(name, model_sha256, gate, confidence)
     else:
-        log.warning("warning: SYNSET_TRACKING=off, so nothing is registered; later: `dvc repro -f -s register`")
+        logger.warning("warning: SYNSET_TRACKING=off, so nothing is registered; later: `dvc repro -f -s register`")
     write_json(RECEIPT, {"name": name, "sha256": model_sha256})
 
 

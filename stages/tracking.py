@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def open_client() -> "MlflowClient":
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # A server that is down should be known in seconds; MLflow's default of 7 growing retries takes minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
@@ -198,8 +200,8 @@ def _say_lost(error: Exception) -> None:
 def training_run(stage: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[TrainingRun]:
     """A run in the experiment synset/<stage>, with params flattened, git facts, shard sets and system metrics.
 
-    A run that was killed goes on: it is found by the tag `fingerprint` and by not being FINISHED. With tracking switched
-    off, or where MLflow fails, the object yielded does nothing, and nothing is raised.
+    A run that was killed goes on: it is found by the tag `fingerprint` and by not being FINISHED. With tracking
+    switched off, or where MLflow fails, the object yielded does nothing, and nothing is raised.
     """
     run = _start(stage, params, tags) if enabled() else TrainingRun()
     monitor = _monitor(run)
@@ -374,7 +376,7 @@ def _log_inputs(client: "MlflowClient", run_id: str, role: str) -> None:
 
 
 def git_tags() -> dict[str, str]:
-    """`git.commit`, and `git.dirty` where the tree differs from it. Empty where this is not the root of a repository."""
+    """`git.commit`, and `git.dirty` where the tree differs from it. Empty where this is no root of a repository."""
     try:
         prefix = _git("rev-parse", "--show-prefix")
         commit = _git("rev-parse", "--verify", "HEAD")
@@ -425,20 +427,26 @@ def log_model(
         outputs=Schema([ColSpec(Array(DataType[kind]), name) for name, kind in output.items()]),
         params=ParamSchema([ParamSpec("top_k", DataType.long, 5)]),
     )
-    # Not mlflow.pyfunc.log_model: that one starts the run again, and would move its end to now. `step` keeps MLflow
-    # from copying the first epoch's metrics (step 0) to the model.
-    logged = Model.log(
-        None,
-        flavor=mlflow.pyfunc,
-        name="model",
-        run_id=run.info.run_id,
-        step=1_000_000,
-        tags=dict(tags),
-        python_model=str(code),
-        artifacts={"model": str(folder)},
-        signature=signature,
-        pip_requirements=list(requirements),
+    # Made first, in the run's experiment: Model.log alone would put it into the one called Default.
+    logged = client.create_logged_model(
+        run.info.experiment_id, "model", source_run_id=run.info.run_id, tags=dict(tags), params=dict(run.data.params)
     )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*An input example was not provided")  # the signature says all
+        # Not mlflow.pyfunc.log_model: that one starts the run again, and would move its end to now. `step` keeps
+        # MLflow from copying the first epoch's metrics (step 0) to the model.
+        Model.log(
+            None,
+            flavor=mlflow.pyfunc,
+            name="model",
+            model_id=logged.model_id,
+            run_id=run.info.run_id,
+            step=1_000_000,
+            python_model=str(code),
+            artifacts={"model": str(folder)},
+            signature=signature,
+            pip_requirements=list(requirements),
+        )
     return f"models:/{logged.model_id}"
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
+from itertools import chain, combinations
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +20,12 @@ THUMBNAIL = 32  # side of the luminance thumbnails that confirm a hash match, in
 BITS = 64
 # Brightness in the facts is of another scale of the image than the thumbnails are: it may differ by so much more.
 SCALING_SLACK = 2.0
-# Both hashes say next to nothing (a small thing on a plain ground): brightness and contrast must then agree to this.
+# A hash is plain with at most so many odd bits; two plain images must agree in brightness and contrast to this.
+PLAIN_BITS = 8
 PLAIN_TOLERANCE = 1.0
-# Pairs to confirm on pixels; beyond it, hashes do not tell these images apart at all.
-MAX_PAIRS = 10_000_000
+# Budgets: beyond these, hashes do not tell the images apart at all. ImageNet needs a hundredth.
+MAX_PAIRS = 10_000_000  # to confirm on pixels
+MAX_COMPARISONS = 20_000_000_000  # of hashes
 CHUNK = 2_000_000
 
 SamePicture = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -79,11 +81,12 @@ def _near_duplicates(
 
 
 def near_pairs(looks: pd.DataFrame, distance: int, difference: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of images that may be the same picture.
+    """Pairs of images that may be the same picture, found without comparing all pairs.
 
     These are all pairs whose hashes are within `distance` bits and whose brightness and contrast agree to `difference`
-    (two images further apart in mean brightness cannot be within a mean absolute difference of it). Hashes with at most
-    `distance` bits set, or unset, hold no structure; two such images must agree to `PLAIN_TOLERANCE`.
+    (two images further apart in mean brightness cannot be within a mean absolute difference of it). A hash with almost
+    all bits alike is plain: a small thing on an even ground. Thousands of different images may share it, so two plain
+    ones must agree in brightness and contrast to `PLAIN_TOLERANCE`.
 
     Args:
         looks: columns hash (uint64), brightness, contrast (0-255).
@@ -94,53 +97,83 @@ def near_pairs(looks: pd.DataFrame, distance: int, difference: float) -> tuple[n
         Positions (P,) and (P,), int64, the smaller one first, sorted.
 
     Raises:
-        StageError: more than `MAX_PAIRS`.
+        StageError: more than `MAX_PAIRS`, or as many that have to be looked at to know.
     """
-    values, group = np.unique(looks["hash"].to_numpy(np.uint64), return_inverse=True)
-    bits_set = np.bitwise_count(values).astype(np.int64)
-    plain = np.minimum(bits_set, BITS - bits_set) <= distance
-    found: list[np.ndarray] = []
-    total = 0
-    for pairs in _same_brightness(looks, values, group, plain, distance, difference + SCALING_SLACK):
+    look = Looks(*(looks[name].to_numpy(kind) for name, kind in _LOOKS))
+    found = [np.empty((0, 2), np.int64)]
+    structured = _structured_pairs(look, distance, difference + SCALING_SLACK)
+    for pairs in chain(_plain_pairs(look, distance), structured):
         found.append(pairs)
-        total += len(pairs)
-        if total > MAX_PAIRS:
-            raise StageError(
-                f"more than {MAX_PAIRS:,} pairs of images have almost the same perceptual hash: it does not tell them "
-                f"apart; set validate.near_duplicate_distance below {distance}, or to null"
-            )
-    pairs = np.concatenate(found) if found else np.empty((0, 2), np.int64)
+        _check_budget(sum(map(len, found)), MAX_PAIRS, distance)
+    pairs = np.sort(np.concatenate(found), axis=1)
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     return pairs[:, 0], pairs[:, 1]
 
 
-def _same_brightness(
-    looks: pd.DataFrame, values: np.ndarray, group: np.ndarray, plain: np.ndarray, distance: int, tolerance: float
-) -> Iterator[np.ndarray]:
-    """Pairs (P, 2) of rows with close hashes, found by windows in brightness within each hash value."""
-    brightness, contrast = (looks[name].to_numpy(np.float64) for name in ("brightness", "contrast"))
-    by_group = np.lexsort((brightness, group))
-    # One ascending number for (hash value, brightness): brightness is below 256, so values are 1024 apart.
-    place = group[by_group] * 1024.0 + brightness[by_group]
+_LOOKS = (("hash", np.uint64), ("brightness", np.float64), ("contrast", np.float64))
+
+
+class Looks(NamedTuple):
+    """Columns of the facts, (N,) each."""
+
+    hash: np.ndarray
+    brightness: np.ndarray
+    contrast: np.ndarray
+
+
+def _check_budget(count: int, most: int, distance: int) -> None:
+    if count > most:
+        raise StageError(
+            f"more than {most:,} pairs of images have almost the same perceptual hash: it does not tell these images "
+            f"apart; set validate.near_duplicate_distance below {distance}, or to null"
+        )
+
+
+def is_plain(hashes: np.ndarray) -> np.ndarray:
+    """Whether almost all bits of a hash are alike, (N,) bool."""
+    bits_set = np.bitwise_count(hashes).astype(np.int64)
+    return np.minimum(bits_set, BITS - bits_set) <= PLAIN_BITS
+
+
+def _plain_pairs(look: Looks, distance: int) -> Iterator[np.ndarray]:
+    """Pairs (P, 2) of rows that are both plain: neighbours in brightness, then checked for contrast and hash."""
+    plain = np.flatnonzero(is_plain(look.hash))
+    plain = plain[np.argsort(look.brightness[plain], kind="stable")]
+    brightness = look.brightness[plain]
+    ends = np.searchsorted(brightness, brightness + PLAIN_TOLERANCE, side="right")
+    after = np.arange(1, len(plain) + 1)
+    _check_budget(int((ends - after).sum()), MAX_COMPARISONS, distance)
+    for part in _chunks(ends - after):
+        matches, query = _ranges(after[part], (ends - after)[part])
+        one, other = plain[part][query], plain[matches]
+        keep = np.abs(look.contrast[one] - look.contrast[other]) <= PLAIN_TOLERANCE
+        keep[keep] = np.bitwise_count(look.hash[one[keep]] ^ look.hash[other[keep]]) <= distance
+        yield np.stack([one[keep], other[keep]], axis=1)
+
+
+def _structured_pairs(look: Looks, distance: int, tolerance: float) -> Iterator[np.ndarray]:
+    """Pairs (P, 2) of rows of which one at least is not plain: close hashes, then windows in brightness within each."""
+    values, group = np.unique(look.hash, return_inverse=True)
+    by_group = np.lexsort((look.brightness, group))
+    # One ascending number for (hash, brightness): brightness is below 256, so hashes are 1024 apart.
+    place = group[by_group] * 1024.0 + look.brightness[by_group]
     starts = np.searchsorted(group[by_group], np.arange(len(values) + 1))
     sizes = np.diff(starts)
-    itself = np.flatnonzero(sizes > 1)
+    itself = np.flatnonzero((sizes > 1) & ~is_plain(values))
     near, nearby = _close_values(values, distance)
     left, right = np.concatenate([itself, near]), np.concatenate([itself, nearby])
-    window = np.where(plain[left] & plain[right], PLAIN_TOLERANCE, tolerance)
     for some in _chunks(sizes[left]):
         queries, pair = _ranges(starts[left[some]], sizes[left[some]])
-        target, reach = right[some][pair], window[some][pair]
-        seen = brightness[by_group[queries]]
-        low = np.searchsorted(place, target * 1024.0 + seen - reach, side="left")
-        high = np.searchsorted(place, target * 1024.0 + seen + reach, side="right")
+        sought = right[some][pair] * 1024.0 + look.brightness[by_group[queries]]
+        low = np.searchsorted(place, sought - tolerance, side="left")
+        high = np.searchsorted(place, sought + tolerance, side="right")
         for part in _chunks(high - low):
             matches, query = _ranges(low[part], (high - low)[part])
             one, other = by_group[queries[part][query]], by_group[matches]
-            # Both ends of a window within one value see each other: keep one of the two, and nobody with itself.
-            keep = np.abs(contrast[one] - contrast[other]) <= reach[part][query]
+            keep = np.abs(look.contrast[one] - look.contrast[other]) <= tolerance
+            # Within one hash both see each other: keep one of the two, and nobody with itself.
             keep &= (one < other) | (group[one] != group[other])
-            yield np.stack([np.minimum(one, other)[keep], np.maximum(one, other)[keep]], axis=1)
+            yield np.stack([one[keep], other[keep]], axis=1)
 
 
 def _chunks(sizes: np.ndarray) -> Iterator[slice]:
@@ -162,35 +195,39 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _close_values(values: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs (i < j) of distinct hashes within `distance` bits, by the pigeonhole principle.
+    """All pairs (i < j) of distinct hashes within `distance` bits, not both plain, by the pigeonhole principle.
 
     The bits are dealt into `distance + intact` blocks; `distance` changed bits leave at least `intact` blocks alone.
     So for every choice of `intact` blocks, only hashes that agree on all of these are compared (cf. Norouzi, Punjani &
     Fleet 2012, "Fast search in Hamming space with multi-index hashing").
     """
-    count = len(values)
-    codes = [np.empty(0, np.int64)]
+    count, plain = len(values), is_plain(values)
+    codes, compared = [np.empty(0, np.int64)], 0
     if distance > 0 and count > 1:
         for mask in _masks(distance, _intact_blocks(count, distance)):
-            key = values & mask
-            order = np.argsort(key)
-            for one, other in _neighbours(key[order], values[order], distance):
+            key = values & np.uint64(mask)
+            free = np.uint64(~mask & -~mask)  # lowest bit outside the mask: it sorts hashes behind the plain ones
+            order = np.argsort(np.where(plain, key, key | free))
+            for one, other in _neighbours(key[order], ~plain[order]):
+                compared += len(one)
+                _check_budget(compared, MAX_COMPARISONS, distance)
                 i, j = order[one], order[other]
-                codes.append(np.minimum(i, j) * count + np.maximum(i, j))
+                near = np.bitwise_count(values[i] ^ values[j]) <= distance
+                codes.append(np.minimum(i, j)[near] * count + np.maximum(i, j)[near])
     code = np.unique(np.concatenate(codes))
     return code // max(count, 1), code % max(count, 1)
 
 
-def _neighbours(key: np.ndarray, values: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Positions of pairs within `distance` bits in each run of equal keys: neighbours, then next but one, and so on."""
-    alive, step = np.arange(len(key) - 1), 1
+def _neighbours(key: np.ndarray, structured: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of positions in each run of equal keys of which the second at least is structured: neighbours, then next
+    but one, and so on. In a run the plain ones come first."""
+    alive, step = np.flatnonzero(structured), 1
     while True:
-        alive = alive[alive + step < len(key)]
-        alive = alive[key[alive] == key[alive + step]]
+        alive = alive[alive >= step]
+        alive = alive[key[alive] == key[alive - step]]
         if not alive.size:
             return
-        near = np.bitwise_count(values[alive] ^ values[alive + step]) <= distance
-        yield alive[near], alive[near] + step
+        yield alive - step, alive
         step += 1
 
 
@@ -207,12 +244,12 @@ def _intact_blocks(count: int, distance: int) -> int:
     return min(range(1, 6), key=cost)
 
 
-def _masks(distance: int, intact: int) -> Iterator[np.uint64]:
+def _masks(distance: int, intact: int) -> Iterator[int]:
     """Bit masks of every choice of `intact` blocks. A block is every n-th bit: neighbouring bits are correlated."""
     blocks = distance + intact
     block_masks = [sum(1 << bit for bit in range(block, BITS, blocks)) for block in range(blocks)]
     for chosen in combinations(block_masks, intact):
-        yield np.uint64(sum(chosen))
+        yield sum(chosen)
 
 
 # ------------------------------------------------------------------------------------------------ on pixels

@@ -1,5 +1,6 @@
 """What is expected of images, batches, classes and of drift: one readable table, checked by Great Expectations."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from stages.params.validate import Validate
 
 Scope = Literal["image", "batch", "class", "drift"]
 Severity = Literal["quarantine", "stop", "note"]
+
+SHOWN = 5  # keys and classes that a message names
 
 # In the words of Great Expectations.
 SEVERITIES: dict[Severity, str] = {"stop": "critical", "quarantine": "warning", "note": "info"}
@@ -55,6 +58,8 @@ class Expectation:
     """The key of params.yaml that sets the limit; empty where there is none."""
     reason: str
     """Why a person should care when it fails, in plain words."""
+    fault: str = ""
+    """What to call the images that fail it."""
 
     @property
     def limit(self) -> str:
@@ -64,10 +69,14 @@ class Expectation:
             case {"value_set": values}:
                 return ", ".join({True: "yes", False: "no"}.get(value, str(value)) for value in values)
             case {"min_value": limit}:
-                return f"≥ {limit:,}"
+                return f"≥ {_number(limit)}"
             case {"max_value": limit}:
-                return f"≤ {limit:,}"
+                return f"≤ {_number(limit)}"
         return "none"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.10g}"
 
 
 EXACT, NEAR = "no_exact_duplicate", "no_near_duplicate"
@@ -81,20 +90,20 @@ def image_expectations(limits: Validate) -> list[Expectation]:
     image = partial(Expectation, scope="image", severity="quarantine")
     return [
         image(name="not_empty", column="bytes", check=at_least(1), parameter="",
-              reason="The file has no bytes at all."),
+              fault="empty files", reason="The file has no bytes at all."),
         image(name="known_format", column="format", check=one_of(*limits.formats), parameter="validate.formats",
-              reason="Its first bytes are of no image format that we read, whatever its name says."),
+              fault="not images", reason="Its first bytes are of no image format that we read, whatever its name says."),
         image(name="sane_size", column="pixels", check=at_most(limits.max_pixels), parameter="validate.max_pixels",
-              reason="So many pixels that decoding it could take the machine down."),
+              fault="too many pixels", reason="So many pixels that decoding it could take the machine down."),
         image(name="decodes", column="decodes", check=one_of(True), parameter="",
-              reason="Damaged: it does not decode to its last byte. A loader would crash on it, or train on grey."),
+              fault="damaged", reason="Damaged: it does not decode to its last byte. A loader would crash on it, or train on grey."),
         image(name="large_enough", column="short_side", check=at_least(limits.min_side), parameter="validate.min_side",
-              reason="Too few pixels on its shorter side to show anything."),
+              fault="too small", reason="Too few pixels on its shorter side to show anything."),
         image(name="sane_aspect", column="aspect", check=at_most(limits.max_aspect), parameter="validate.max_aspect",
-              reason="So long and narrow that a square crop shows almost nothing of it."),
+              fault="too narrow", reason="So long and narrow that a square crop shows almost nothing of it."),
         image(name="not_flat", column="contrast", check=at_least(limits.min_contrast),
               parameter="validate.min_contrast",
-              reason="One flat colour: nothing to learn from."),
+              fault="one flat colour", reason="One flat colour: nothing to learn from."),
     ]  # fmt: skip
 
 
@@ -102,9 +111,10 @@ def duplicate_expectations() -> list[Expectation]:
     """Of every image among those that came before it; only images that pass all others are compared."""
     image = partial(Expectation, scope="image", severity="quarantine", check=none())
     return [
-        image(name=EXACT, column="duplicate_of", parameter="",
+        image(name=EXACT, column="duplicate_of", parameter="", fault="exact duplicates",
               reason="The same bytes as an image that stays: it would count twice, or let a test image into training."),
         image(name=NEAR, column="near_duplicate_of", parameter="validate.near_duplicate_distance",
+              fault="near-duplicates",
               reason="The same picture as an image that stays (resized, recoded, brightened); confirmed on pixels."),
     ]  # fmt: skip
 
@@ -207,6 +217,7 @@ def _failing_rows(result: Any) -> np.ndarray:
 def _great_expectations() -> tuple[Any, Callable[[pd.DataFrame, Any], Any]]:
     """The package (it takes 4 to 9 s to import, so only who validates pays) and a function (table, suite) → result."""
     os.environ |= {"GX_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+    logging.getLogger("great_expectations").setLevel(logging.WARNING)  # it narrates its own start at level INFO
     import great_expectations as gx
     import great_expectations.expectations
     from great_expectations.data_context.types.base import ProgressBarsConfig
@@ -225,3 +236,85 @@ def _great_expectations() -> tuple[Any, Callable[[pd.DataFrame, Any], Any]]:
         return whole.get_batch(batch_parameters={"dataframe": table}).validate(suite, result_format=complete)
 
     return gx, validate
+
+
+# ------------------------------------------------------------------------------------------------ why it stops
+
+
+def explain(expectation: Expectation, wrong: pd.DataFrame, images: pd.DataFrame) -> list[str]:
+    """One message a batch, or a role, about the rows of a table that fail `expectation`: what, where, what governs it.
+
+    Args:
+        expectation: one that stops.
+        wrong: failing rows of the batch, class or drift table (columns: see stages/validate.py).
+        images: all of them, with reason (empty: accepted).
+    """
+    limit = f"{expectation.limit}, {expectation.parameter}"
+    match expectation.name:
+        case "some_accepted":
+            return [
+                f"{_batch(row)}: none of {row['images']} images is accepted{_worst(images, row['batch'])}"
+                for row in _records(wrong)
+            ]
+        case "few_quarantined":
+            return [
+                f"{_batch(row)}: {row['share_quarantined']:.1%} are quarantined, {row['quarantined']:,} of "
+                f"{row['images']:,} images ({limit}){_worst(images, row['batch'])}"
+                for row in _records(wrong[wrong["accepted"] > 0])  # of the others `some_accepted` has said it
+            ]
+        case "labelled":
+            return [
+                f"{_batch(row)}: {row['unlabelled']:,} images have no class; put each into the folder of its class"
+                for row in _records(wrong)
+            ]
+        case "enough_to_train":
+            return [
+                f"{role}: too few accepted training images ({limit}) of {len(rows)} classes: "
+                + _some([f"{row['class_name']} has {row['train']}" for row in _records(rows)])
+                for role, rows in wrong.groupby("role", sort=False)
+            ]
+        case "known_class":
+            return [
+                f"batch `{batch}` (finetune): new classes: {_some(list(rows['class_name']))}; "
+                f"rename the folders, or let them in by {expectation.parameter}: true"
+                for batch, rows in wrong.groupby("new_in", sort=False)
+            ]
+        case "no_drift":
+            return [
+                f"{_batch(rows.iloc[0])}: drifts from the earlier ones in "
+                + _some([f"{row['fact']} (KS distance {row['distance']:.3f})" for row in _records(rows)])
+                + f"; give the reason as batches.{batch}.accept_drift, or set {expectation.parameter}.stop: false"
+                for batch, rows in wrong.groupby("batch", sort=False)
+            ]
+    raise AssertionError(f"no words for {expectation.name}")
+
+
+def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    return table.to_dict("records")
+
+
+def _batch(row: Any) -> str:
+    return f"batch `{row['batch']}` ({row['role']})"
+
+
+def _worst(images: pd.DataFrame, batch: str) -> str:
+    """What was wrong with a batch: counts by reason, and the first few keys."""
+    bad = images[(images["batch"] == batch) & (images["reason"] != "")].sort_values("key")
+    if bad.empty:
+        return ""
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in bad["reason"].value_counts().items())
+    first = [
+        f"{printable(row['key'])} ({row['reason']}{': ' + printable(row['error']) if row['error'] else ''})"
+        for row in _records(bad.head(SHOWN))
+    ]
+    return f": {counts}. First: {'; '.join(first)}"
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - SHOWN:,} more" if len(items) > SHOWN else ""
+    return ", ".join(printable(item) for item in items[:SHOWN]) + more
+
+
+def printable(text: str) -> str:
+    """File and class names come from strangers: control characters are escaped before they reach a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stages.command import StageError
-from stages.data.sharding import read_index
+from stages.data.shard_sets import read_index
 from stages.files import sha256
 
 if TYPE_CHECKING:

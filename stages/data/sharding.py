@@ -2,9 +2,7 @@
 
 import hashlib
 import io
-import json
 import tarfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -98,19 +96,6 @@ def channel_statistics(parts: list[PixelSums]) -> dict[str, list[float] | None]:
     return {"mean": [round(m / 255, 6) for m in means], "std": [round(s / 255, 6) for s in stds]}
 
 
-def pooled_statistics(indexes: list[dict[str, Any]]) -> dict[str, list[float]] | None:
-    """Mean and standard deviation of R, G and B over several shard sets, by number of training images; None where
-    there are no training images."""
-    trained = [index for index in indexes if index["mean"]]
-    if not trained:
-        return None
-    counts = [index["splits"]["train"]["count"] for index in trained]
-    means, stds = np.array([index["mean"] for index in trained]), np.array([index["std"] for index in trained])
-    mean = np.average(means, axis=0, weights=counts)
-    std = np.sqrt(np.average(stds**2 + means**2, axis=0, weights=counts) - mean**2)
-    return {"mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
-
-
 def _write_split(rows: pd.DataFrame, raw: Path, out: Path, shard: Shard, split: str, batch: str) -> list[WrittenShard]:
     # The key order does not depend on how rows arrived; the shuffle at writing mixes the classes.
     order = np.random.default_rng([shard.seed, SPLITS.index(split)]).permutation(len(rows))
@@ -194,20 +179,3 @@ def _entry(shard: WrittenShard) -> dict[str, Any]:
     entry = asdict(shard)
     del entry["pixels"]
     return entry
-
-
-def read_index(shard_set: Path) -> dict[str, Any]:
-    """`index.json` of a shard set.
-
-    Raises:
-        StageError: it is not there.
-    """
-    path = shard_set / "index.json"
-    if not path.is_file():
-        raise StageError(f"{shard_set} is not a shard set (no index.json); `dvc repro shard@{shard_set.name}` makes it")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def shard_sets(role: str) -> Iterator[Path]:
-    """The shard sets of a role, sorted by name. Those of batches no longer listed have been removed by validate."""
-    yield from sorted(path.parent for path in (Path("data/shards") / role).glob("*/index.json"))

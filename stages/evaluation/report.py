@@ -21,9 +21,9 @@ MOST_CLASSES_AT_ONCE = 40
 """Longer tables of classes show the worst and fold the rest away."""
 MOST_CLASSES_IN_HEAT_MAP = 24
 MODELS = {
-    "before": "Before: frozen backbone, nearest class mean",
-    "test": "After: fine-tuned",
-    "scratch": "From scratch, same recipe",
+    "before": ("Before", "frozen backbone, nearest class mean"),
+    "test": ("After", "fine-tuned"),
+    "scratch": ("From scratch", "same recipe, random start"),
 }
 
 
@@ -105,7 +105,7 @@ def render(findings: Findings) -> str:
 
 
 def model_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Before, after and from scratch: figures, and what fine-tuning gained over each. A model that is not there is left out."""
+    """Before, after and from scratch: figures, and what fine-tuning gained over each. What is not there is left out."""
     return [
         {"id": name, "label": label, "figures": metrics[name], "gain": metrics["gain"].get(name)}
         for name, label in MODELS.items()
@@ -155,7 +155,9 @@ def heat_map(classes: Sequence[str], confusion: Int64) -> dict[str, Any]:
     rows = [
         {
             "name": classes[i],
-            "cells": [{"times": int(confusion[i, j]), "share": confusion[i, j] / support[i], "hit": i == j} for j in shown],
+            "cells": [
+                {"times": int(confusion[i, j]), "share": confusion[i, j] / support[i], "hit": i == j} for j in shown
+            ],
         }
         for i in shown
     ]
@@ -187,21 +189,29 @@ def curve_panels(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> list[di
     return [panel for panel in panels if panel["lines"]]
 
 
-def _panel(title: str, runs: Mapping[str, Sequence[Mapping[str, float]]], keys: list[str], share: bool) -> dict[str, Any]:
+def _panel(
+    title: str, runs: Mapping[str, Sequence[Mapping[str, float]]], keys: list[str], share: bool
+) -> dict[str, Any]:
     """Lines as points in shares of the panel, (0, 0) at its lower left."""
-    lines = [
-        {"run": run, "key": key, "points": [(epoch["epoch"], epoch[key]) for epoch in epochs if key in epoch]}
+    points = {
+        (run, key): [(epoch["epoch"], epoch[key]) for epoch in epochs if key in epoch]
         for run, epochs in runs.items()
         for key in keys
+    }
+    every = [point for line in points.values() for point in line]
+    top = 1.0 if share else 1.05 * max((y for _, y in every), default=1.0)
+    last = max((x for x, _ in every), default=1)
+    lines: list[dict[str, Any]] = [
+        {"run": run, "key": key, "end": line[-1][1], "points": [((x - 1) / max(last - 1, 1), y / top) for x, y in line]}
+        for (run, key), line in points.items()
+        if line
     ]
-    lines = [line for line in lines if line["points"]]
-    top = 1.0 if share else max((y for line in lines for _, y in line["points"]), default=1.0) * 1.05
-    last = max((x for line in lines for x, _ in line["points"]), default=1)
-    for line in lines:
-        line["end"] = line["points"][-1][1]
-        line["points"] = [((x - 1) / max(last - 1, 1), y / top) for x, y in line["points"]]
-    marks = ticks(0, top, 4)
-    return {"title": title, "lines": lines, "share": share, "last": int(last), "ticks": [(y, y / top) for y in marks]}
+    for number, line in enumerate(lines):
+        # The end of a line is written beside it, unless another's is written there.
+        before = [other["end"] for other in lines[:number] if other["named"]]
+        line["named"] = line["key"] != "train_loss" and all(abs(line["end"] - end) > 0.07 * top for end in before)
+    heights = [(y, y / top) for y in ticks(0, top, 4)]
+    return {"title": title, "lines": lines, "share": share, "last": int(last), "ticks": heights}
 
 
 def ticks(low: float, high: float, wanted: int) -> list[float]:

@@ -1,0 +1,309 @@
+"""evaluate: test and fresh shards and three models -> reports/{metrics.json,predictions.parquet,plots/,report.html}."""
+
+import argparse
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from stages.command import StageError, run
+from stages.data.facts import write_table
+from stages.data.loading import Samples, read_samples
+from stages.data.shard_sets import shard_sets
+from stages.evaluation import intervals, metrics, report
+from stages.files import replaced_directory, sha256, write_json, write_text
+from stages.params.evaluate import Evaluate
+from stages.params.load import load_section
+from stages.params.training import Training
+
+logger = logging.getLogger(__name__)
+MODELS = Path("models")
+REPORTS = Path("reports")
+ACCEPTED = Path("data/accepted")
+QUARANTINE = Path("data/quarantine.parquet")
+MOST_MISTAKES = 24
+DIGITS = 6
+"""Of every figure written: what lies beyond is noise to a reader and differs between builds of numpy."""
+PREDICTIONS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("batch", pa.string()),
+        ("split", pa.string()),  # test or fresh
+        ("label", pa.int32()),
+        ("logits", pa.list_(pa.float32())),  # of the fine-tuned model
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Logits (N, C) float32 on the images of one split, in their order."""
+
+    samples: Samples
+    finetuned: np.ndarray
+    before: np.ndarray | None = None
+    scratch: np.ndarray | None = None
+
+
+def main() -> None:
+    """Asks the models once, then works out figures, plots and the page."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    settings = load_section("evaluate", Evaluate)
+    training = load_section("training", Training)
+    sets = list(shard_sets("finetune"))
+    test, fresh = (read_samples(sets, split).labelled() for split in ("test", "fresh"))
+    if not len(test):
+        raise StageError("data/shards/finetune holds no labelled test image, so there is nothing to evaluate on; "
+                         "see `split.test_fraction` in params.yaml")  # fmt: skip
+    check_complete({"test": test, "fresh": fresh}, ACCEPTED / "finetune")
+    config = _config()
+    on_test, on_fresh = _ask(read_samples(sets, "train").labelled(), test, fresh, config, settings, training)
+    figures = _rounded(collect_metrics(on_test, on_fresh, settings))
+    _write(on_test, on_fresh, figures, config, settings)
+    logger.info("evaluate: top-1 %.3f on %d test images", figures["test"]["top1"], len(test))
+
+
+def check_complete(splits: Mapping[str, Samples], accepted: Path) -> None:
+    """Holds the images about to be scored against the accepted ones: each labelled one exactly once, under its label.
+
+    Args:
+        accepted: folder of accepted/<role>/<batch>.parquet.
+
+    Raises:
+        StageError: naming the first image that is missing, there twice, not accepted, or labelled otherwise.
+    """
+    columns = ["key", "split", "label"]
+    files = sorted(accepted.glob("*.parquet"))
+    rows = pd.concat([pd.read_parquet(path, columns=columns) for path in files] or [pd.DataFrame(columns=columns)])
+    for split, samples in splits.items():
+        of_split = rows[(rows["split"] == split) & (rows["label"] >= 0)]
+        expected = dict(zip(of_split["key"], of_split["label"], strict=True))
+        scored = dict(zip(samples.key, samples.label.tolist(), strict=True))
+        advice = "The shards are not those of data/accepted; `dvc repro` makes them anew"
+        if len(scored) < len(samples):
+            twice = pd.Series(samples.key)
+            raise StageError(
+                f"data/shards/finetune holds {twice[twice.duplicated()].iloc[0]} twice in {split}. {advice}"
+            )
+        if missing := sorted(expected.keys() - scored.keys()):
+            raise StageError(
+                f"{len(missing)} accepted images of {split} are not in the shards, the first is {missing[0]}. {advice}"
+            )
+        if extra := sorted(scored.keys() - expected.keys()):
+            raise StageError(f"{len(extra)} images of {split} were not accepted, the first is {extra[0]}. {advice}")
+        if other := sorted(key for key, label in scored.items() if label != expected[key]):
+            raise StageError(f"{len(other)} images of {split} have another label, the first is {other[0]}. {advice}")
+
+
+def _config() -> dict[str, Any]:
+    path = MODELS / "finetuned/config.json"
+    if not path.is_file():
+        raise StageError(f"{path} is missing, so there is no model to evaluate; `dvc repro finetune` makes it")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    classes = json.loads(Path("data/classes/finetune.json").read_text(encoding="utf-8"))
+    if config["classes"] != classes:
+        raise StageError(
+            f"{path} and data/classes/finetune.json name other classes; `dvc repro finetune` makes the model anew"
+        )
+    return config
+
+
+def _ask(
+    train: Samples, test: Samples, fresh: Samples, config: Mapping[str, Any], settings: Evaluate, training: Training
+) -> tuple[Answers, Answers]:
+    """All that models are asked: three of them on test, the fine-tuned one on fresh, the backbone on train."""
+    from stages.evaluation.inference import class_means, logits_and_features, nearest_class_mean
+    from stages.training.devices import set_up
+    from stages.training.models import load_classifier
+
+    compute = set_up(training)
+    has_scratch = (MODELS / "scratch/model.safetensors").is_file()
+    names = ("finetuned", "backbone", *(("scratch",) if has_scratch else ()))
+    models = {name: load_classifier(MODELS / name, compute.device)[0] for name in names}
+    for model in models.values():
+        compute.place(model)
+    backbone = {"backbone": models.pop("backbone")}
+
+    def said(samples: Samples, classifiers: Mapping[str, Any], backbones: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return dict(
+            logits_and_features(
+                samples, classifiers, backbones, image_size=config["image_size"], resize=config["resize"],
+                batch_size=settings.batch_size, compute=compute,
+            )
+        )  # fmt: skip
+
+    means = class_means(said(train, {}, backbone)["backbone"], train.label, len(config["classes"]))
+    on_test = said(test, models, backbone)
+    before = nearest_class_mean(on_test["backbone"], means)
+    on_fresh = said(fresh, {"finetuned": models["finetuned"]}, {})["finetuned"]
+    return (
+        Answers(test, on_test["finetuned"], before, on_test.get("scratch")),
+        Answers(fresh, on_fresh.reshape(len(fresh), len(config["classes"]))),
+    )
+
+
+def collect_metrics(test: Answers, fresh: Answers, settings: Evaluate) -> dict[str, Any]:
+    """What reports/metrics.json holds, not rounded yet; NaN where a figure was not computed."""
+    labels = test.samples.label
+    others = {"before": test.before, "scratch": test.scratch}
+    figures: dict[str, Any] = {"test": intervals.figures(test.finetuned, labels, settings)}
+    for name, logits in others.items():
+        figures[name] = (
+            dict.fromkeys(figures["test"], np.nan)
+            if logits is None
+            else intervals.figures(logits, labels, settings, calibrated=name != "before")
+        )
+    figures["gain"] = {
+        name: intervals.gain(test.finetuned, logits, labels, settings)
+        for name, logits in others.items()
+        if logits is not None
+    }
+    figures["fresh"] = {
+        name: intervals.figures(fresh.finetuned[rows], fresh.samples.label[rows], settings)
+        for index, name in enumerate(fresh.samples.batch_names)
+        if (rows := fresh.samples.batch == index).any()
+    }
+    figures["data"] = {
+        "accepted": sum(_rows(path) for path in ACCEPTED.rglob("*.parquet")),
+        "quarantined": _rows(QUARANTINE),
+    }
+    return figures
+
+
+def _rows(path: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path).num_rows
+
+
+def _write(test: Answers, fresh: Answers, figures: dict[str, Any], config: dict[str, Any], settings: Evaluate) -> None:
+    findings = _findings(test, figures, config, settings)
+    _write_predictions(test, fresh)
+    _write_plots(test, findings)
+    write_text(REPORTS / "report.html", report.render(findings))
+    write_json(REPORTS / "metrics.json", figures)
+
+
+def _findings(test: Answers, figures: dict[str, Any], config: dict[str, Any], settings: Evaluate) -> report.Findings:
+    predicted, labels = metrics.predictions(test.finetuned), test.samples.label
+    bins = settings.calibration_bins
+    noise = intervals.calibration_noise(test.finetuned, bins, settings.bootstrap, settings.seed)
+    quarantine = pd.read_parquet(QUARANTINE, columns=["batch", "reason"])
+    return report.Findings(
+        classes=config["classes"],
+        metrics=figures,
+        confusion=metrics.confusion_matrix(labels, predicted, len(config["classes"])),
+        reliability=metrics.reliability(test.finetuned, labels, bins),
+        calibrated_ece=float(noise.mean()),
+        mistakes=_mistakes(test, config["classes"]),
+        curves=_curves(),
+        data=_data_rows(_counts(quarantine["batch"])),
+        reasons=_counts(quarantine["reason"]),
+        config=config,
+        sha256=sha256(MODELS / "finetuned/model.safetensors"),
+        settings=settings.model_dump(),
+    )
+
+
+def _mistakes(test: Answers, classes: Sequence[str]) -> list[report.Mistake]:
+    """The wrong answers that the model was surest of."""
+    predicted, sure = metrics.predictions(test.finetuned), metrics.confidences(test.finetuned)
+    wrong = [int(i) for i in np.flatnonzero(predicted != test.samples.label)]
+    wrong.sort(key=lambda i: (-round(float(sure[i]), DIGITS), test.samples.key[i]))
+    return [
+        report.Mistake(
+            key=test.samples.key[i],
+            actual=classes[test.samples.label[i]],
+            predicted=classes[predicted[i]],
+            probability=float(sure[i]),
+            jpeg=test.samples.jpeg(i),
+        )
+        for i in wrong[:MOST_MISTAKES]
+    ]
+
+
+def _curves() -> dict[str, list[dict[str, float]]]:
+    """Epochs by run, of what training has reported."""
+    curves = {}
+    pretrain, finetune = (_report(REPORTS / name / "metrics.json") for name in ("pretrain", "finetune"))
+    for name, part in (("pretrain", pretrain), *((name, finetune.get(name, {})) for name in ("finetuned", "scratch"))):
+        curves[name] = part.get("epochs", [])
+    return curves
+
+
+def _report(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _data_rows(quarantined: Mapping[str, int]) -> list[report.DataRow]:
+    rows = []
+    for path in sorted(ACCEPTED.glob("*/*.parquet"), key=lambda path: (path.parent.name == "finetune", path.name)):
+        splits = _counts(pd.read_parquet(path, columns=["split"])["split"])
+        rows.append(report.DataRow(path.stem, path.parent.name, splits, quarantined.get(path.stem, 0)))
+    return rows
+
+
+def _counts(values: pd.Series) -> dict[str, int]:
+    """How often each value occurs, the most frequent first."""
+    counts = {str(value): int(n) for value, n in values.value_counts().items()}
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _write_predictions(*answers: Answers) -> None:
+    names = ("test", "fresh")
+    frames = [
+        pd.DataFrame(
+            {
+                "key": each.samples.key,
+                "batch": [each.samples.batch_names[i] for i in each.samples.batch],
+                "split": split,
+                "label": each.samples.label.astype(np.int32),
+                "logits": list(each.finetuned),
+            }
+        )
+        for split, each in zip(names, answers, strict=True)
+        if len(each.samples)
+    ]
+    write_table(pd.concat(frames, ignore_index=True), PREDICTIONS, REPORTS / "predictions.parquet")
+
+
+def _write_plots(test: Answers, findings: report.Findings) -> None:
+    """CSV files as `dvc plots` draws them."""
+    names = np.array(findings.classes)
+    confusion = pd.DataFrame(
+        {"actual": names[test.samples.label], "predicted": names[metrics.predictions(test.finetuned)]}
+    )
+    rows = report.class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
+    columns = {"name": "class", "support": "support", "recall": "recall", "low": "recall_low", "high": "recall_high",
+               "precision": "precision", "f1": "f1"}  # fmt: skip
+    curve = findings.reliability
+    bins = pd.DataFrame({"confidence": curve.confidence, "accuracy": curve.accuracy, "count": curve.count})
+    epochs = pd.DataFrame([{"run": run} | dict(epoch) for run, each in findings.curves.items() for epoch in each])
+    tables = {
+        "confusion": confusion,
+        "per_class": pd.DataFrame(rows, columns=list(columns)).rename(columns=columns),
+        "reliability": bins[curve.count > 0],
+        "curves": epochs.reindex(columns=["run", "epoch", *sorted(set(epochs.columns) - {"run", "epoch"})]),
+    }
+    with replaced_directory(REPORTS / "plots") as aside:
+        for name, table in tables.items():
+            table.to_csv(aside / f"{name}.csv", index=False, float_format=f"%.{DIGITS}f", lineterminator="\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Figures as they are written: rounded, null where not computed."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, int | np.integer):
+        return int(value)
+    return None if np.isnan(value) else round(float(value), DIGITS)
+
+
+if __name__ == "__main__":
+    run(main)

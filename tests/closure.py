@@ -1,0 +1,134 @@
+"""What a module needs, read from its source: `python -m tests.closure stages.pretrain` prints it for dvc.yaml.
+
+Every import counts, also one inside a function; only those for type checkers alone do not.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = ("stages", "pipelines", "tests", "bench")
+UNTRACKED = "stages/tracking.py"
+"""Only observes, so no stage depends on it; neither do the imports that it makes."""
+
+# Import name -> name in requirements.lock, where the two differ.
+DISTRIBUTIONS = {"PIL": "pillow", "great_expectations": "great-expectations", "nvidia": "nvidia-dali-cuda130"}
+DISTRIBUTIONS |= {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+
+
+def source_of(module: str) -> Path:
+    """The file of `stages.data.facts`, relative to the root."""
+    return Path(*module.split(".")).with_suffix(".py")
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Dotted names that a file imports; `from a import b` is `a.b` where that is a module of this project."""
+    found: set[str] = set()
+    for node in _running_code(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.update(_module(node.module, alias.name) for alias in node.names)
+    return frozenset(found)
+
+
+def _module(package: str, name: str) -> str:
+    return f"{package}.{name}" if (ROOT / source_of(f"{package}.{name}")).is_file() else package
+
+
+def _running_code(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from (each for other in node.orelse for each in (other, *_running_code(other)))
+        else:
+            yield node
+            yield from _running_code(node)
+
+
+@cache
+def named_files(path: Path) -> frozenset[Path]:
+    """Files beside `path` that it names in a string: templates, and code that is used as a file."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    names = set(re.findall(r"""["']([\w-]+(?:\.[\w-]+)*\.(?:py|j2|css|js|svg))["']""", text))
+    return frozenset(path.with_name(name) for name in names if (ROOT / path).with_name(name).is_file())
+
+
+def closure(module: str) -> set[Path]:
+    """Every project file that the module's work depends on, itself included, relative to the root."""
+    found: set[Path] = set()
+    waiting = [source_of(module)]
+    while waiting:
+        path = waiting.pop()
+        if path in found or path.as_posix() == UNTRACKED:
+            continue
+        found.add(path)
+        waiting += named_files(path)
+        if path.suffix == ".py":
+            waiting += [source_of(name) for name in imports(path) if name.split(".")[0] in PROJECT]
+    return found
+
+
+def packages(module: str) -> set[str]:
+    """Distributions, as the lock calls them, that the module's closure imports."""
+    files = [path for path in closure(module) if path.suffix == ".py"]
+    names = {name.split(".")[0] for path in files for name in imports(path)}
+    return {DISTRIBUTIONS.get(name, name) for name in names - set(PROJECT) - sys.stdlib_module_names}
+
+
+def locked(kind: str) -> set[str]:
+    """Distributions named in stages/versions/<kind>.txt."""
+    lines = (ROOT / f"stages/versions/{kind}.txt").read_text(encoding="utf-8").split()
+    return {line.split("==")[0] for line in lines}
+
+
+def versions(module: str) -> set[Path]:
+    """The versions files that name a package of the module's closure.
+
+    numpy, which both name, counts only where nothing else does: an upgrade of torch must not rerun the data stages, nor
+    one of pandas the training.
+    """
+    needed, both = packages(module), locked("data") & locked("training")
+    kinds = [kind for kind in ("data", "training") if needed & (locked(kind) - both)]
+    if not kinds and needed & both:
+        kinds = ["data"]
+    return {Path(f"stages/versions/{kind}.txt") for kind in kinds}
+
+
+def code_deps(module: str) -> list[str]:
+    """The project files among a stage's `deps` in dvc.yaml, sorted."""
+    return sorted(path.as_posix() for path in closure(module) | versions(module))
+
+
+def sections(module: str) -> set[str]:
+    """Sections of params.yaml that the closure loads, by their first name (`shard.pretrain` is `shard`)."""
+    found = set()
+    for path in closure(module):
+        # stages/params/ defines the loading; what is loaded is said where it is called.
+        if path.suffix == ".py" and path.parts[:2] != ("stages", "params"):
+            found |= _loaded(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+    return found
+
+
+def _loaded(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        if name in ("load_batches", "load_batch"):
+            found.add("batches")
+        if name == "load_section":
+            first = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            assert isinstance(first, ast.Constant), f"load_section wants a name that can be read: {ast.unparse(node)}"
+            found.add(str(first.value).split(".")[0])
+    return found
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(f"# {name}: params {', '.join(sorted(sections(name)))}", *code_deps(name), sep="\n- ")

@@ -1,0 +1,219 @@
+"""Exact and near-duplicates: found without comparing all pairs, confirmed on pixels, and decided from the top down."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageFilter
+
+from stages.command import StageError
+from stages.data import duplicates
+from stages.data.duplicates import find_duplicates, near_pairs, pixel_confirmation, same_thumbnails
+from stages.data.images import decode_strictly, difference_hash, read_header
+from stages.params.validate import Validate
+
+
+def _never(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.zeros(len(left), dtype=bool)
+
+
+def _always(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.ones(len(left), dtype=bool)
+
+
+def _looks(hashes: list[int] | np.ndarray, brightness: float = 100.0, contrast: float = 40.0) -> pd.DataFrame:
+    return pd.DataFrame({"hash": np.array(hashes, np.uint64), "brightness": brightness, "contrast": contrast})
+
+
+def _rows(hashes: list[int], contents: list[str] | None = None) -> pd.DataFrame:
+    return _looks(hashes).assign(sha256=contents or [str(number) for number in range(len(hashes))])
+
+
+def _clustered(count: int, seed: int) -> pd.DataFrame:
+    """Random hashes, most of them a few flipped bits away from another; some plain, some shared by many."""
+    rng = np.random.default_rng(seed)
+    centres = rng.integers(0, 2**64, count // 30, dtype=np.uint64)
+    centres[:3] = [0, 2**64 - 1, 0x0101]
+    hashes = rng.choice(centres, count)
+    for _ in range(4):
+        flipped = rng.random(count) < 0.5
+        hashes = np.where(flipped, hashes ^ (np.uint64(1) << rng.integers(0, 64, count, dtype=np.uint64)), hashes)
+    hashes[: count // 20] = 0
+    brightness, contrast = rng.uniform(60, 120, count), rng.uniform(20, 60, count)
+    return pd.DataFrame({"hash": hashes, "brightness": brightness, "contrast": contrast})
+
+
+def _brute_force(looks: pd.DataFrame, distance: int, difference: float) -> set[tuple[int, int]]:
+    """The definition of `near_pairs`, all pairs compared."""
+    hashes = looks["hash"].to_numpy()
+    plain = duplicates.is_plain(hashes)
+    tolerance = np.where(plain[:, None] & plain[None, :], duplicates.PLAIN_TOLERANCE, difference + 2.0)
+    near = np.bitwise_count(hashes[:, None] ^ hashes[None, :]) <= distance
+    for fact in ("brightness", "contrast"):
+        values = looks[fact].to_numpy()
+        near &= np.abs(values[:, None] - values[None, :]) <= tolerance
+    return {(int(i), int(j)) for i, j in zip(*np.nonzero(np.triu(near, 1)), strict=True)}
+
+
+@pytest.mark.parametrize("distance", [0, 1, 3, 6, 8])
+def test_near_pairs_are_those_that_comparing_all_pairs_finds(distance: int) -> None:
+    looks = _clustered(1500, seed=distance)
+    expected = _brute_force(looks, distance, 12.0)
+    assert len(expected) > 10
+    upper, lower = near_pairs(looks, distance, 12.0)
+    assert list(zip(upper.tolist(), lower.tolist(), strict=True)) == sorted(expected)
+
+
+@pytest.mark.parametrize("intact", [1, 2, 3, 4])
+def test_every_choice_of_blocks_finds_the_same_pairs(intact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = _clustered(800, seed=9)
+    monkeypatch.setattr(duplicates, "_intact_blocks", lambda count, distance: intact)
+    monkeypatch.setattr(duplicates, "CHUNK", 100)
+    upper, lower = near_pairs(looks, 6, 12.0)
+    assert set(zip(upper.tolist(), lower.tolist(), strict=True)) == _brute_force(looks, 6, 12.0)
+
+
+def test_a_crowd_with_one_plain_hash_does_not_explode() -> None:
+    rng = np.random.default_rng(1)
+    crowd = _looks(np.zeros(30_000))
+    crowd["brightness"], crowd["contrast"] = rng.uniform(0, 255, 30_000), rng.uniform(1, 80, 30_000)
+    upper, _ = near_pairs(crowd, 6, 12.0)
+    assert len(upper) < 30_000**2 / 2 / 1000
+
+
+def test_hashes_that_tell_nothing_apart_stop_with_the_parameter_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "MAX_PAIRS", 1000)
+    with pytest.raises(StageError, match="near_duplicate_distance below 6"):
+        near_pairs(_looks([0xF0F0F0F0F0F0F0F0] * 100), 6, 12.0)
+
+
+def test_no_images_have_no_pairs() -> None:
+    upper, lower = near_pairs(_looks([]), 6, 12.0)
+    assert len(upper) == len(lower) == 0
+
+
+def test_same_bytes_yield_to_the_first_without_a_look_at_pixels() -> None:
+    found = find_duplicates(_rows([1, 1, 9, 1], ["a", "a", "b", "a"]), Validate(), _never)
+    assert found.yields_to.tolist() == [-1, 0, -1, 0]
+    assert found.exact.tolist() == [False, True, False, True]
+
+
+def test_a_hash_match_that_pixels_refuse_is_no_duplicate() -> None:
+    rows = _rows([0x1234567812345678, 0x1234567812345678])
+    assert find_duplicates(rows, Validate(), _never).yields_to.tolist() == [-1, -1]
+    assert find_duplicates(rows, Validate(), _always).yields_to.tolist() == [-1, 0]
+
+
+def test_images_yield_only_to_images_that_stay() -> None:
+    # b is like a, c like b but not like a: b yields to a, and c has nobody to yield to. b's copy is like a, as b is.
+    a = 0x0F0F0F0F0F0F0F0F
+    b, c = a ^ 0b1111, a ^ 0b11111111
+    found = find_duplicates(_rows([a, b, c, b], ["a", "b", "c", "b"]), Validate(near_duplicate_distance=4), _always)
+    assert found.yields_to.tolist() == [-1, 0, -1, 0]
+    assert found.exact.tolist() == [False] * 4
+
+
+def test_null_distance_looks_for_exact_duplicates_only() -> None:
+    limits = Validate(near_duplicate_distance=None)
+    found = find_duplicates(_rows([7, 7, 7], ["a", "b", "a"]), limits, _always)
+    assert found.yields_to.tolist() == [-1, -1, 0]
+
+
+def test_what_comes_below_never_changes_what_is_above() -> None:
+    rows = _clustered(600, seed=5)
+    rows["sha256"] = np.random.default_rng(5).integers(0, 500, 600).astype(str)
+    whole = find_duplicates(rows, Validate(), _always)
+    assert (whole.yields_to >= 0).sum() > 50
+    for count in (1, 100, 350, 599):
+        part = find_duplicates(rows.iloc[:count], Validate(), _always)
+        assert part.yields_to.tolist() == whole.yields_to[:count].tolist()
+        assert part.exact.tolist() == whole.exact[:count].tolist()
+
+
+# ------------------------------------------------------------------------------------------------ on pixels
+
+
+def _picture(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(2))
+
+
+def _jpeg(image: Image.Image, quality: int = 90) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _archive(folder: Path, images: list[bytes]) -> pd.DataFrame:
+    """Images in one raw tar, and their rows of facts."""
+    rows = []
+    (folder / "all").mkdir(parents=True)
+    with tarfile.open(folder / "all/c.tar", "w") as tar:
+        for number, data in enumerate(images):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(folder / "all/c.tar") as tar:
+        for member, data in zip(tar.getmembers(), images, strict=True):
+            luminance = decode_strictly(data, read_header(data))
+            rows.append(
+                {
+                    "sha256": member.name,
+                    "tar": "all/c.tar",
+                    "offset": member.offset_data,
+                    "bytes": member.size,
+                    "hash": difference_hash(luminance),
+                    "brightness": luminance.mean(),
+                    "contrast": luminance.std(),
+                }
+            )
+    return pd.DataFrame(rows).astype({"hash": np.uint64})
+
+
+def test_recoded_resized_and_brightened_copies_are_found_and_other_pictures_are_not(tmp_path: Path) -> None:
+    original = _picture(1)
+    copies = [
+        _jpeg(original, quality=40),
+        _jpeg(original.resize((80, 60))),
+        _jpeg(original.resize((200, 120))),
+        _jpeg(original.point(lambda value: min(255, value + 6))),
+    ]
+    others = [_jpeg(_picture(seed)) for seed in range(2, 8)]
+    rows = _archive(tmp_path / "b", [_jpeg(original), *copies, *others])
+    confirm = pixel_confirmation(rows, [tmp_path / "b"] * len(rows), Validate())
+    found = find_duplicates(rows, Validate(), confirm)
+    assert found.yields_to.tolist() == [-1, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1]
+
+
+def test_pixels_refuse_a_collision_of_hashes(tmp_path: Path) -> None:
+    rows = _archive(tmp_path / "b", [_jpeg(_picture(1)), _jpeg(_picture(2))])
+    rows[["hash", "brightness", "contrast"]] = list(rows.loc[0, ["hash", "brightness", "contrast"]])
+    rows["hash"] = np.array([0x1234567812345678] * 2, np.uint64)
+    rows["sha256"] = ["a", "b"]
+    confirm = pixel_confirmation(rows, [tmp_path / "b"] * 2, Validate())
+    assert find_duplicates(rows, Validate(), _always).yields_to.tolist() == [-1, 0]
+    assert find_duplicates(rows, Validate(), confirm).yields_to.tolist() == [-1, -1]
+
+
+def test_thumbnails_must_agree_in_level_and_in_structure() -> None:
+    ramp = np.tile(np.arange(0, 128, 4, dtype=np.uint8), 32)
+    pictures = np.stack([ramp, ramp + 5, ramp + 60, ramp[::-1] + 0, np.full(1024, 62, np.uint8)])
+    against = np.arange(5)
+    assert same_thumbnails(pictures, np.zeros(5, int), against, Validate()).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_a_missing_raw_tar_says_how_to_get_it_back(tmp_path: Path) -> None:
+    rows = _archive(tmp_path / "raw/b", [_jpeg(_picture(1)), _jpeg(_picture(1), quality=50)])
+    (tmp_path / "raw/b/all/c.tar").unlink()
+    confirm = pixel_confirmation(rows, [tmp_path / "raw/b"] * 2, Validate())
+    with pytest.raises(StageError, match="dvc pull"):
+        find_duplicates(rows, Validate(), confirm)
