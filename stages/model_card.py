@@ -19,7 +19,6 @@ MOST_CHARACTERS = 5000
 MOST_BATCHES = 8
 MOST_REASONS = 12
 WORST_CLASSES = 5
-EM_SPACE = "\u2003"
 SPLITS = ("train", "val", "test", "fresh")
 
 
@@ -92,7 +91,6 @@ def render_card(candidate: Candidate, review: Review, links: Mapping[str, str]) 
         "conditions": review.verdict.conditions,
         "compared": review.note,
         "worst_classes": worst_classes(candidate.predictions, candidate.config["classes"]),
-        "splits": SPLITS,
         "batches": _batch_rows(candidate.batches),
         "quarantine_line": _quarantine_line(candidate.metrics.get("data", {})),
         "quarantined": [
@@ -137,19 +135,20 @@ def worst_classes(predictions: pd.DataFrame, classes: Sequence[str]) -> list[dic
 
 def compare(candidate: pd.DataFrame, in_force: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
     """Counts of who was right on the test images that both answered, and recall per class where it differs."""
-    both = _answers(candidate).join(_answers(in_force)[["correct"]], rsuffix="_before", how="inner")
-    new, old = both["correct"].to_numpy(), both["correct_before"].to_numpy()
+    before = _answers(in_force)["correct"].rename("before")
+    both = _answers(candidate).join(before, how="inner")
+    new, old = both["correct"].to_numpy(), both["before"].to_numpy()
     labels = both["label"].to_numpy()
     per_class = [(name, new[labels == i], old[labels == i]) for i, name in enumerate(classes) if (labels == i).any()]
     changes = [
         {
             "name": name,
             "images": len(now),
-            "before": percent(before.mean()),
+            "before": percent(then.mean()),
             "now": percent(now.mean()),
-            "change": f"{100 * (now.mean() - before.mean()):+.1f}",
+            "change": f"{100 * (now.mean() - then.mean()):+.1f}",
         }
-        for name, now, before in per_class
+        for name, now, then in per_class
     ]
     return {
         "images": len(both),
@@ -201,16 +200,16 @@ def _figures(test: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _batch_rows(batches: Sequence[Batch]) -> list[dict[str, Any]]:
-    rows = [{"batch": each.name, "role": each.role, "counts": _counts(each.counts)} for each in batches[-MOST_BATCHES:]]
+def _batch_rows(batches: Sequence[Batch]) -> list[dict[str, str]]:
+    rows = [{"batch": each.name, "role": each.role, **_counts(each.counts)} for each in batches[-MOST_BATCHES:]]
     if earlier := batches[:-MOST_BATCHES]:
         total = {split: sum(each.counts.get(split, 0) for each in earlier) for split in SPLITS}
-        rows.insert(0, {"batch": f"{len(earlier)} more", "role": "", "counts": _counts(total)})
+        rows.insert(0, {"batch": f"{len(earlier)} more", "role": "", **_counts(total)})
     return rows
 
 
-def _counts(counts: Mapping[str, int]) -> list[str]:
-    return [f"{counts.get(split, 0):,}" if counts.get(split) else "–" for split in SPLITS]
+def _counts(counts: Mapping[str, int]) -> dict[str, str]:
+    return {split: f"{counts[split]:,}" if counts.get(split) else "–" for split in SPLITS}
 
 
 def _quarantine_line(data: Mapping[str, Any]) -> str:
@@ -237,8 +236,8 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def _spaced(card: str) -> str:
-    """MLflow shows table cells without any padding: an em space behind each keeps columns apart."""
-    rows = [f"{line.replace(' |', EM_SPACE + '|')}" if line.startswith("| ") else line for line in card.split("\n")]
+    """MLflow shows table cells without any padding, and trims blanks: an em space behind each keeps columns apart."""
+    rows = [line.replace(" |", "&emsp;|") if line.startswith("| ") else line for line in card.split("\n")]
     return "\n".join(rows)
 
 

@@ -19,7 +19,7 @@ import torchvision
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
@@ -41,9 +41,10 @@ def read_pixels(data: bytes, resize: int, image_size: int) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
             upright = ImageOps.exif_transpose(_eight_bit(image)).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except (OSError, SyntaxError, EOFError) as error:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"not a whole image of a known format ({known}): {error}") from error
+        raise ValueError(f"a damaged image: {error}") from error
     return np.asarray(_centre(_resize_shorter(upright, resize), image_size))
 
 

@@ -95,12 +95,11 @@ def read_facts(batches: dict[str, Batch]) -> pd.DataFrame:
 def assign(images: pd.DataFrame, batches: dict[str, Batch], limits: Split) -> None:
     """Adds the column `split`, batch by batch."""
     first_finetune = next((name for name, batch in batches.items() if batch.role == "finetune"), None)
-    parts = []
+    images["split"] = ""
     for arrival, (name, batch) in enumerate(batches.items()):
         rows = images[images["arrival"] == arrival]
         later = batch.role == "finetune" and name != first_finetune
-        parts.append(assign_splits(rows["source_split"], rows["sha256"], later, limits))
-    images["split"] = np.concatenate(parts)
+        images.loc[rows.index, "split"] = assign_splits(rows["source_split"], rows["sha256"], later, limits)
 
 
 @dataclass
@@ -116,6 +115,11 @@ class Verdict:
     expectations: list[Expectation]
     failed: dict[str, int]
     stops: list[str]
+
+    @property
+    def accepted(self) -> pd.DataFrame:
+        """The images that pass all row-level expectations."""
+        return self.images[self.images["reason"] == ""]
 
 
 def judge(

@@ -47,12 +47,8 @@ def make_tree(folder: Path) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS), encoding="utf-8")
     _write_shards(folder)
     write_json(folder / "data/classes/finetune.json", CLASSES)
-    quarantine = pd.DataFrame({name: [] for name in QUARANTINE.names})
-    quarantine.loc[0] = {**dict.fromkeys(QUARANTINE.names, 0), "key": "k", "reason": "truncated"}
-    for field in QUARANTINE:
-        if field.type == "string":
-            quarantine[field.name] = quarantine[field.name].astype(str)
-    write_table(quarantine, QUARANTINE, folder / "data/quarantine.parquet")
+    bad = {field.name: "" if field.type == "string" else 0 for field in QUARANTINE} | {"decodes": False}
+    write_table(pd.DataFrame([bad | {"reason": "truncated"}]), QUARANTINE, folder / "data/quarantine.parquet")
     write_model(folder)
 
 
@@ -85,7 +81,7 @@ def picture(seed: int, width: int, height: int) -> bytes:
 def write_model(folder: Path, noise: float = 0.0) -> None:
     """A model whose answers depend on the image, with its predictions and metrics.
 
-    Labels are those of the model without noise, every fifth one wrong: `noise` in the head makes another, similar model.
+    Labels are those of the model without noise, every fifth one wrong; `noise` in the head makes a similar model.
     """
     config: dict[str, Any] = {
         "architecture": "shufflenet_v2_x0_5", "classes": CLASSES, "image_size": 64, "resize": 72,
@@ -262,7 +258,7 @@ def test_with_tracking_off_the_receipt_is_the_same_and_nothing_is_registered(
 def test_a_card_fits_into_mlflow_whatever_there_is_to_tell(tree: Path) -> None:
     candidate = register._candidate("ab" * 32, 0.95, (1.0, 2.0))
     many = [Batch(f"{'batch' * 10}-{n}", "finetune", {"train": 10_000}) for n in range(300)]
-    reasons = {f"{'reason' * 10}-{n}": n for n in range(100)}
+    reasons = {f"{'reason' * 60}-{n}": n for n in range(100)}
     review = register._review("nobody", candidate, Gate())
     card = render_card(replace(candidate, batches=many, quarantined=reasons), review, {"run": "/#/runs/1"})
     assert len(card) <= 5000

@@ -92,11 +92,12 @@ def image_expectations(limits: Validate) -> list[Expectation]:
         image(name="not_empty", column="bytes", check=at_least(1), parameter="",
               fault="empty files", reason="The file has no bytes at all."),
         image(name="known_format", column="format", check=one_of(*limits.formats), parameter="validate.formats",
-              fault="not images", reason="Its first bytes are of no image format that we read, whatever its name says."),
+              fault="not images", reason="Its first bytes are of no image format that we read, whatever its name."),
         image(name="sane_size", column="pixels", check=at_most(limits.max_pixels), parameter="validate.max_pixels",
               fault="too many pixels", reason="So many pixels that decoding it could take the machine down."),
         image(name="decodes", column="decodes", check=one_of(True), parameter="",
-              fault="damaged", reason="Damaged: it does not decode to its last byte. A loader would crash on it, or train on grey."),
+              fault="damaged",
+              reason="It does not decode to its last byte. A loader would crash on it, or train on grey."),
         image(name="large_enough", column="short_side", check=at_least(limits.min_side), parameter="validate.min_side",
               fault="too small", reason="Too few pixels on its shorter side to show anything."),
         image(name="sane_aspect", column="aspect", check=at_most(limits.max_aspect), parameter="validate.max_aspect",
@@ -220,10 +221,14 @@ def _great_expectations() -> tuple[Any, Callable[[pd.DataFrame, Any], Any]]:
     logging.getLogger("great_expectations").setLevel(logging.WARNING)  # it narrates its own start at level INFO
     import great_expectations as gx
     import great_expectations.expectations
-    from great_expectations.data_context.types.base import ProgressBarsConfig
+    from great_expectations.data_context.types import base
 
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    # In memory altogether: its default keeps a folder for Data Docs outside the checkout.
+    stores = base.InMemoryStoreBackendDefaults(init_temp_docs_sites=False)
+    config = base.DataContextConfig(
+        store_backend_defaults=stores, progress_bars=base.ProgressBarsConfig(globally=False)
+    )
+    context = gx.get_context(mode="ephemeral", project_config=config)
     asset = context.data_sources.add_pandas("rows").add_dataframe_asset("rows")
     whole = asset.add_batch_definition_whole_dataframe("whole")
     complete = {
@@ -303,10 +308,10 @@ def _worst(images: pd.DataFrame, batch: str) -> str:
     if bad.empty:
         return ""
     counts = ", ".join(f"{reason} {count:,}" for reason, count in bad["reason"].value_counts().items())
-    first = [
-        f"{printable(row['key'])} ({row['reason']}{': ' + printable(row['error']) if row['error'] else ''})"
-        for row in _records(bad.head(SHOWN))
-    ]
+    first = []
+    for row in _records(bad.head(SHOWN)):
+        why = f" of {row['duplicate_of']}" if row["duplicate_of"] else f": {row['error']}" if row["error"] else ""
+        first.append(printable(f"{row['key']} ({row['reason']}{why})"))
     return f": {counts}. First: {'; '.join(first)}"
 
 

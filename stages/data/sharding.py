@@ -71,6 +71,7 @@ def write_shard_set(accepted: pd.DataFrame, raw: Path, out: Path, shard: Shard, 
         "batch": batch, "role": role, "resize": shard.resize, "quality": shard.quality, "splits": {}, "labels": {},
     }  # fmt: skip
     pixels: list[PixelSums] = []
+    out.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         rows = accepted[accepted["split"] == split]
         if rows.empty:

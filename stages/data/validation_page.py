@@ -149,7 +149,7 @@ class ClassBar(NamedTuple):
 
 
 class ClassChart(NamedTuple):
-    """`skyline`: (x, height 0-100) of every class by training images, where there are too many to list."""
+    """`skyline`: outline (SVG path, 100 high, 1 wide a class) of training images, where classes are too many to list."""
 
     total: int
     smallest: int
@@ -157,19 +157,21 @@ class ClassChart(NamedTuple):
     largest: int
     bars: list[ClassBar]
     lower_bars: list[ClassBar]
-    skyline: list[tuple[int, float]]
+    skyline: str
+    splits: list[str]
 
 
 def class_chart(counts: dict[str, dict[str, int]]) -> ClassChart:
     """Few classes are listed in their order; of many, the smallest and the largest by training images."""
     train = {name: splits.get("train", 0) for name, splits in counts.items()}
     widest = max(sum(splits.values()) for splits in counts.values()) or 1
-    names, lower, skyline = list(counts), [], []
+    names, lower, skyline = list(counts), [], ""
     if len(counts) > LISTED_CLASSES:
         by_size = sorted(names, key=lambda name: (train[name], name))
         names, lower = by_size[: LISTED_CLASSES // 2], by_size[-LISTED_CLASSES // 2 :]
         tallest = max(train.values()) or 1
-        skyline = [(x, round(100 * train[name] / tallest, 2)) for x, name in enumerate(reversed(by_size))]
+        tops = [f"V{100 - 100 * train[name] / tallest:.2f}h1" for name in reversed(by_size)]
+        skyline = f"M0,100{''.join(tops)}V100z"
     values = np.array(sorted(train.values()))
     return ClassChart(
         total=len(counts),
@@ -179,6 +181,7 @@ def class_chart(counts: dict[str, dict[str, int]]) -> ClassChart:
         bars=[_class_bar(name, counts[name], widest) for name in names],
         lower_bars=[_class_bar(name, counts[name], widest) for name in lower],
         skyline=skyline,
+        splits=[split for split in SPLITS if any(splits.get(split) for splits in counts.values())],
     )
 
 

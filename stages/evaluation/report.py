@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from stages.evaluation.intervals import wilson
 from stages.evaluation.metrics import Int64, PerClass, Reliability, per_class
@@ -84,6 +85,7 @@ def render(findings: Findings) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"percent": percent, "count": count, "decimal": decimal, "range": as_range, "signed": signed}
+    environment.filters["breakable"] = breakable
     rows = class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
     worst = rows[0] if rows else None
     return environment.get_template("report.html.j2").render(
@@ -247,6 +249,11 @@ def decimal(value: float | None, digits: int = 3) -> str:
 def count(number: int) -> str:
     """Thousands set apart."""
     return f"{number:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def breakable(name: str) -> Markup:
+    """A name, escaped, that may be broken after its underscores and slashes."""
+    return Markup(escape(name).replace("_", Markup("_<wbr>")).replace("/", Markup("/<wbr>")))
 
 
 def _absent(value: float | None) -> bool:

@@ -17,5 +17,6 @@ class Gate(Section):
     """Recall of the worst class."""
     max_ece: Share = 0.2
     max_size_mb: Annotated[float, Field(gt=0)] = 500
+    """Of the weights, in units of 1,000,000 bytes."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Error rate of the exact McNemar test: how often an equal model may pass."""

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from stages.command import StageError
 from stages.data.loading import Samples, evaluation_batches, training_batches
-from stages.params.finetune import Finetune
-from stages.params.pretrain import Pretrain
+from stages.params.load import Section
 from stages.progress import progress
 from stages.training.checkpoints import load_checkpoint, save_checkpoint
 from stages.training.devices import Compute
@@ -46,8 +45,8 @@ class Recipe:
     patience: int | None = None
 
     @classmethod
-    def of(cls, section: Pretrain | Finetune, image_size: int, resize: int) -> "Recipe":
-        """The recipe that a section of params.yaml describes; sizes in pixels."""
+    def of(cls, section: Section, image_size: int, resize: int) -> "Recipe":
+        """The recipe that the section `pretrain` or `finetune` describes; sizes in pixels."""
         shared = {each.name for each in fields(cls)} & set(type(section).model_fields)
         return cls(**section.model_dump(include=shared), image_size=image_size, resize=resize)
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from stages.data.sample import (
     ACCEPTED_KINDS,
     BAD_KINDS,
+    CAMERAS,
     CLASSES,
     COUNTS,
     SAMPLES,
@@ -130,7 +131,7 @@ def test_size_and_aspect_and_quality_vary(drawn: tuple[dict[str, bytes], dict[st
 
 def test_the_object_is_told_by_shape_colour_and_texture() -> None:
     def picture(class_name: str) -> np.ndarray:
-        return np.asarray(draw_object(class_name, np.random.default_rng(5)), dtype=float)
+        return np.asarray(draw_object(class_name, np.random.default_rng(5), CAMERAS["target"]), dtype=float)
 
     red = picture("mug_red_striped")
     for other in ("fish_red_striped", "mug_blue_striped", "mug_red_dotted"):

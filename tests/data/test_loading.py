@@ -1,0 +1,207 @@
+"""Shards and loading: readable by others, byte-deterministic, every image exactly once, in an order worth the name."""
+
+import io
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import spearmanr
+
+from stages.data.images import resize_shorter
+from stages.data.ingesting import write_tar
+from stages.data.loading import Samples, epoch_order, evaluation_batches, read_samples, training_batches
+from stages.data.scanning import scan_tar
+from stages.data.shard_sets import pooled_statistics, read_index
+from stages.data.sharding import shard_image, write_shard_set
+from stages.data.sources import Group, SourceFile
+from stages.params.shard import Shard
+
+SHARD = Shard(resize=40, quality=90, images_per_shard=16, seed=1)
+
+
+def jpeg(
+    seed: int, size: tuple[int, int] = (60, 50), mode: str = "RGB", form: str = "JPEG", **options: object
+) -> bytes:
+    """A blurred picture of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode).save(file, form, **options)
+    return file.getvalue()
+
+
+def accepted_batch(folder: Path, count: int, splits: dict[str, float] | None = None) -> pd.DataFrame:
+    """Raw tars with `count` images of three classes, and their accepted rows."""
+    rows = []
+    for label, name in enumerate("abc"):
+        images = {f"{number:04d}.x.jpg": jpeg(1000 * label + number) for number in range(label, count, 3)}
+        files = [SourceFile(key, lambda data=data: io.BytesIO(data)) for key, data in images.items()]
+        write_tar(Group("all", name, files), folder)
+        rows += [row | {"label": label} for row in scan_tar(folder / "all" / f"{name}.tar", folder, "mine")]
+    frame = pd.DataFrame(rows)
+    frame["split"] = np.where(np.arange(len(frame)) % 5 == 0, "test", "train")
+    return frame
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set of 75 images."""
+    folder = tmp_path_factory.mktemp("mine")
+    accepted = accepted_batch(folder / "raw", 75)
+    write_shard_set(accepted, folder / "raw", folder / "mine", SHARD, "finetune", "mine")
+    accepted.to_pickle(folder / "accepted.pkl")
+    return folder / "mine"
+
+
+def made_up(*sizes: int) -> Samples:
+    """Samples of several batches that lie one after the other, as files do."""
+    count = sum(sizes)
+    empty = np.zeros(count, np.int64)
+    return Samples(
+        key=[str(number) for number in range(count)], batch=np.repeat(np.arange(len(sizes)), sizes).astype(np.int32),
+        batch_names=[f"b{number}" for number in range(len(sizes))], shards=[], shard=empty.astype(np.int32),
+        offset=empty, size=empty, label=empty,
+    )  # fmt: skip
+
+
+def test_any_number_of_workers_writes_the_same_bytes(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepted = pd.read_pickle(shards.parent / "accepted.pkl").sample(frac=1, random_state=1)  # in any order
+    monkeypatch.setenv("SYNSET_WORKERS", "3")
+    write_shard_set(accepted, shards.parent / "raw", tmp_path, SHARD, "finetune", "mine")
+    for path in shards.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in shards.iterdir())
+
+
+def test_shards_hold_every_accepted_image_once_with_its_label(shards: Path) -> None:
+    accepted = pd.read_pickle(shards.parent / "accepted.pkl")
+    index = read_index(shards)
+    for split in ("train", "test"):
+        samples = read_samples([shards], split)
+        expected = accepted[accepted["split"] == split].set_index("key")["label"].to_dict()
+        assert dict(zip(samples.key, samples.label.tolist(), strict=True)) == expected
+        assert index["splits"][split]["count"] == len(samples) == len(expected)
+        assert all(shard["count"] <= 16 for shard in index["splits"][split]["shards"])
+
+
+def test_plain_tar_webdataset_and_dali_read_them(shards: Path) -> None:
+    import webdataset
+    from nvidia.dali import fn, pipeline_def
+
+    path = shards / "train-00000.tar"
+    names = subprocess.run(["tar", "-tf", path], capture_output=True, text=True, check=True).stdout.splitlines()
+    samples = read_samples([shards], "train")
+    assert len(names) == 2 * 16
+    theirs = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    assert [int(sample["cls"]) for sample in theirs] == samples.label[:16].tolist()
+    assert [sample["jpg"] for sample in theirs] == [samples.jpeg(number) for number in range(16)]
+
+    @pipeline_def(batch_size=16, num_threads=1, device_id=None)
+    def pipeline() -> tuple[object, ...]:
+        return tuple(
+            fn.readers.webdataset(paths=[str(path)], index_paths=[str(path.with_suffix(".idx"))], ext=["jpg", "cls"])
+        )
+
+    images, labels = pipeline().run()
+    assert [bytes(images.at(number)) for number in range(16)] == [samples.jpeg(number) for number in range(16)]
+    assert [int(bytes(labels.at(number))) for number in range(16)] == samples.label[:16].tolist()
+
+
+def test_what_is_small_baseline_rgb_is_passed_through_and_all_else_becomes_so() -> None:
+    small = jpeg(1, (40, 30))
+    assert shard_image(small, 40, 90) == small
+    for other in (
+        jpeg(1, (90, 60)), jpeg(1, (40, 30), progressive=True), jpeg(1, (40, 30), "L"), jpeg(1, (40, 30), "CMYK"),
+        jpeg(1, (40, 30), form="PNG"), jpeg(1, (40, 30), form="WEBP"),
+    ):  # fmt: skip
+        with Image.open(io.BytesIO(shard_image(other, 40, 90))) as image:
+            assert (image.format, image.mode, image.info.get("progressive")) == ("JPEG", "RGB", None)
+            assert min(image.size) <= 40
+
+
+def test_the_shorter_side_is_resized_and_nothing_enlarged() -> None:
+    assert resize_shorter(Image.new("RGB", (200, 100)), 50).size == (100, 50)
+    assert resize_shorter(Image.new("RGB", (101, 999)), 100).size == (100, 989)
+    assert resize_shorter(Image.new("RGB", (20, 10)), 50).size == (20, 10)
+
+
+def test_channel_statistics_are_those_of_the_training_pixels(shards: Path) -> None:
+    samples = read_samples([shards], "train")
+    pixels = np.concatenate(
+        [np.asarray(Image.open(io.BytesIO(samples.jpeg(i)))).reshape(-1, 3) / 255 for i in range(len(samples))]
+    )
+    index = read_index(shards)
+    assert index["mean"] == pytest.approx(pixels.mean(0).tolist(), abs=2e-3)
+    assert index["std"] == pytest.approx(pixels.std(0).tolist(), abs=2e-3)
+    assert pooled_statistics([index, index]) == {"mean": index["mean"], "std": pytest.approx(index["std"], abs=1e-5)}
+
+
+def test_evaluation_sees_every_image_once_and_as_pil_does(shards: Path) -> None:
+    samples = read_samples([shards], "test")
+    batches = list(evaluation_batches(samples, image_size=32, resize=40, batch_size=4, threads=2, device="cpu"))
+    images, labels = (torch.cat(each) for each in zip(*batches, strict=True))
+    assert images.shape == (15, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    assert labels.tolist() == samples.label.tolist()
+    for number in range(len(samples)):
+        image = Image.open(io.BytesIO(samples.jpeg(number)))
+        left, top = (image.width - 32) // 2, (image.height - 32) // 2
+        expected = np.asarray(image.crop((left, top, left + 32, top + 32))).astype(int)
+        assert np.abs(images[number].permute(1, 2, 0).numpy().astype(int) - expected).mean() < 2
+
+
+def epoch(shards: Path, number: int, threads: int = 2, batch_size: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images and labels of one epoch of training."""
+    samples = read_samples([shards], "train")
+    batches = training_batches(
+        samples, image_size=32, batch_size=batch_size, min_crop_area=0.5, seed=3, epoch=number, threads=threads, device="cpu"
+    )  # fmt: skip
+    images, labels = zip(*((images.clone(), labels) for images, labels in batches), strict=True)
+    assert {len(each) for each in labels} <= {batch_size, batch_size - 1}
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_an_epoch_sees_every_image_once_and_depends_on_its_number_alone(shards: Path) -> None:
+    images, labels = epoch(shards, 1)
+    assert sorted(labels.tolist()) == sorted(read_samples([shards], "train").label.tolist())
+    again, _ = epoch(shards, 1, threads=1)
+    assert torch.equal(images, again)
+    other, _ = epoch(shards, 2)
+    assert not torch.equal(images, other)
+
+
+def test_the_order_is_new_each_epoch() -> None:
+    samples = made_up(3000)
+    orders = [epoch_order(samples, seed=1, epoch=number) for number in (1, 2)]
+    for order in orders:
+        assert sorted(order) == list(range(3000))
+        assert abs(spearmanr(order, np.arange(3000)).statistic) < 0.1
+    assert abs(spearmanr(*orders).statistic) < 0.1
+    assert not np.array_equal(orders[0], epoch_order(samples, seed=2, epoch=1))
+
+
+def test_any_2000_consecutive_samples_hold_every_batch_in_proportion() -> None:
+    samples = made_up(20_000, 700, 300)
+    order = epoch_order(samples, seed=1, epoch=1)
+    assert sorted(order) == list(range(21_000))
+    for batch, size in enumerate((20_000, 700, 300)):
+        counts = np.convolve(samples.batch[order] == batch, np.ones(2000), "valid")
+        expected = 2000 * size / 21_000
+        assert 0.8 * expected <= counts.min()
+        assert counts.max() <= 1.2 * expected
+
+
+def test_unlabelled_images_are_kept_apart(tmp_path: Path) -> None:
+    accepted = accepted_batch(tmp_path / "raw", 9).assign(split="train")
+    accepted.loc[accepted.index[:4], "label"] = -1
+    write_shard_set(accepted, tmp_path / "raw", tmp_path / "mine", SHARD, "pretrain", "mine")
+    samples = read_samples([tmp_path / "mine"], "train")
+    assert len(samples) == 9
+    assert len(samples.labelled()) == 5
+    assert json.loads((tmp_path / "mine/index.json").read_text(encoding="utf-8"))["labels"]["train"]["-1"] == 4

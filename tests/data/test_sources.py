@@ -1,0 +1,85 @@
+"""Sources: every layout gives the same groups of files, whatever else lies about."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.command import StageError
+from stages.data.sources import Group, read_source
+
+
+def put(folder: Path, *names: str) -> None:
+    """Files whose content is their name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name, encoding="utf-8")
+
+
+def listed(groups: list[Group]) -> dict[str, list[str]]:
+    """`split/class` with the names of its files."""
+    return {f"{group.split}/{group.class_name}": [file.name for file in group.files] for group in groups}
+
+
+def test_split_folders(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "pets/val/dog/3.jpg",
+        "pets/train/dog/2.jpg",
+        "pets/train/dog/10.jpg",
+        "pets/train/cat/1.jpg",
+        "pets/x.md",
+    )
+    assert listed(list(read_source("pets", tmp_path))) == {
+        "train/cat": ["1.jpg"],
+        "train/dog": ["10.jpg", "2.jpg"],
+        "val/dog": ["3.jpg"],
+    }
+
+
+def test_one_level_of_classes(tmp_path: Path) -> None:
+    put(tmp_path, "pets/cat/1.jpg", "pets/dog/notes.txt", "pets/.git/x", "pets/cat/.DS_Store", "pets/cat/deep/2.jpg")
+    groups = list(read_source("pets", tmp_path))
+    assert listed(groups) == {"all/cat": ["1.jpg", "deep/2.jpg"], "all/dog": ["notes.txt"]}
+    with groups[0].files[1].open() as file:
+        assert file.read() == b"pets/cat/deep/2.jpg"
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    put(tmp_path, "vehicles/train/1.jpg", "vehicles/bus/2.jpg")
+    assert listed(list(read_source("vehicles", tmp_path))) == {"all/bus": ["2.jpg"], "all/train": ["1.jpg"]}
+
+
+def test_split_folders_beside_others_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, "pets/train/dog/1.jpg", "pets/extra/dog/2.jpg")
+    with pytest.raises(StageError, match="extra"):
+        read_source("pets", tmp_path)
+
+
+def test_tiny_imagenet(tmp_path: Path) -> None:
+    put(tmp_path, "tiny/wnids.txt", "tiny/train/n01/images/n01_0.JPEG", "tiny/train/n01/n01_boxes.txt")
+    put(tmp_path, "tiny/train/n02/images/n02_0.JPEG", "tiny/val/images/val_1.JPEG", "tiny/val/images/val_0.JPEG")
+    (tmp_path / "tiny/val/val_annotations.txt").write_text(
+        "val_1.JPEG\tn02\t0\t0\t9\t9\nval_0.JPEG\tn02\t0\t0\t9\t9\n", encoding="utf-8"
+    )
+    assert listed(list(read_source("tiny", tmp_path))) == {
+        "train/n01": ["n01_0.JPEG"],
+        "train/n02": ["n02_0.JPEG"],
+        "val/n02": ["val_0.JPEG", "val_1.JPEG"],
+    }
+
+
+def test_subsets(tmp_path: Path) -> None:
+    put(tmp_path, *(f"pets/{name}/{number}.jpg" for name in ("ant", "bee", "cat") for number in range(9)))
+    assert listed(list(read_source("pets?classes=bee", tmp_path))).keys() == {"all/bee"}
+    assert len(listed(list(read_source("pets?num_classes=2&seed=3", tmp_path)))) == 2
+    few, more = (listed(list(read_source(f"pets?images_per_class={n}", tmp_path))) for n in (3, 5))
+    assert all(len(files) == 3 for files in few.values())
+    assert all(set(few[name]) < set(more[name]) for name in few)
+    assert few != listed(list(read_source("pets?images_per_class=3&seed=1", tmp_path)))
+    with pytest.raises(StageError, match="no class dog"):
+        list(read_source("pets?classes=dog", tmp_path))
+
+
+def test_an_absolute_path_is_taken_as_it_is(tmp_path: Path) -> None:
+    put(tmp_path, "pets/cat/1.jpg")
+    assert listed(list(read_source(str(tmp_path / "pets"), Path("elsewhere")))) == {"all/cat": ["1.jpg"]}

@@ -1,0 +1,183 @@
+"""Bad input: one clear message, an exit code that is not 0, nothing half-written."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from stages.data.facts import ACCEPTED, read_table, write_table
+from tests.workspace import ROOT, SMALL
+
+PYTHON = sys.executable
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with params.yaml of the small sample."""
+    write_params(tmp_path, {})
+    return tmp_path
+
+
+def write_params(folder: Path, changes: dict[str, Any]) -> None:
+    """params.yaml of the repository with the small sample and `changes`."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")) | SMALL | changes
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+
+
+def run(folder: Path, *arguments: str, code: str = "") -> str:
+    """Runs a stage that must fail with one message, which is returned; nothing may be left in data/ or models/."""
+    command = [PYTHON, "-c", code, *arguments] if code else [PYTHON, "-m", *arguments]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "SYNSET_TRACKING": "off", "HOME": str(folder)}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode not in (0, None), done.stdout
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("error: ") == 1, done.stderr
+    return done.stderr[done.stderr.index("error: ") :]
+
+
+def whole_outputs(folder: Path) -> list[str]:
+    """Files in places where DVC would take them for outputs."""
+    return [
+        str(path) for place in ("data", "models", "reports") for path in (folder / place).rglob("*") if path.is_file()
+    ]
+
+
+def batch(source: str, role: str = "finetune") -> dict[str, Any]:
+    """A section `batches` with one batch, `mine`."""
+    return {"batches": {"mine": {"role": role, "source": source}}}
+
+
+def picture(path: Path, seed: int) -> None:
+    """A small JPEG of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((64, 64)).save(path)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "sample:nothing", "sample:target?sed=1", "sample:target?seed=x"])
+def test_no_such_source(folder: Path, source: str) -> None:
+    write_params(folder, batch(source))
+    assert source.split("?")[0] in run(folder, "stages.ingest", "mine")
+    assert whole_outputs(folder) == []
+
+
+def test_an_empty_folder(folder: Path) -> None:
+    (folder / "data/incoming/empty").mkdir(parents=True)
+    write_params(folder, batch("empty"))
+    assert "no class folder" in run(folder, "stages.ingest", "mine")
+
+
+def test_a_class_folder_with_no_file(folder: Path) -> None:
+    picture(folder / "data/incoming/pets/train/cat/1.jpg", 1)
+    (folder / "data/incoming/pets/train/dog").mkdir()
+    write_params(folder, batch("pets"))
+    assert "train/dog has no file" in run(folder, "stages.ingest", "mine")
+    assert not (folder / "data/raw").exists() or not any((folder / "data/raw").rglob("*.tar"))
+
+
+def scanned(folder: Path) -> None:
+    """Runs ingest and scan of the batch `mine`."""
+    for stage in ("ingest", "scan"):
+        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+        subprocess.run([PYTHON, "-m", f"stages.{stage}", "mine"], cwd=folder, env=environment, check=True)
+
+
+def test_a_class_folder_with_no_readable_image(folder: Path) -> None:
+    for number in range(20):
+        picture(folder / f"data/incoming/pets/train/cat/{number}.jpg", number)
+    (folder / "data/incoming/pets/train/dog").mkdir()
+    (folder / "data/incoming/pets/train/dog/readme.txt").write_text("no dog here", encoding="utf-8")
+    write_params(folder, batch("pets"))
+    scanned(folder)
+    assert "dog" in run(folder, "stages.validate")
+    assert not (folder / "data/accepted").exists()
+
+
+def test_every_image_corrupt(folder: Path) -> None:
+    for number in range(20):
+        path = folder / f"data/incoming/pets/train/cat/{number}.jpg"
+        picture(path, number)
+        path.write_bytes(path.read_bytes()[:-200])
+    write_params(folder, batch("pets"))
+    scanned(folder)
+    message = run(folder, "stages.validate")
+    assert "mine" in message
+    assert "max_quarantined" in message or "accepted" in message
+    assert not (folder / "data/accepted").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"finetune": {"epoch": 3}}, "finetune.epoch"),
+        ({"finetune": {"epochs": "three"}}, "finetune.epochs"),
+        ({"finetune": {"lr": -1.0}}, "finetune.lr"),
+        ({"split": {"val_fraction": 1.5}}, "split.val_fraction"),
+        ({"colour": {}}, "colour"),
+        ({"batches": {}}, "batches"),
+        ({"batches": {"a": {"role": "finetune"}}}, "batches.a.source"),
+        ({"batches": {"a": {"role": "teacher", "source": "x"}}}, "batches.a.role"),
+        ({"batches": {"week.47": {"role": "finetune", "source": "x"}}}, "week.47"),
+        ({"batches": {"../x": {"role": "finetune", "source": "x"}}}, "../x"),
+        ({"batches": {"2026-11-23": {"role": "finetune", "source": "x"}}}, "2026-11-23"),
+    ],
+)
+def test_bad_parameters(folder: Path, changes: dict[str, Any], named: str) -> None:
+    write_params(folder, changes)
+    assert f"`{named}`" in run(folder, "stages.params.all") or named == "colour"
+
+
+def test_a_batch_named_by_an_unquoted_date(folder: Path) -> None:
+    write_params(folder, {})
+    text = (folder / "params.yaml").read_text(encoding="utf-8")
+    (folder / "params.yaml").write_text(text.replace("  target:", "  2026-11-23:"), encoding="utf-8")
+    for module in ("stages.params.all", "stages.validate"):
+        assert "`2026-11-23`" in run(folder, module)
+
+
+def test_an_architecture_that_does_not_exist(folder: Path) -> None:
+    write_params(folder, {"model": {"architecture": "resnet81", "image_size": 32}, "pretrain": {"method": "none"}})
+    message = run(folder, "stages.pretrain")
+    assert "resnet81" in message
+    assert "resnet18" in message
+    assert whole_outputs(folder) == []
+
+
+def test_a_damaged_shard(folder: Path) -> None:
+    raw = folder / "data/raw/finetune/mine"
+    for number in range(4):
+        picture(folder / f"data/incoming/pets/cat/{number}.jpg", number)
+    write_params(folder, batch("pets"))
+    scanned(folder)
+    facts = read_table(folder / "data/facts/finetune/mine.parquet")
+    write_table(facts.assign(split="train", label=0), ACCEPTED, folder / "data/accepted/finetune/mine.parquet")
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    subprocess.run([PYTHON, "-m", "stages.shard", "mine"], cwd=folder, env=environment, check=True)
+    shard = folder / "data/shards/finetune/mine/train-00000.tar"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    code = """
+from pathlib import Path
+from stages.command import run
+from stages.data.loading import read_samples
+run(lambda: read_samples([Path("data/shards/finetune/mine")], "train"))
+"""
+    message = run(folder, code=code)
+    assert "train-00000.tar is damaged" in message
+    assert "dvc checkout data/shards/finetune/mine" in message
+
+    tar = raw / "all/cat.tar"
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    tar.write_bytes(content)
+    shutil.rmtree(folder / "data/shards")
+    assert re.search(r"cat\.tar is damaged.*dvc checkout", run(folder, "stages.shard", "mine"))
+    assert not any((folder / "data/shards").rglob("*.tar"))

@@ -1,0 +1,165 @@
+"""The served model: it sees what the evaluation sees, stands alone, and refuses what is no image."""
+
+import ast
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PythonModelContext
+from PIL import Image
+
+from stages.data.images import resize_shorter, to_rgb
+from stages.serving import ImageClassifier, read_pixels
+from stages.training.models import build, load_classifier, save_classifier
+
+SERVING = Path(__file__).parents[1] / "stages/serving.py"
+CLASSES = ["bell", "cup", "tent", "sail"]
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def colours(width: int, height: int) -> Image.Image:
+    cells = np.random.default_rng(width).integers(0, 256, (7, 7, 3), dtype=np.uint8)
+    return Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(colours(100, 80), "JPEG", exif=exif)
+
+
+def sixteen_bit() -> bytes:
+    return encoded(Image.fromarray(np.linspace(0, 65535, 90 * 80).reshape(80, 90).astype(np.uint16)), "PNG")
+
+
+FILES = {
+    "JPEG": encoded(colours(101, 80), "JPEG"),
+    "tall JPEG": encoded(colours(75, 300), "JPEG"),
+    "CMYK": encoded(colours(90, 80).convert("CMYK"), "JPEG"),
+    "grey": encoded(colours(90, 80).convert("L"), "JPEG"),
+    "turned": turned(),
+    "16 bits": sixteen_bit(),
+    "palette": encoded(colours(90, 80).convert("P"), "PNG"),
+    "transparent": encoded(colours(90, 80).convert("RGBA"), "PNG"),
+    "WebP": encoded(colours(90, 80), "WEBP"),
+    "BMP": encoded(colours(90, 80), "BMP"),
+    "as stored": encoded(colours(72, 97), "JPEG"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_pixels_are_those_of_sharding(kind: str) -> None:
+    expected = np.asarray(resize_shorter(to_rgb(FILES[kind]), 72))
+    served = read_pixels(FILES[kind], 72, 64)
+    assert served.shape == (64, 64, 3)
+    top, left = ((length - 64 + 1) // 2 for length in expected.shape[:2])
+    np.testing.assert_array_equal(served, expected[top : top + 64, left : left + 64])
+
+
+@pytest.mark.parametrize(("width", "height"), [(72, 97), (97, 72), (72, 72), (101, 72), (40, 50), (91, 30)])
+def test_pixels_are_those_of_the_evaluation(width: int, height: int) -> None:
+    """Images as shards hold them: shorter side at `resize`, or smaller ones, which DALI enlarges a little otherwise."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    data = encoded(colours(width, height), "JPEG")
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def pipeline() -> Any:
+        files = fn.external_source(lambda: [np.frombuffer(data, np.uint8)], batch=True, dtype=types.UINT8, ndim=1)
+        images = fn.decoders.image(files, device="cpu", output_type=types.RGB)
+        images = fn.resize(images, resize_shorter=72, interp_type=types.INTERP_CUBIC, antialias=True)
+        return fn.crop(images, crop=(64, 64))
+
+    expected = np.array(pipeline().run()[0].as_array())[0].astype(int)
+    difference = np.abs(read_pixels(data, 72, 64) - expected)
+    assert difference.mean() <= (0 if min(width, height) == 72 else 0.5)
+
+
+def test_the_file_stands_alone() -> None:
+    names = set()
+    for node in ast.walk(ast.parse(SERVING.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names.add((node.module or "").split(".")[0])
+    standard = {"io", "json", "pathlib", "typing"}
+    assert names - standard == {"mlflow", "numpy", "pandas", "torch", "torchvision", "PIL", "safetensors"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = {
+        "architecture": "shufflenet_v2_x0_5", "classes": CLASSES, "image_size": 64, "resize": 72,
+        "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.25, 0.2],
+    }  # fmt: skip
+    model = build(config, seed=1)
+    with torch.no_grad():
+        model.head.weight.mul_(30)  # so that classes differ
+    path = tmp_path_factory.mktemp("model") / "finetuned"
+    save_classifier(model, config, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> ImageClassifier:
+    model = ImageClassifier()
+    model.load_context(PythonModelContext(artifacts={"model": str(folder)}, model_config=None))
+    return model
+
+
+def ask(served: ImageClassifier, files: list[bytes], **params: Any) -> pd.DataFrame:
+    return served.predict(PythonModelContext({}, None), pd.DataFrame({"image": files}), params or None)
+
+
+def test_answers_are_those_of_the_trained_model(served: ImageClassifier, folder: Path) -> None:
+    files = list(FILES.values())
+    images = torch.stack([torch.from_numpy(read_pixels(file, 72, 64).copy()).permute(2, 0, 1) for file in files])
+    with torch.inference_mode():
+        expected = load_classifier(folder)[0](images).softmax(1).numpy()
+    answers = ask(served, files)
+    for row, (ids, names, probabilities) in enumerate(answers[["class_id", "name", "probability"]].values):
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert names == [CLASSES[index] for index in ids]
+        np.testing.assert_allclose(probabilities, expected[row, ids], atol=1e-4)
+        assert sum(probabilities) == pytest.approx(1)
+
+
+def test_as_many_classes_as_asked_for(served: ImageClassifier) -> None:
+    assert [len(row) for row in ask(served, [FILES["JPEG"]], top_k=2)["name"]] == [2]
+    assert [len(row) for row in ask(served, [FILES["JPEG"]], top_k=99)["name"]] == [len(CLASSES)]
+    assert len(ask(served, [])) == 0
+    with pytest.raises(MlflowException, match="at least 1"):
+        ask(served, [FILES["JPEG"]], top_k=0)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no image", FILES["JPEG"][:200], FILES["JPEG"][: len(FILES["JPEG"]) // 2]],
+    ids=["empty", "text", "header only", "half"],
+)  # fmt: skip
+def test_what_is_no_image_is_refused_by_row(served: ImageClassifier, data: bytes) -> None:
+    with pytest.raises(MlflowException, match="input 1 of column `image`") as caught:
+        ask(served, [FILES["JPEG"], data])
+    assert caught.value.get_http_status_code() == 400
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.serving.MAX_PIXELS", 1000)
+    with pytest.raises(ValueError, match="101x80 is more than 1000 pixels"):
+        read_pixels(FILES["JPEG"], 72, 64)
+
+
+def test_config_holds_all_that_serving_reads(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config) == {"architecture", "classes", "image_size", "resize", "mean", "std"}

@@ -1,0 +1,392 @@
+"""validate: a fold over batches in order of arrival, that stops where the whole is not fit."""
+
+import hashlib
+import io
+import json
+import logging
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image, ImageFilter
+
+from stages import validate
+from stages.command import StageError
+from stages.data.facts import ACCEPTED, FACTS, QUARANTINE, read_table, write_table
+from stages.data.scanning import scan_tar
+from stages.files import sha256
+from stages.params.batches import Batch
+from stages.params.split import Split
+from stages.params.validate import Drift, Validate
+
+LENIENT = Validate(max_quarantined=1, min_images_per_class=1)
+SPLIT = Split(val_fraction=0.1, test_fraction=0.2, fresh_fraction=0.2)
+
+
+def _batches(**roles: str) -> dict[str, Batch]:
+    return {name: Batch(role=role, source="sample:target") for name, role in roles.items()}  # type: ignore[arg-type]
+
+
+def _image(
+    batch: str, split: str, class_name: str, name: str, content: str | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Facts of a sound image; the same `content` means the same bytes, and a random hash means no look-alike."""
+    digest = hashlib.sha256((content or f"{batch}/{split}/{class_name}/{name}").encode()).hexdigest()
+    return {
+        "key": f"{batch}/{split}/{class_name}/{name}", "batch": batch, "source_split": split, "class_name": class_name,
+        "tar": f"{split}/{class_name}.tar", "offset": 0, "bytes": 1000, "sha256": digest, "format": "JPEG",
+        "width": 64, "height": 64, "mode": "RGB", "orientation": 1, "decodes": True, "error": "",
+        "hash": int(digest[:16], 16), "brightness": 100.0, "contrast": 40.0,
+    } | changes  # fmt: skip
+
+
+def _pool(batch: str, count: int = 30, classes: str = "ab", split: str = "all") -> list[dict[str, Any]]:
+    return [_image(batch, split, name, f"{number}.jpg") for name in classes for number in range(count)]
+
+
+def _judge(
+    rows: list[dict[str, Any]], batches: dict[str, Batch], limits: Validate = LENIENT, same: bool = True
+) -> validate.Verdict:
+    """Judges made-up facts; where hashes match, the pixels say `same`."""
+    facts = pd.DataFrame(rows, columns=FACTS.names).astype({"hash": np.uint64})
+    facts["role"] = facts["batch"].map({name: batch.role for name, batch in batches.items()})
+    facts["arrival"] = facts["batch"].map({name: number for number, name in enumerate(batches)})
+    validate.assign(facts, batches, SPLIT)
+
+    def confirmation(rows: pd.DataFrame, raw: object, limits: Validate) -> Any:
+        return lambda left, right: np.full(len(left), same)
+
+    return validate.judge(facts, batches, limits, confirmation)
+
+
+def _reasons(verdict: validate.Verdict) -> dict[str, tuple[str, str]]:
+    bad = verdict.images[verdict.images["reason"] != ""]
+    return {row["key"]: (row["reason"], row["duplicate_of"]) for row in bad.to_dict("records")}
+
+
+# ------------------------------------------------------------------------------------------------ the fold
+
+
+def test_of_two_duplicates_the_later_batch_yields_also_across_roles() -> None:
+    rows = [*_pool("new"), *_pool("old")]  # names and rows against the order of arrival
+    rows += [_image("new", "all", "a", "copy.jpg", "same"), _image("old", "all", "b", "copy.jpg", "same")]
+    for roles in ({"old": "finetune", "new": "finetune"}, {"old": "pretrain", "new": "finetune"}):
+        reasons = _reasons(_judge(rows, _batches(**roles)))
+        assert reasons == {"new/all/a/copy.jpg": ("no_exact_duplicate", "old/all/b/copy.jpg")}
+
+
+def test_of_two_near_duplicates_the_later_yields_where_pixels_agree() -> None:
+    hash_ = 0x123456789ABCDEF0
+    rows = [*_pool("old"), *_pool("new")]
+    rows += [_image("old", "all", "a", "x.jpg", hash=hash_), _image("new", "all", "a", "x.jpg", hash=hash_ ^ 0b101)]
+    batches = _batches(old="finetune", new="finetune")
+    assert _reasons(_judge(rows, batches)) == {"new/all/a/x.jpg": ("no_near_duplicate", "old/all/a/x.jpg")}
+    assert _reasons(_judge(rows, batches, same=False)) == {}
+
+
+@pytest.mark.parametrize(("stays", "yields"), [("test", "val"), ("test", "train"), ("val", "train")])
+def test_inside_a_batch_test_beats_val_beats_train(stays: str, yields: str) -> None:
+    rows = [row for split in ("train", "val", "test") for row in _pool("b", split=split)]
+    # By key alone the other one would stay: its class comes first.
+    rows += [_image("b", stays, "b", "x.jpg", "same"), _image("b", yields, "a", "x.jpg", "same")]
+    reasons = _reasons(_judge(rows, _batches(b="finetune")))
+    assert reasons == {f"b/{yields}/a/x.jpg": ("no_exact_duplicate", f"b/{stays}/b/x.jpg")}
+
+
+def test_it_is_our_split_that_counts_not_the_sources() -> None:
+    # train and val only: the source's val is our test.
+    rows = [*_pool("b", split="train"), *_pool("b", split="val")]
+    rows += [_image("b", "train", "a", "x.jpg", "same"), _image("b", "val", "a", "x.jpg", "same")]
+    verdict = _judge(rows, _batches(b="pretrain"))
+    assert _reasons(verdict) == {"b/train/a/x.jpg": ("no_exact_duplicate", "b/val/a/x.jpg")}
+    assert set(verdict.accepted.loc[verdict.accepted["source_split"] == "val", "split"]) == {"test"}
+
+
+def test_within_a_split_the_smaller_key_stays() -> None:
+    rows = [*_pool("b"), _image("b", "all", "a", "z.jpg", "same"), _image("b", "all", "a", "y.jpg", "same")]
+    assert list(_reasons(_judge(rows, _batches(b="finetune")))) == ["b/all/a/z.jpg"]
+
+
+def test_what_fails_otherwise_makes_nobody_yield() -> None:
+    rows = [*_pool("b"), _image("b", "all", "a", "1-damaged.jpg", hash=5, decodes=False, error="cut")]
+    rows += [_image("b", "all", "a", "2-sound.jpg", hash=5)]
+    assert _reasons(_judge(rows, _batches(b="finetune"))) == {"b/all/a/1-damaged.jpg": ("decodes", "")}
+
+
+def _messy(names: list[str], seed: int) -> list[dict[str, Any]]:
+    """Batches full of exact and near-duplicates of each other, and damaged images."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for name in names:
+        for number in range(120):
+            hash_ = int(rng.integers(1, 25)) * 0x0123456789ABCDEF % 2**64 ^ 1 << int(rng.integers(0, 64))
+            changes: dict[str, Any] = {"decodes": False} if rng.random() < 0.05 else {}
+            content = f"{rng.integers(300)}"
+            rows.append(_image(name, "all", "ab"[number % 2], f"m{number}.jpg", content, hash=hash_, **changes))
+    rows += [row for name in names for row in _pool(name)]
+    return rows
+
+
+def test_all_at_once_equals_one_by_one_and_an_old_batch_never_changes() -> None:
+    roles = {"up": "pretrain", "target": "finetune", "week1": "finetune", "more": "pretrain"}
+    rows = _messy(list(roles), seed=3)
+    columns = ["key", "split", "label", "reason", "duplicate_of"]
+    whole = _judge(rows, _batches(**roles)).images.set_index("batch")
+    assert (whole["reason"] != "").sum() > 100
+    for count in range(1, len(roles) + 1):
+        some = dict(list(roles.items())[:count])
+        part = _judge([row for row in rows if row["batch"] in some], _batches(**some)).images.set_index("batch")
+        for name in some:
+            pd.testing.assert_frame_equal(part.loc[[name], columns], whole.loc[[name], columns])
+
+
+def test_a_later_finetune_batch_has_fresh_and_the_frozen_test_stays() -> None:
+    rows = [*_pool("first", 100), *_pool("later", 100), *_pool("up", 100)]
+    accepted = _judge(rows, _batches(first="finetune", up="pretrain", later="finetune")).accepted
+    splits = {name: set(group) for name, group in accepted.groupby("batch")["split"]}
+    assert splits == {
+        "first": {"train", "val", "test"},
+        "up": {"train", "val", "test"},
+        "later": {"train", "val", "fresh"},
+    }
+
+
+def test_labels_are_positions_in_an_append_only_list() -> None:
+    rows = [*_pool("one", classes="bc"), *_pool("two", classes="ab")]
+    limits = LENIENT.model_copy(update={"allow_new_classes": True})
+    verdict = _judge(rows, _batches(one="finetune", two="finetune"), limits)
+    assert verdict.classes == {"pretrain": [], "finetune": ["b", "c", "a"]}
+    names = verdict.accepted.groupby("class_name")["label"].unique()
+    assert {name: list(label) for name, label in names.items()} == {"b": [0], "c": [1], "a": [2]}
+    assert not verdict.stops
+
+
+def test_an_unlabelled_pretrain_image_is_accepted_with_label_minus_one() -> None:
+    rows = [*_pool("up"), _image("up", "all", "", "x.jpg")]
+    verdict = _judge(rows, _batches(up="pretrain"))
+    assert verdict.accepted.set_index("key").loc["up/all//x.jpg", "label"] == -1
+    assert verdict.classes["pretrain"] == ["a", "b"]
+    assert not verdict.stops
+
+
+# ------------------------------------------------------------------------------------------------ stops
+
+
+def _stops(rows: list[dict[str, Any]], limits: Validate, **roles: str) -> str:
+    return "\n".join(_judge(rows, _batches(**roles), limits).stops)
+
+
+def test_too_much_quarantined_stops_with_figures_keys_and_the_parameter() -> None:
+    rows = [*_pool("b", 90), *[_image("b", "all", "a", f"x{i}", decodes=False, error="cut") for i in range(60)]]
+    message = _stops(rows, Validate(), b="finetune")
+    for part in (
+        "batch `b` (finetune)",
+        "25.0%",
+        "60 of 240",
+        "≤ 0.1",
+        "validate.max_quarantined",
+        "decodes 60",
+        "b/all/a/x0 (decodes: cut)",
+    ):
+        assert part in message
+    assert "x9" not in message  # the first few keys, not all
+
+
+def test_a_batch_with_nothing_left_stops() -> None:
+    rows = [*_pool("good"), *[row | {"decodes": False} for row in _pool("bad")]]
+    message = _stops(rows, LENIENT, good="finetune", bad="finetune")
+    assert "batch `bad` (finetune): none of 60 images is accepted: decodes 60" in message
+
+
+def test_a_delivery_of_known_images_stops() -> None:
+    rows = [*_pool("old"), *[row | {"key": row["key"].replace("old", "new"), "batch": "new"} for row in _pool("old")]]
+    message = _stops(rows, Validate(), old="finetune", new="finetune")
+    assert "batch `new` (finetune): none of 60 images is accepted: no_exact_duplicate 60" in message
+
+
+def test_a_missing_or_starved_class_stops() -> None:
+    rows = [*_pool("b", classes="ab"), *_pool("b", 2, classes="c"), _image("b", "all", "d", "x.jpg", decodes=False)]
+    message = _stops(rows, Validate(min_images_per_class=8), b="finetune")
+    assert "validate.min_images_per_class" in message and "d has 0" in message and "c has" in message
+    assert "a has" not in message
+
+
+def test_an_unknown_finetune_class_stops_unless_allowed() -> None:
+    rows = [*_pool("first"), *_pool("later", classes="abz"), *_pool("up", classes="xy")]
+    roles = {"first": "finetune", "up": "pretrain", "later": "finetune"}
+    message = _stops(rows, LENIENT, **roles)
+    assert "batch `later` (finetune): new classes: z;" in message and "validate.allow_new_classes: true" in message
+    assert "x" not in message.split("new classes:")[1].split(";")[0]
+    assert _stops(rows, LENIENT.model_copy(update={"allow_new_classes": True}), **roles) == ""
+
+
+def test_an_unlabelled_finetune_image_stops() -> None:
+    message = _stops([*_pool("b"), _image("b", "all", "", "x.jpg")], LENIENT, b="finetune")
+    assert "batch `b` (finetune): 1 images have no class" in message
+
+
+def test_drift_is_recorded_and_stops_only_where_told_and_unexplained() -> None:
+    dark = [row | {"brightness": 30.0} for row in _pool("dark", 60)]
+    rows = [*_pool("first", 60), *dark]
+    batches = _batches(first="finetune", dark="finetune")
+    verdict = _judge(rows, batches)
+    assert [row.fact for row in verdict.drift["dark"] if row.drifted] == ["brightness"]
+    assert verdict.failed["no_drift"] == 1 and not verdict.stops
+    strict = LENIENT.model_copy(update={"drift": Drift(stop=True)})
+    (message,) = _judge(rows, batches, strict).stops
+    assert "brightness (KS distance 1.000)" in message and "batches.dark.accept_drift" in message
+    batches["dark"] = batches["dark"].model_copy(update={"accept_drift": "night shots are wanted"})
+    assert not _judge(rows, batches, strict).stops
+
+
+# ------------------------------------------------------------------------------------------------ the stage itself
+
+
+def _jpeg(seed: int, quality: int = 90) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((80, 64), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(1))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _deliver(role: str, batch: str, seeds: range, extra: dict[str, bytes]) -> None:
+    """Raw tars and facts of a batch of two classes of real JPEGs; `extra` are more files of class a."""
+    folder = Path("data/raw") / role / batch
+    rows = []
+    for number, name in enumerate("ab"):
+        files = {f"{seed}.jpg": _jpeg(seed) for seed in seeds if seed % 2 == number} | (extra if name == "a" else {})
+        path = folder / f"all/{name}.tar"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for file, data in sorted(files.items()):
+                info = tarfile.TarInfo(file)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        rows += scan_tar(path, folder, batch)
+    write_table(pd.DataFrame(rows, columns=FACTS.names), FACTS, Path(f"data/facts/{role}/{batch}.parquet"))
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with one batch a role; `target` repeats an image of `up` and has a hostile file name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["validate"])
+    _params(up="pretrain", target="finetune")
+    _deliver(
+        "pretrain", "up", range(40), {"copy.jpg": _jpeg(2, quality=60), "<script>alert(1)</script>.jpg": b"no image"}
+    )
+    _deliver("finetune", "target", range(100, 140), {"known.jpg": _jpeg(1), "cut.jpg": _jpeg(3)[:-300]})
+    return tmp_path
+
+
+def _params(max_quarantined: float = 0.1, **roles: str) -> None:
+    batches = {name: {"role": role, "source": "somewhere"} for name, role in roles.items()}
+    values = {"batches": batches, "split": {}, "validate": {"max_quarantined": max_quarantined}}
+    Path("params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _outputs(root: Path) -> dict[str, str]:
+    made = ("data/accepted", "data/classes", "data/quarantine.parquet", "reports")
+    files = [path for name in made for path in [root / name, *(root / name).rglob("*")] if path.is_file()]
+    return {path.relative_to(root).as_posix(): sha256(path) for path in files}
+
+
+def test_it_writes_what_the_design_says(workspace: Path) -> None:
+    validate.main()
+    assert sorted(_outputs(workspace)) == [
+        "data/accepted/finetune/target.parquet",
+        "data/accepted/pretrain/up.parquet",
+        "data/classes/finetune.json",
+        "data/classes/pretrain.json",
+        "data/quarantine.parquet",
+        "reports/validation.html",
+        "reports/validation.json",
+    ]
+    bad = read_table(Path("data/quarantine.parquet"))
+    assert bad.columns.tolist() == QUARANTINE.names
+    assert bad[["key", "reason", "duplicate_of"]].to_numpy().tolist() == [
+        ["up/all/a/<script>alert(1)</script>.jpg", "known_format", ""],
+        ["up/all/a/copy.jpg", "no_near_duplicate", "up/all/a/2.jpg"],
+        ["target/all/a/cut.jpg", "decodes", ""],
+        ["target/all/a/known.jpg", "no_exact_duplicate", "up/all/b/1.jpg"],
+    ]
+    accepted = read_table(Path("data/accepted/finetune/target.parquet"))
+    assert accepted.columns.tolist() == ACCEPTED.names
+    assert accepted["key"].is_monotonic_increasing and len(accepted) == 40
+    assert json.loads(Path("data/classes/finetune.json").read_text()) == ["a", "b"]
+    report = json.loads(Path("reports/validation.json").read_text())
+    assert (report["accepted"], report["quarantined"]) == (80, 4)
+    assert report["batches"]["target"]["quarantined_by"] == {"decodes": 1, "no_exact_duplicate": 1}
+    assert sum(report["classes"]["finetune"]["a"].values()) == 20
+
+
+def test_the_page_is_self_contained_and_escapes_hostile_names(workspace: Path) -> None:
+    validate.main()
+    page = Path("reports/validation.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "http://" not in page and "https://" not in page and str(workspace) not in page
+    assert page.count("data:image/jpeg;base64,") >= 4  # both sides of both pairs
+    assert "came in an earlier batch" in page
+
+
+def test_the_same_inputs_give_the_same_bytes(workspace: Path) -> None:
+    validate.main()
+    first = _outputs(workspace)
+    validate.main()
+    assert _outputs(workspace) == first
+
+
+def test_an_added_batch_leaves_the_older_ones_files_alone(workspace: Path) -> None:
+    validate.main()
+    first = _outputs(workspace)
+    _params(up="pretrain", target="finetune", week1="finetune")
+    _deliver("finetune", "week1", range(200, 240), {"known.jpg": _jpeg(100)})
+    validate.main()
+    second = _outputs(workspace)
+    for name in first:
+        if name.startswith(("data/accepted", "data/classes")):
+            assert second[name] == first[name]
+    assert read_table(Path("data/quarantine.parquet"))["key"].tolist()[-1] == "week1/all/a/known.jpg"
+
+
+def test_what_a_vanished_batch_left_behind_is_removed(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    validate.main()
+    for kind in ("shards/pretrain/up", "shards/finetune/target", "shards/pretrain/target"):
+        (workspace / "data" / kind).mkdir(parents=True)
+        (workspace / "data" / kind / "train-00000.tar").touch()
+    for role in ("pretrain", "finetune"):
+        (workspace / "data/shards" / role / ".gitkeep").touch()
+    _params(target="finetune")
+    with caplog.at_level(logging.INFO):
+        validate.main()
+    left = {path.relative_to(workspace / "data").as_posix() for path in (workspace / "data").rglob("*")}
+    assert not {path for path in left if "/up" in path}
+    assert {"shards/pretrain/.gitkeep", "shards/finetune/.gitkeep", "shards/finetune/target"} <= left
+    assert {"raw/finetune/target", "facts/finetune/target.parquet"} <= left
+    assert "shards/pretrain/target" not in left  # listed, but of the other role
+    removed = [message for message in caplog.messages if "removing" in message]
+    assert len(removed) == 5 and "removing data/raw/pretrain/up" in removed[0]
+    assert json.loads(Path("data/classes/pretrain.json").read_text()) == []
+
+
+def test_a_stop_writes_no_output_but_a_page_that_says_why(workspace: Path) -> None:
+    _params(up="pretrain", target="finetune", max_quarantined=0.01)
+    with pytest.raises(StageError) as stopped:
+        validate.main()
+    assert "validate.max_quarantined" in str(stopped.value)
+    assert ".synset/validation-failed/validation.html" in str(stopped.value)
+    assert _outputs(workspace) == {}
+    assert "validate.max_quarantined" in Path(".synset/validation-failed/validation.html").read_text()
+    assert json.loads(Path(".synset/validation-failed/validation.json").read_text())["stops"]
+
+
+def test_a_batch_that_was_not_scanned_is_named(workspace: Path) -> None:
+    _params(up="pretrain", target="finetune", later="finetune")
+    with pytest.raises(StageError, match=r"data/facts/finetune/later.parquet is missing; `dvc repro scan@later`"):
+        validate.main()
