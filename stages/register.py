@@ -50,11 +50,12 @@ OUTPUT = {"class_id": "long", "name": "string", "probability": "double"}
 
 ASKED = 64
 """Test images on which the served model is compared with the evaluation."""
-MOST_DIFFERENT = 0.05
+MOST_DIFFERENT = 0.03
 """Up to which the two agree: total variation of the probabilities (half the sum over classes), mean over the images.
 
-Evaluation may run under bf16 (8 bits of mantissa, a few hundredths of a probability) and with another decoder; the
-served model runs in float32. A forgotten crop, a channel order or another normalisation moves it by tenths.
+Evaluation may run under bf16 and with a GPU's decoder; the served model runs in float32. Measured on the sample: 0.002
+as it is (bf16 against float32), 0.07 with the margin of the crop forgotten, 0.12 with ImageNet's normalisation or
+without a crop, 0.8 with channels in the wrong order.
 """
 TIMED = 40
 """Single predictions that are timed."""

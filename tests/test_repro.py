@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -49,7 +50,7 @@ def test_every_accepted_test_image_is_scored_once(done: Workspace) -> None:
 
 def test_metrics_are_those_of_the_predictions(done: Workspace) -> None:
     predictions = pd.read_parquet(done.root / "reports/predictions.parquet").query("split == 'test'")
-    hits = [max(range(len(row)), key=row.__getitem__) for row in predictions["logits"]] == predictions["label"]
+    hits = np.stack(predictions["logits"].to_list()).argmax(1) == predictions["label"].to_numpy()
     metrics = json.loads((done.root / "reports/metrics.json").read_text(encoding="utf-8"))
     assert metrics["test"]["top1"] == pytest.approx(hits.mean(), abs=1e-6)
 
@@ -66,7 +67,7 @@ def test_a_new_key_of_evaluate_reruns_evaluate_and_register_only(done: Workspace
     ran = done.repro()
     done.write_params(params)
     assert ran == ["evaluate", "register"]
-    assert done.repro() == ["evaluate", "register"] or done.repro() == []
+    assert set(done.repro()) <= {"evaluate", "register"}
 
 
 def test_a_new_finetune_batch_leaves_older_data_alone(done: Workspace) -> None:

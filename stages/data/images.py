@@ -65,6 +65,9 @@ def decode_strictly(data: bytes, header: Header) -> np.ndarray:
             data, "GRAY", fastdct=True, fastupsample=True, min_height=side, min_width=side, strict=True
         )[:, :, 0]
     try:
+        # Checksums of all chunks of a PNG (decoding stops at the last pixel); a verified image must be opened anew.
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.verify()
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return np.asarray(_eight_bit(image).convert("L"))
     except (OSError, SyntaxError, EOFError) as error:

@@ -17,7 +17,8 @@ from stages.data.splits import PRECEDENCE
 SHOWN_PER_REASON = 24
 THUMBNAIL = 96  # longer side in pixels
 LARGEST_SHOWN = 50_000_000  # pixels; larger ones are not decoded for a thumbnail
-LISTED_CLASSES = 40  # with more, the smallest and the largest half of so many are listed, beside a chart of all
+LISTED_CLASSES = 60  # with more, the smallest and the largest half of so many are listed, beside a chart of all
+SIZE_MARKS = [size for power in range(3, 14) for size in (2**power, 3 * 2 ** (power - 1))]  # 8, 12, 16, 24, ...
 SPLITS = tuple(reversed(PRECEDENCE))  # train first
 
 
@@ -149,7 +150,7 @@ class ClassBar(NamedTuple):
 
 
 class ClassChart(NamedTuple):
-    """`skyline`: outline (SVG path, 100 high, 1 wide a class) of training images, where classes are too many to list."""
+    """`skyline`: outline (SVG path, 100 high, 1 wide a class) of training images, where classes are too many."""
 
     total: int
     smallest: int
@@ -292,7 +293,7 @@ def size_map(width: np.ndarray, height: np.ndarray) -> SizeMap:
         side=side,
         marks=[
             (round(float((np.log2(mark) - low) / (high - low)) * 100, 2), str(mark))
-            for mark in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-            if low <= np.log2(mark) <= high
+            for mark in SIZE_MARKS
+            if low <= np.log2(mark) <= high and (mark.bit_count() == 1 or high - low < 4)
         ],
     )

@@ -3,6 +3,7 @@
 import io
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def accepted_batch(folder: Path, count: int, splits: dict[str, float] | None = N
     rows = []
     for label, name in enumerate("abc"):
         images = {f"{number:04d}.x.jpg": jpeg(1000 * label + number) for number in range(label, count, 3)}
-        files = [SourceFile(key, lambda data=data: io.BytesIO(data)) for key, data in images.items()]
+        files = [SourceFile(key, partial(io.BytesIO, data)) for key, data in images.items()]
         write_tar(Group("all", name, files), folder)
         rows += [row | {"label": label} for row in scan_tar(folder / "all" / f"{name}.tar", folder, "mine")]
     frame = pd.DataFrame(rows)
@@ -103,10 +104,8 @@ def test_plain_tar_webdataset_and_dali_read_them(shards: Path) -> None:
     assert [sample["jpg"] for sample in theirs] == [samples.jpeg(number) for number in range(16)]
 
     @pipeline_def(batch_size=16, num_threads=1, device_id=None)
-    def pipeline() -> tuple[object, ...]:
-        return tuple(
-            fn.readers.webdataset(paths=[str(path)], index_paths=[str(path.with_suffix(".idx"))], ext=["jpg", "cls"])
-        )
+    def pipeline() -> object:
+        return fn.readers.webdataset(paths=[str(path)], index_paths=[str(path.with_suffix(".idx"))], ext=["jpg", "cls"])
 
     images, labels = pipeline().run()
     assert [bytes(images.at(number)) for number in range(16)] == [samples.jpeg(number) for number in range(16)]
@@ -160,7 +159,8 @@ def epoch(shards: Path, number: int, threads: int = 2, batch_size: int = 7) -> t
     """All images and labels of one epoch of training."""
     samples = read_samples([shards], "train")
     batches = training_batches(
-        samples, image_size=32, batch_size=batch_size, min_crop_area=0.5, seed=3, epoch=number, threads=threads, device="cpu"
+        samples, image_size=32, batch_size=batch_size, min_crop_area=0.5, seed=3, epoch=number, threads=threads,
+        device="cpu",
     )  # fmt: skip
     images, labels = zip(*((images.clone(), labels) for images, labels in batches), strict=True)
     assert {len(each) for each in labels} <= {batch_size, batch_size - 1}

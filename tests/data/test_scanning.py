@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def scene() -> Image.Image:
 
 
 def group(**files: bytes) -> Group:
-    return Group("train", "week.1", [SourceFile(f"{n}.JPEG", lambda d=d: io.BytesIO(d)) for n, d in files.items()])
+    return Group("train", "week.1", [SourceFile(f"{n}.JPEG", partial(io.BytesIO, d)) for n, d in files.items()])
 
 
 def test_the_same_files_make_the_same_tar_and_come_out_again(tmp_path: Path) -> None:
@@ -56,7 +57,13 @@ def test_rows_name_batch_split_class_and_place(tmp_path: Path, scene: Image.Imag
     assert read_at(tmp_path / row["tar"], row["offset"], row["bytes"]) == data
 
 
-@pytest.mark.parametrize(("form", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGBA"), ("WEBP", "RGB"), ("BMP", "RGB"), ("PNG", "P")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [
+        ("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"),
+        ("PNG", "RGBA"), ("PNG", "P"), ("WEBP", "RGB"), ("BMP", "RGB"),
+    ],
+)  # fmt: skip
 def test_formats_are_known_by_content(scene: Image.Image, form: str, mode: str) -> None:
     facts = image_facts(encoded(scene.convert(mode), form))
     assert (facts["format"], facts["mode"], facts["decodes"], facts["error"]) == (form, mode, True, "")
@@ -64,13 +71,11 @@ def test_formats_are_known_by_content(scene: Image.Image, form: str, mode: str) 
     assert facts["brightness"] == pytest.approx(np.asarray(scene.convert("L")).mean(), abs=4)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP"])
-@pytest.mark.parametrize("kept", [0.3, 0.95, -1, -3])
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "BMP", "PNG"])
+@pytest.mark.parametrize("kept", [0.3, 0.95, -20])
 def test_every_truncation_is_found(scene: Image.Image, form: str, kept: float) -> None:
     data = encoded(scene, form)
     facts = image_facts(data[: int(len(data) * kept)] if kept > 0 else data[: int(kept)])
-    if form == "PNG" and kept == -1 or form == "PNG" and kept == -3:
-        return  # the last bytes of a PNG are the checksum of an empty chunk: every pixel is there
     assert not facts["decodes"], form
     assert facts["error"]
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Samples, Samples]:
             file = io.BytesIO()
             pixels = rng.integers(130 * label, 130 * label + 120, (36, 36, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(file, "JPEG")
-            files.append(SourceFile(f"{number}.jpg", lambda content=file.getvalue(): io.BytesIO(content)))
+            files.append(SourceFile(f"{number}.jpg", partial(io.BytesIO, file.getvalue())))
         write_tar(Group("all", name, files), folder / "raw")
         rows += [row | {"label": label} for row in scan_tar(folder / f"raw/all/{name}.tar", folder / "raw", "mine")]
     accepted = pd.DataFrame(rows)
@@ -64,8 +65,13 @@ def compute() -> Compute:
 
 
 def train(
-    data: tuple[Samples, Samples], compute: Compute, work: Path, recipe: Recipe = RECIPE, stop_after: int = 0, lr: float = 0.02
-) -> tuple[Classifier, list[dict[str, float]]]:  # fmt: skip
+    data: tuple[Samples, Samples],
+    compute: Compute,
+    work: Path,
+    recipe: Recipe = RECIPE,
+    stop_after: int = 0,
+    lr: float = 0.02,
+) -> tuple[Classifier, list[dict[str, float]]]:
     """Trains a new model; with `stop_after`, is interrupted after that epoch."""
 
     def on_epoch(_: dict[str, float], epoch: int) -> None:
