@@ -1,5 +1,6 @@
 """Checkpoints: what a killed training needs to end in the same bytes as an undisturbed one."""
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from stages.files import replaced_file
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Writes the state aside and renames it, so that a kill leaves the old checkpoint or the new one."""
+    # Through memory: torch's own writer turns a full disk into an error that no longer says so.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with replaced_file(path) as aside:
-        torch.save(state, aside)
+        aside.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path, device: str) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torchvision
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from stages.command import StageError
@@ -89,7 +89,7 @@ def save_classifier(model: Classifier, config: dict[str, Any], folder: Path) -> 
     """Writes `model.safetensors` (torchvision's own names) and `config.json`; the same weights give the same bytes."""
     with replaced_directory(folder) as aside:
         weights = {name: value.detach().cpu().contiguous() for name, value in model.net.state_dict().items()}
-        save_file(weights, aside / "model.safetensors")
+        (aside / "model.safetensors").write_bytes(save(weights))
         (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
