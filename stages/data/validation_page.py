@@ -85,10 +85,11 @@ def percent(share: float) -> str:
 def exhibits(images: pd.DataFrame, reason: str, raw: Path) -> list[Exhibit]:
     """The first images that were quarantined for one reason, by arrival and key, with thumbnails."""
     chosen = images[images["reason"] == reason].sort_values(["arrival", "key"]).head(SHOWN_PER_REASON)
-    stays = images[images["key"].isin(set(chosen["duplicate_of"]) - {""})].set_index("key", drop=False)
+    kept = images[images["key"].isin(set(chosen["duplicate_of"]) - {""})].to_dict("records")
+    stays = {row["key"]: row for row in kept}
     shown = []
     for row in chosen.to_dict("records"):
-        other = stays.loc[row["duplicate_of"]].to_dict() if row["duplicate_of"] else None
+        other = stays.get(row["duplicate_of"])
         shown.append(Exhibit(picture(row, raw), picture(other, raw) if other else None, remarks(row, other)))
     return shown
 
