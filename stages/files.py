@@ -20,6 +20,9 @@ def replaced_file(path: Path) -> Iterator[Path]:
         _sync(aside)
         aside.replace(path)
         _sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without saying where
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -39,6 +42,9 @@ def replaced_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         aside.rename(path)
         _sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

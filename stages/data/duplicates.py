@@ -20,11 +20,12 @@ THUMBNAIL = 32  # side of the luminance thumbnails that confirm a hash match, in
 BITS = 64
 # Brightness in the facts is of another scale of the image than the thumbnails are: it may differ by so much more.
 SCALING_SLACK = 2.0
-# A hash is plain with at most so many odd bits; two plain images must agree in brightness and contrast to this.
+# A hash is plain with at most so many odd bits; two plain images must agree more closely in brightness and contrast.
 PLAIN_BITS = 8
-PLAIN_TOLERANCE = 1.0
+PLAIN_BRIGHTNESS = 6.0
+PLAIN_CONTRAST = 2.0
 # Budgets: beyond these, hashes do not tell the images apart at all. ImageNet needs a hundredth.
-MAX_PAIRS = 10_000_000  # to confirm on pixels
+MAX_PAIRS = 20_000_000  # to confirm on pixels
 MAX_COMPARISONS = 20_000_000_000  # of hashes
 CHUNK = 2_000_000
 
@@ -86,7 +87,7 @@ def near_pairs(looks: pd.DataFrame, distance: int, difference: float) -> tuple[n
     These are all pairs whose hashes are within `distance` bits and whose brightness and contrast agree to `difference`
     (two images further apart in mean brightness cannot be within a mean absolute difference of it). A hash with almost
     all bits alike is plain: a small thing on an even ground. Thousands of different images may share it, so two plain
-    ones must agree in brightness and contrast to `PLAIN_TOLERANCE`.
+    ones must agree to `PLAIN_BRIGHTNESS` and `PLAIN_CONTRAST`.
 
     Args:
         looks: columns hash (uint64), brightness, contrast (0-255).
@@ -140,13 +141,13 @@ def _plain_pairs(look: Looks, distance: int) -> Iterator[np.ndarray]:
     plain = np.flatnonzero(is_plain(look.hash))
     plain = plain[np.argsort(look.brightness[plain], kind="stable")]
     brightness = look.brightness[plain]
-    ends = np.searchsorted(brightness, brightness + PLAIN_TOLERANCE, side="right")
+    ends = np.searchsorted(brightness, brightness + PLAIN_BRIGHTNESS, side="right")
     after = np.arange(1, len(plain) + 1)
     _check_budget(int((ends - after).sum()), MAX_COMPARISONS, distance)
     for part in _chunks(ends - after):
         matches, query = _ranges(after[part], (ends - after)[part])
         one, other = plain[part][query], plain[matches]
-        keep = np.abs(look.contrast[one] - look.contrast[other]) <= PLAIN_TOLERANCE
+        keep = np.abs(look.contrast[one] - look.contrast[other]) <= PLAIN_CONTRAST
         keep[keep] = np.bitwise_count(look.hash[one[keep]] ^ look.hash[other[keep]]) <= distance
         yield np.stack([one[keep], other[keep]], axis=1)
 
