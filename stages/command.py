@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import signal
 import sys
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ class StageError(Exception):
 def run(main: Callable[[], object]) -> None:
     """Calls `main`; a `StageError` or a full disk ends the process with one message instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # A stop ends like an error: what was begun aside is removed, and the run in MLflow reads KILLED.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
     except StageError as error:

@@ -36,7 +36,7 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        for file in sorted(aside.rglob("*")):
+        for file in [*sorted(aside.rglob("*")), aside]:
             _sync(file)
         if path.exists():
             shutil.rmtree(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.command import StageError, run
 from stages.data.loading import read_samples
-from stages.data.shard_sets import read_index, shard_sets
+from stages.data.shard_sets import check_resize, read_index, shard_sets
 from stages.files import replaced_directory, sha256, write_json
 from stages.fingerprint import fingerprint, work_folder
 from stages.params.finetune import Finetune
@@ -37,7 +37,8 @@ def main() -> None:
     training = load_section("training", Training)
     sets = list(shard_sets("finetune"))
     if not sets:
-        raise StageError("params.yaml: no batch has the role finetune; there is nothing to fine-tune on")
+        raise StageError("no batch has the role finetune; there is nothing to fine-tune on")
+    check_resize(sets, model.image_size)
 
     from stages.tracking import training_run
     from stages.training.checkpoints import prune

@@ -40,5 +40,5 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.as_posix().startswith("data/shards/"):
-        return sorted(path.rglob("index.json"))
+        return sorted(path.glob("[!.]*/index.json"))
     return sorted(file for file in path.rglob("*") if file.is_file())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.command import StageError, run
 from stages.data.loading import read_samples
-from stages.data.shard_sets import pooled_statistics, read_index, shard_sets
+from stages.data.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
 from stages.files import sha256, write_json
 from stages.fingerprint import fingerprint, work_folder
 from stages.params.load import load_section
@@ -44,11 +44,13 @@ def main() -> None:
 
 
 def _random(pretrain: Pretrain, model: Model) -> None:
-    from stages.training.models import build, save_classifier
+    from stages.training.models import build, check_takes, save_classifier
 
     config = {"architecture": model.architecture, "classes": [], "image_size": model.image_size}
     config |= {"resize": model.image_size, **IMAGENET}
-    save_classifier(build(config, pretrain.seed), config, BACKBONE)
+    backbone = build(config, pretrain.seed)
+    check_takes(backbone, model.image_size)
+    save_classifier(backbone, config, BACKBONE)
     write_json(REPORTS / "metrics.json", {"epochs": []})
     logger.info("pretrain: a random backbone (`pretrain.method` is none)")
 
@@ -57,15 +59,17 @@ def _supervised(pretrain: Pretrain, model: Model, training: Training, compute: "
     from stages.tracking import training_run
     from stages.training.checkpoints import prune
     from stages.training.loop import Recipe, fit
-    from stages.training.models import build, save_classifier
+    from stages.training.models import build, check_takes, save_classifier
 
     sets = list(shard_sets("pretrain"))
     if not sets:
         raise StageError(
             "params.yaml: `pretrain.method` is supervised, but no batch has the role pretrain; set it to none"
         )
+    check_resize(sets, model.image_size)
     config = _config(model, sets)
     backbone = build(config, pretrain.seed)
+    check_takes(backbone, model.image_size)
     every = read_samples(sets, "train")
     train, val = every.labelled(), read_samples(sets, "val").labelled()
     logger.info(

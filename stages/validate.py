@@ -69,7 +69,8 @@ def sweep(batches: dict[str, Batch]) -> None:
     """Removes what batches no longer listed left in data/: DVC lets it lie, and the next training would read it."""
     for kind in ("raw", "facts", "shards", "accepted"):
         for role in ROLES:
-            for path in sorted((DATA / kind / role).glob("[!.]*")):
+            # A stage that was killed leaves `.<batch>.tmp`; .gitkeep stays.
+            for path in sorted({*(DATA / kind / role).glob("[!.]*"), *(DATA / kind / role).glob(".*.tmp")}):
                 name = path.name.removesuffix(".parquet")
                 if name in batches and batches[name].role == role:
                     continue

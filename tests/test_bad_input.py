@@ -121,6 +121,9 @@ def test_every_image_corrupt(folder: Path) -> None:
         ({"finetune": {"lr": -1.0}}, "finetune.lr"),
         ({"split": {"val_fraction": 1.5}}, "split.val_fraction"),
         ({"colour": {}}, "colour"),
+        ({"model": {"architecture": "resnet18", "image_size": 64}}, "shard.pretrain.resize"),
+        ({"batches": {"a": {"role": "pretrain", "source": "x"}}}, "finetune"),
+        ({"batches": {"a": {"role": "finetune", "source": "x"}}}, "pretrain.method"),
         ({"batches": {}}, "batches"),
         ({"batches": {"a": {"role": "finetune"}}}, "batches.a.source"),
         ({"batches": {"a": {"role": "teacher", "source": "x"}}}, "batches.a.role"),
@@ -131,7 +134,7 @@ def test_every_image_corrupt(folder: Path) -> None:
 )
 def test_bad_parameters(folder: Path, changes: dict[str, Any], named: str) -> None:
     write_params(folder, changes)
-    assert f"`{named}`" in run(folder, "stages.params.all") or named == "colour"
+    assert named in run(folder, "stages.params.all")
 
 
 def test_a_batch_named_by_an_unquoted_date(folder: Path) -> None:

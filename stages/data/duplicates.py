@@ -13,6 +13,7 @@ from PIL import Image
 
 from stages.command import StageError
 from stages.data.images import decode_strictly, read_header
+from stages.data.raw import read_at
 from stages.params.validate import Validate
 from stages.progress import worker_count
 
@@ -328,23 +329,9 @@ def thumbnails(rows: pd.DataFrame, raw: Sequence[Path]) -> np.ndarray:
 
 def _thumbnail(place: tuple[Path, int, int, int]) -> np.ndarray:
     tar, offset, size, _ = place
-    data = read_raw(tar, offset, size)
+    data = read_at(tar, offset, size)
     try:
         luminance = decode_strictly(data, read_header(data))
     except ValueError as error:
         raise StageError(f"{tar} has changed since it was scanned ({error}); `dvc checkout` restores it") from error
     return np.asarray(Image.fromarray(luminance).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)).reshape(-1)
-
-
-def read_raw(tar: Path, offset: int, size: int) -> bytes:
-    """Bytes of one image in a raw tar.
-
-    Raises:
-        StageError: the tar is not there.
-    """
-    try:
-        with tar.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    except FileNotFoundError:
-        raise StageError(f"{tar} is missing; `dvc pull` or `dvc repro ingest@{tar.parts[-3]}` brings it back") from None

@@ -87,7 +87,7 @@ def difference_hash(luminance: np.ndarray) -> int:
 def to_rgb(data: bytes) -> Image.Image:
     """The image upright, 8 bits, RGB. CMYK, grey, palette and 16-bit are converted; transparency is dropped."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return ImageOps.exif_transpose(_eight_bit(image)).convert("RGB")
+        return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
 
 
 def resize_shorter(image: Image.Image, side: int) -> Image.Image:

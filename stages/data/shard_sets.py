@@ -11,7 +11,7 @@ from stages.command import StageError
 
 def shard_sets(role: str) -> list[Path]:
     """The shard sets of a role, sorted by name. Those of batches no longer listed have been removed by validate."""
-    return sorted(path.parent for path in (Path("data/shards") / role).glob("*/index.json"))
+    return sorted(path.parent for path in (Path("data/shards") / role).glob("[!.]*/index.json"))  # dot: half-made
 
 
 def read_index(shard_set: Path) -> dict[str, Any]:
@@ -24,6 +24,20 @@ def read_index(shard_set: Path) -> dict[str, Any]:
     if not path.is_file():
         raise StageError(f"{shard_set} is not a shard set (no index.json); `dvc repro shard@{shard_set.name}` makes it")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_resize(sets: list[Path], image_size: int) -> None:
+    """Holds the size that shards were written in against the one that a model sees.
+
+    Raises:
+        StageError: the crop of the model is larger than the images.
+    """
+    for shard_set in sets:
+        if (resize := read_index(shard_set)["resize"]) < image_size:
+            raise StageError(
+                f"`model.image_size` is {image_size}, but {shard_set} was written with `shard.{shard_set.parent.name}."
+                f"resize` {resize}; make that at least as large"
+            )
 
 
 def pooled_statistics(indexes: list[dict[str, Any]]) -> dict[str, list[float]] | None:

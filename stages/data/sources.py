@@ -128,6 +128,9 @@ def read_source(text: str, incoming: Path) -> Iterator[Group]:
     listed = _tiny_imagenet(folder) if (folder / "wnids.txt").is_file() else _image_folder(folder)
     if not listed:
         raise StageError(f"source {text}: {folder} holds no class folder (expected CLASS/*, or train/CLASS/*)")
+    for (split, class_name), files in listed.items():
+        if not files:
+            raise StageError(f"{folder}: the class folder {split}/{class_name} has no file; fill it or remove it")
     return _chosen(listed, subset)
 
 
@@ -149,20 +152,22 @@ def _image_folder(folder: Path) -> dict[tuple[str, str], list[SourceFile]]:
         raise StageError(f"{folder} mixes split folders with others ({others}); expected train/ val/ test/, or classes")
     else:
         listed = {("all", child.name): _files(child) for child in children}
-    for (split, class_name), files in listed.items():
-        if not files:
-            raise StageError(f"{folder}: the class folder {split}/{class_name} has no file; fill it or remove it")
     return listed
 
 
 def _tiny_imagenet(folder: Path) -> dict[tuple[str, str], list[SourceFile]]:
     """Tiny ImageNet's own layout: images of train in a folder a class, those of val in one, with a table of labels."""
-    listed = {("train", each.name): _files(each / "images") for each in _folders(folder / "train")}
     table = folder / "val" / "val_annotations.txt"
-    if not table.is_file():
-        raise StageError(f"{folder} has wnids.txt but no val/val_annotations.txt; Tiny ImageNet's layout has both")
-    for line in table.read_text(encoding="utf-8").splitlines():
-        name, class_name = line.split("\t")[:2]
+    if not table.is_file() or not (folder / "train").is_dir():
+        raise StageError(
+            f"{folder} has wnids.txt, but not Tiny ImageNet's train/ and val/val_annotations.txt"
+        )
+    listed = {("train", each.name): _files(each / "images") for each in _folders(folder / "train")}
+    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+        name, tab, rest = line.partition("\t")
+        class_name = rest.split("\t")[0]
+        if not tab or not class_name:
+            raise StageError(f"{table}, line {number}: expected a file name, a tab and a wnid, found {line!r}")
         path = folder / "val" / "images" / name
         if not path.is_file():
             raise StageError(f"{table} names {name}, but {path} is not there")
@@ -190,13 +195,40 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[SourceFile]:
-    """Every file below a class folder, images or not: what is none must show up in quarantine. Hidden ones are left."""
-    paths = (Path(root) / name for root, _, names in os.walk(folder) for name in names if not name.startswith("."))
-    return [SourceFile(path.relative_to(folder).as_posix(), _opener(path)) for path in paths]
+    """Every file below a class folder, images or not: what is none must show up in quarantine. Hidden ones are left.
+
+    Raises:
+        StageError: a folder cannot be read or links back into itself, or a name is not UTF-8.
+    """
+    files, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+        if (real := os.path.realpath(root)) in seen:
+            raise StageError(f"{root} is a link to a folder that is read already ({real}); remove the link")
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [_source_file(Path(root) / name, folder) for name in names if not name.startswith(".")]
+    return files
+
+
+def _refuse(error: OSError) -> None:
+    raise StageError(f"{error.filename} cannot be read: {error.strerror}")
+
+
+def _source_file(path: Path, folder: Path) -> SourceFile:
+    name = path.relative_to(folder).as_posix()
+    if not name.isprintable():
+        raise StageError(f"{os.fsencode(path)!r}: the name is not UTF-8, or has control characters; rename the file")
+    return SourceFile(name, _opener(path))
 
 
 def _opener(path: Path) -> Callable[[], IO[bytes]]:
-    return lambda: path.open("rb")
+    def open_file() -> IO[bytes]:
+        try:
+            return path.open("rb")
+        except OSError as error:
+            raise StageError(f"{path} cannot be read: {error.strerror}") from error
+
+    return open_file
 
 
 def _bytes_opener(data: bytes) -> Callable[[], IO[bytes]]:

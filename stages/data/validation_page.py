@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from stages.command import StageError
-from stages.data.duplicates import read_raw
 from stages.data.images import to_rgb
+from stages.data.raw import read_at
 from stages.data.splits import PRECEDENCE
 
 SHOWN_PER_REASON = 24
@@ -129,7 +129,7 @@ def _thumbnail(row: dict[Any, Any], raw: Path) -> tuple[str, str]:
     if row["width"] * row["height"] > LARGEST_SHOWN:
         return "", "too large to show"
     try:
-        data = read_raw(raw / row["role"] / row["batch"] / row["tar"], row["offset"], row["bytes"])
+        data = read_at(raw / row["role"] / row["batch"] / row["tar"], row["offset"], row["bytes"])
         image = to_rgb(data)
     except (StageError, OSError, ValueError, SyntaxError):
         return "", "cannot be shown"

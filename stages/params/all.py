@@ -1,6 +1,7 @@
 """All of params.yaml at once: `python -m stages.params.all` checks it before DVC reads it."""
 
 from pathlib import Path
+from typing import Any
 
 from stages.command import run
 from stages.params.batches import load_batches
@@ -48,9 +49,25 @@ def check_all(path: Path | None = None) -> None:
     if unknown:
         names = ", ".join(sorted(map(str, unknown)))
         raise ParamsError(f"{path or params_path()}: unknown section {names} (known: batches, {', '.join(SECTIONS)})")
-    load_batches(path)
-    for name, model in SECTIONS.items():
-        load_section(name, model, path)
+    batches = load_batches(path)
+    sections = {name: load_section(name, model, path) for name, model in SECTIONS.items()}
+    _check_together(sections, {batch.role for batch in batches.values()}, path or params_path())
+
+
+def _check_together(sections: dict[str, Any], roles: set[str], where: Path) -> None:
+    """What no section can know alone, found before hours of training are."""
+    if "finetune" not in roles:
+        raise ParamsError(f"{where}: `batches` has none of the role finetune, so there is no target to train for")
+    supervised = sections["pretrain"].method == "supervised"
+    if supervised and "pretrain" not in roles:
+        raise ParamsError(
+            f"{where}: `pretrain.method` is supervised, but no batch has the role pretrain; set it to none"
+        )
+    size = sections["model"].image_size
+    for role in ("pretrain", "finetune") if supervised else ("finetune",):
+        resize = getattr(sections["shard"], role).resize
+        if resize < size:
+            raise ParamsError(f"{where}: `shard.{role}.resize` is {resize}, smaller than `model.image_size` ({size})")
 
 
 if __name__ == "__main__":

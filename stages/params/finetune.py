@@ -14,7 +14,7 @@ class Finetune(Section):
     strategy: Literal["head", "full"] = "full"
     """What is trained: the new head alone, or every weight."""
     epochs: Annotated[int, Field(ge=1)] = 20
-    batch_size: Annotated[int, Field(ge=2)] = 32
+    batch_size: Annotated[int, Field(ge=4)] = 32
     lr: Positive = 0.05
     """Peak of the one-cycle schedule, for the head, and for every weight when training from scratch."""
     backbone_lr: Positive = 0.01

@@ -15,7 +15,7 @@ class Pretrain(Section):
 
     method: Literal["supervised", "none"] = "supervised"
     epochs: Annotated[int, Field(ge=1)] = 10
-    batch_size: Annotated[int, Field(ge=2)] = 64
+    batch_size: Annotated[int, Field(ge=4)] = 64
     lr: Positive = 0.1
     """Peak of the one-cycle schedule."""
     weight_decay: AtLeastZero = 5e-4

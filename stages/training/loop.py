@@ -88,6 +88,7 @@ def fit(
         metrics |= _train_epoch(model, optimiser, schedule, train, recipe, compute, epoch, f"{name}, epoch {epoch}")
         rate = len(train) / (time.monotonic() - started)
         metrics |= validation_metrics(model, val, recipe, compute)
+        _check_finite(metrics, name)
         curve.append(metrics)
         if recipe.patience and len(val) and metrics["val_loss"] <= min(each["val_loss"] for each in curve):
             best = {key: value.clone() for key, value in model.net.state_dict().items()}
@@ -150,13 +151,7 @@ def _train_epoch(
         schedule.step()
         loss_sum += loss * len(labels)
         hits += (logits.argmax(1) == labels).sum()
-    loss_mean = loss_sum.item() / len(train)
-    if not math.isfinite(loss_mean):
-        raise StageError(
-            f"{what}: the loss is {loss_mean} at a learning rate of about {schedule.get_last_lr()[-1]:g}; lower `lr`. "
-            f"The checkpoint of the epoch before is kept"
-        )
-    return {"train_loss": loss_mean, "train_top1": hits.item() / len(train)}
+    return {"train_loss": loss_sum.item() / len(train), "train_top1": hits.item() / len(train)}
 
 
 def _step(
@@ -174,6 +169,15 @@ def _step(
     loss.backward()
     optimiser.step()
     return loss.detach(), logits.detach()
+
+
+def _check_finite(metrics: Metrics, name: str) -> None:
+    for key in ("train_loss", "val_loss"):
+        if not math.isfinite(metrics.get(key, 0.0)):
+            raise StageError(
+                f"{name}: {key} is {metrics[key]} in epoch {metrics['epoch']}, begun with a learning rate of "
+                f"{metrics['lr']:g}; lower `lr`, or lengthen `warmup`"
+            )
 
 
 def _training_mode(model: nn.Module) -> None:

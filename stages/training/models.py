@@ -76,6 +76,21 @@ def build(config: dict[str, Any], seed: int) -> Classifier:
     return Classifier(net, config["mean"], config["std"])
 
 
+def check_takes(model: Classifier, image_size: int) -> None:
+    """Shows the model one empty image, so that a size which the architecture cannot take is known before training.
+
+    Raises:
+        StageError: it cannot take it.
+    """
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise StageError(
+            f"params.yaml: `model.image_size`: {type(model.net).__name__} takes no image of {image_size} px: {error}"
+        ) from error
+
+
 def copy_backbone(source: Classifier, target: Classifier) -> None:
     """Gives `target` all weights of `source` but the head's, which is for other classes."""
     head = f"{source.head_name}."

@@ -9,12 +9,11 @@ from torch import nn
 MOMENTUM = 0.9
 
 
-def sgd(groups: Iterable[tuple[nn.Module | Iterable[nn.Parameter], float]], weight_decay: float) -> torch.optim.SGD:
+def sgd(groups: Iterable[tuple[list[nn.Parameter], float]], weight_decay: float) -> torch.optim.SGD:
     """SGD over groups of (parameters, peak learning rate); norms and biases are not decayed (He et al. 2019)."""
     options = []
     for parameters, lr in groups:
-        every = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
-        trained = [parameter for parameter in every if parameter.requires_grad]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         decayed = [parameter for parameter in trained if parameter.ndim > 1]
         others = [parameter for parameter in trained if parameter.ndim <= 1]
         options += [{"params": decayed, "lr": lr, "weight_decay": weight_decay}] if decayed else []

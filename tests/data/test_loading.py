@@ -2,9 +2,11 @@
 
 import io
 import json
+import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,11 +15,12 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
+from stages.command import StageError
 from stages.data.images import resize_shorter
 from stages.data.ingesting import write_tar
 from stages.data.loading import Samples, epoch_order, evaluation_batches, read_samples, training_batches
 from stages.data.scanning import scan_tar
-from stages.data.shard_sets import pooled_statistics, read_index
+from stages.data.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
 from stages.data.sharding import shard_image, write_shard_set
 from stages.data.sources import Group, SourceFile
 from stages.params.shard import Shard
@@ -104,8 +107,10 @@ def test_plain_tar_webdataset_and_dali_read_them(shards: Path) -> None:
     assert [sample["jpg"] for sample in theirs] == [samples.jpeg(number) for number in range(16)]
 
     @pipeline_def(batch_size=16, num_threads=1, device_id=None)
-    def pipeline() -> object:
-        return fn.readers.webdataset(paths=[str(path)], index_paths=[str(path.with_suffix(".idx"))], ext=["jpg", "cls"])
+    def pipeline() -> tuple[Any, ...]:
+        index = str(path.with_suffix(".idx"))
+        read: Any = fn.readers.webdataset(paths=[str(path)], index_paths=[index], ext=["jpg", "cls"])
+        return tuple(read)
 
     images, labels = pipeline().run()
     assert [bytes(images.at(number)) for number in range(16)] == [samples.jpeg(number) for number in range(16)]
@@ -195,6 +200,16 @@ def test_any_2000_consecutive_samples_hold_every_batch_in_proportion() -> None:
         expected = 2000 * size / 21_000
         assert 0.8 * expected <= counts.min()
         assert counts.max() <= 1.2 * expected
+
+
+def test_a_half_made_shard_set_is_none(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", ".later.tmp"):
+        shutil.copytree(shards, tmp_path / "data/shards/finetune" / name)
+    assert [path.name for path in shard_sets("finetune")] == ["mine"]
+    check_resize(shard_sets("finetune"), 40)
+    with pytest.raises(StageError, match=r"`model.image_size` is 48.*`shard.finetune.resize` 40"):
+        check_resize(shard_sets("finetune"), 48)
 
 
 def test_unlabelled_images_are_kept_apart(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Sources: every layout gives the same groups of files, whatever else lies about."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,36 @@ def test_subsets(tmp_path: Path) -> None:
     assert few != listed(list(read_source("pets?images_per_class=3&seed=1", tmp_path)))
     with pytest.raises(StageError, match="no class dog"):
         list(read_source("pets?classes=dog", tmp_path))
+
+
+def test_links_are_followed_and_hidden_folders_are_not(tmp_path: Path) -> None:
+    put(tmp_path, "store/1.jpg", "pets/cat/2.jpg", "pets/cat/.ipynb_checkpoints/2.jpg")
+    (tmp_path / "pets/cat/more").symlink_to(tmp_path / "store")
+    assert listed(list(read_source("pets", tmp_path))) == {"all/cat": ["2.jpg", "more/1.jpg"]}
+    (tmp_path / "store/back").symlink_to(tmp_path / "pets/cat")
+    with pytest.raises(StageError, match="link"):
+        read_source("pets", tmp_path)
+
+
+def test_what_cannot_be_read_or_named_is_said(tmp_path: Path) -> None:
+    put(tmp_path, "pets/cat/1.jpg")
+    (tmp_path / "pets/cat/gone.jpg").symlink_to(tmp_path / "nowhere")
+    (group,) = read_source("pets", tmp_path)
+    with pytest.raises(StageError, match=r"gone\.jpg cannot be read"):
+        group.files[1].open()
+    Path(os.fsdecode(bytes(tmp_path / "pets/cat") + b"/caf\xe9.jpg")).touch()
+    with pytest.raises(StageError, match=r"caf\\xe9\.jpg.*not UTF-8"):
+        read_source("pets", tmp_path)
+
+
+def test_a_class_of_tiny_imagenet_without_images(tmp_path: Path) -> None:
+    put(tmp_path, "tiny/wnids.txt", "tiny/train/n01/n01_boxes.txt", "tiny/val/val_annotations.txt")
+    (tmp_path / "tiny/train/n01/images").mkdir()
+    with pytest.raises(StageError, match="line 1"):
+        read_source("tiny", tmp_path)
+    (tmp_path / "tiny/val/val_annotations.txt").write_text("", encoding="utf-8")
+    with pytest.raises(StageError, match="train/n01 has no file"):
+        read_source("tiny", tmp_path)
 
 
 def test_an_absolute_path_is_taken_as_it_is(tmp_path: Path) -> None:

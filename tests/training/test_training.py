@@ -24,7 +24,7 @@ from stages.params.shard import Shard
 from stages.params.training import Training
 from stages.training.devices import Compute, set_up
 from stages.training.loop import Recipe, fit
-from stages.training.models import Classifier, build, copy_backbone, load_classifier, save_classifier
+from stages.training.models import Classifier, build, check_takes, copy_backbone, load_classifier, save_classifier
 from stages.training.optimisation import one_cycle, sgd
 from stages.training.strategies import STRATEGIES
 
@@ -123,7 +123,7 @@ def test_early_stopping_keeps_the_best_epoch(data: tuple[Samples, Samples], comp
 def test_a_loss_that_is_not_finite_stops_and_says_so(
     data: tuple[Samples, Samples], compute: Compute, tmp_path: Path
 ) -> None:
-    with pytest.raises(StageError, match=r"epoch 1: the loss is nan.*lower `lr`"):
+    with pytest.raises(StageError, match=r"train_loss is nan in epoch 1.*lower `lr`"):
         train(data, compute, tmp_path, lr=1e20)
 
 
@@ -189,6 +189,12 @@ def test_the_backbone_moves_to_a_model_of_other_classes(architecture: str) -> No
     assert target.head.out_features == 2
     images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
     assert torch.equal(source.eval().features(images), target.eval().features(images))
+
+
+def test_a_size_that_the_architecture_cannot_take_is_known_before_training() -> None:
+    check_takes(build(CONFIG, seed=1), 32)
+    with pytest.raises(StageError, match="VisionTransformer takes no image of 64 px"):
+        check_takes(build(CONFIG | {"architecture": "vit_b_32"}, seed=1), 64)
 
 
 def test_the_fingerprint_changes_with_whatever_decides_the_bytes(
