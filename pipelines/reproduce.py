@@ -5,6 +5,7 @@ durations and the stop.
 Without PREFECT_API_URL the flow brings an API of its own, whose first start takes up to half a minute.
 """
 
+import itertools
 import os
 import re
 import signal
@@ -68,7 +69,7 @@ def run_stage(stage: str, stop: Stop) -> State[Any]:
     """`dvc repro` of one stage, its output in the log.
 
     Returns:
-        Completed, Cancelled, or Failed with the stage's last error line.
+        Completed, Cancelled, or Failed with the stage's last error.
     """
     if stop.asked():
         return Cancelled(message=f"{stage} not started: {stop.reason}")
@@ -88,12 +89,14 @@ def run_stage(stage: str, stop: Stop) -> State[Any]:
 
 
 def last_error(lines: list[str]) -> str:
-    """What a person needs of a failed stage: its own last `error:` line, else the last line that is not DVC's frame."""
+    """What a person needs of a failed stage: its own last `error: ` to the end, else the last line not DVC's."""
     if any(_BUSY.search(line) for line in lines):
         return "another `dvc repro` is at work in this checkout; wait until it has ended, or stop it"
-    own = [line for line in lines if line.startswith("error: ")]
+    if begins := [number for number, line in enumerate(lines) if line.startswith("error: ")]:
+        own = itertools.takewhile(lambda line: not line.startswith("ERROR: "), lines[begins[-1] :])
+        return "\n".join(own).removeprefix("error: ")
     said = [line for line in lines if not _FRAME.match(line)]
-    return (own or said or lines or ["it ended without a word"])[-1].removeprefix("error: ")
+    return (said or lines or ["it ended without a word"])[-1]
 
 
 def what_ran(lines: list[str]) -> str:

@@ -1,6 +1,7 @@
 """A stage as a process group: its output line by line while it runs, nothing of it left over when it ends."""
 
 import codecs
+import logging
 import os
 import signal
 import subprocess
@@ -10,26 +11,41 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO
 
+logger = logging.getLogger(__name__)
+
 GRACE = 20.0
 """Seconds between SIGTERM and SIGKILL: enough to finish writing a checkpoint."""
 _POLL = 0.1
 
 
 class Stop:
-    """Whether the flow is to stop: asked by a signal, or by `also`, looked at every few seconds."""
+    """Whether the flow is to stop: asked by a signal, or by `also`, looked at every few seconds.
+
+    Where `also` fails, that is said once, and it is looked at again: a training must not end with whom it asks.
+    """
 
     def __init__(self, also: Callable[[], bool] | None = None, every: float = 5.0) -> None:
         self._also, self._every = also, every
         self._looked = time.monotonic()
+        self._failed = False
         self.reason: str | None = None
 
     def asked(self) -> bool:
         """True from the first request on."""
         if self.reason is None and self._also and time.monotonic() - self._looked >= self._every:
-            self._looked = time.monotonic()
-            if self._also():
+            if self._look(self._also):
                 self.reason = "cancelled in Prefect"
+            self._looked = time.monotonic()
         return self.reason is not None
+
+    def _look(self, also: Callable[[], bool]) -> bool:
+        try:
+            return also()
+        except Exception as error:
+            if not self._failed:
+                logger.warning("warning: cannot see whether to stop (%s: %s); going on", type(error).__name__, error)
+            self._failed = True
+            return False
 
     def on_signal(self, number: int, _frame: object) -> None:
         """The first signal asks; a second one, from somebody who cannot wait, interrupts whatever is being done."""
@@ -57,7 +73,7 @@ def run_streamed(command: Sequence[str], on_line: Callable[[str], None], stop: S
 
     Returns:
         Its exit code, negative for a signal. Whatever of the group is left then, or when `stop` is asked, gets SIGTERM,
-        and SIGKILL `grace` seconds later.
+        and SIGKILL `grace` seconds later, or at once with a second signal.
     """
     process = subprocess.Popen(
         command,
@@ -73,8 +89,11 @@ def run_streamed(command: Sequence[str], on_line: Callable[[str], None], stop: S
     try:
         while process.poll() is None and not stop.asked():
             time.sleep(_POLL)
-    finally:
         _end_group(process, grace)
+    except BaseException:  # the second signal, most likely
+        _end_group(process, grace=0)
+        raise
+    finally:
         reader.join(timeout=5)
     return process.wait()
 

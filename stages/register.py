@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ def register(name: str, model_sha256: str, gate: Gate, confidence: float) -> tra
             raise
     candidate = _candidate(model_sha256, confidence, latency_ms)
     review = _review(name, candidate, gate)
-    _log_files(run, candidate, review)
+    _log_files(name, run, candidate, review)
     return _enter(name, run, source, candidate, review)
 
 
@@ -144,7 +145,7 @@ def _ask(fresh: "subprocess.Popen[str]", source: str) -> tuple[float, float]:
         _, errors = fresh.communicate(json.dumps([source, folder]))
         if fresh.returncode:
             what = f"the logged model {source} does not load and answer; nothing was registered"
-            raise StageError(f"{what}:\n{errors[-2000:]}")
+            raise StageError(f"{what}:\n{textwrap.indent(errors[-2000:], '  ')}")
         answers = json.loads(Path(folder, "answers.json").read_text(encoding="utf-8"))
     check_answers(answers, expected)
     median, p95 = np.percentile(answers["milliseconds"], [50, 95])
@@ -254,13 +255,13 @@ def _review(name: str, candidate: "Candidate", gate: Gate) -> "Review":
     from stages.model_card import Review
 
     in_force = tracking.version_by_alias(name, "serving") or tracking.version_by_alias(name, "champion")
-    predicted = _predictions_of(in_force) if in_force else None
+    answers, predicted = _answers(in_force) if in_force else (None, None)
     try:
         verdict = judge(
             answers_of(candidate.sha256, candidate.predictions),
             candidate.metrics["test"],
             (MODEL / "model.safetensors").stat().st_size,
-            _answers(in_force, predicted) if in_force else None,
+            answers,
             gate,
         )
     except (KeyError, ValueError) as error:
@@ -271,24 +272,25 @@ def _review(name: str, candidate: "Candidate", gate: Gate) -> "Review":
     return Review(verdict, against, predicted)
 
 
-def _predictions_of(version: tracking.Version) -> "pd.DataFrame | None":
-    import pandas as pd
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = tracking.download(version.run_id, PREDICTIONS.as_posix(), Path(folder))
-        return pd.read_parquet(path) if path else None
-
-
-def _answers(version: tracking.Version, predicted: "pd.DataFrame | None") -> "Answers":
+def _answers(version: tracking.Version) -> "tuple[Answers, pd.DataFrame | None]":
+    """What a version said to its test images, and all its predictions; no answers and None where they are gone."""
     import numpy as np
+    import pandas as pd
 
     from stages.evaluation.gate import Answers, answers_of
 
-    if predicted is not None:
-        return answers_of(version.sha256, predicted)
+    why = "its run holds none, or is gone"
+    with tempfile.TemporaryDirectory() as folder:
+        path = tracking.download(version.run_id, PREDICTIONS.as_posix(), Path(folder))
+        try:
+            if path:
+                predicted = pd.read_parquet(path)
+                return answers_of(version.sha256, predicted), predicted
+        except (KeyError, ValueError, OSError) as error:
+            why = f"those of its run cannot be read: {error}"
     # The gate then says `inconclusive`: a version that cannot be compared with is no reason to pass.
-    logger.warning("warning: the run of version %d holds no predictions to compare with", version.number)
-    return Answers(version.sha256, (), np.empty(0, np.int64), np.empty(0, np.bool_))
+    logger.warning("warning: no predictions of version %d to compare with (%s)", version.number, why)
+    return Answers(version.sha256, (), np.empty(0, np.int64), np.empty(0, np.bool_)), None
 
 
 def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "Review") -> tracking.Version:
@@ -309,11 +311,20 @@ def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "
 
 
 def _links(name: str, run: "Run") -> dict[str, str]:
-    pages = {"evaluation report": "report.html", "validation": "validation.html", "comparison page": "review.html"}
+    pages = {
+        "evaluation report": "report.html",
+        "validation": "validation.html",
+        "comparison page": f"{_own_folder(name)}/review.html",
+    }
     return {
         "run": tracking.run_link(run),
         **{label: tracking.artifact_link(run, page) for label, page in pages.items()},
     }
+
+
+def _own_folder(name: str) -> str:
+    """Where a run keeps what is of one registration: its model may be registered under several names."""
+    return f"registered/{name}"
 
 
 def _about(name: str) -> str:
@@ -324,14 +335,16 @@ def _about(name: str) -> str:
     )
 
 
-def _log_files(run: "Run", candidate: "Candidate", review: "Review") -> None:
+def _log_files(name: str, run: "Run", candidate: "Candidate", review: "Review") -> None:
     """Everything that a reviewer or a later comparison may want, as artifacts of the run."""
     from stages.model_card import render_review
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_json(folder / "gate.json", review.verdict.to_dict())
-        write_text(folder / "review.html", render_review(candidate, review))
+        own = folder / _own_folder(name)
+        own.mkdir(parents=True)
+        write_json(own / "gate.json", review.verdict.to_dict())
+        write_text(own / "review.html", render_review(candidate, review))
         for path in (params_path(), Path("dvc.lock"), REPORTS / "report.html", REPORTS / "validation.html"):
             if path.exists():
                 shutil.copyfile(path, folder / path.name)

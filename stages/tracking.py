@@ -100,6 +100,11 @@ def mlflow_errors() -> tuple[type[Exception], ...]:
     return (MlflowException, requests.RequestException, SQLAlchemyError)
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """What an observer survives: besides MLflow's errors, a disk that is full or may not be written to."""
+    return (*mlflow_errors(), OSError)
+
+
 @contextmanager
 def reachable() -> Iterator[None]:
     """Turns MLflow's errors into one message for a person, for those who need the registry and do not only observe.
@@ -158,8 +163,8 @@ class TrainingRun:
         if self._client and not self._lost:
             try:
                 self._client.log_artifacts(self.run_id, str(folder), artifact_path=folder.name)
-            except mlflow_errors() as error:
-                self._lose(error)
+            except _failures() as error:
+                self.lose(error)
 
     def finish(self, status: str) -> None:
         """Sends what still waits and ends the run as FINISHED, FAILED or KILLED."""
@@ -168,9 +173,9 @@ class TrainingRun:
         try:
             self._flush()
             self._client.set_terminated(self.run_id, status)
-        except mlflow_errors() as error:
+        except _failures() as error:
             if not self._lost:
-                self._lose(error)
+                self.lose(error)
             logger.warning("MLflow did not come back: the run %s stays incomplete there", self.run_id)
 
     def _send(self, **content: Any) -> None:
@@ -179,15 +184,16 @@ class TrainingRun:
             return
         try:
             self._flush()
-        except mlflow_errors() as error:
-            self._lose(error)
+        except _failures() as error:
+            self.lose(error)
 
     def _flush(self) -> None:
         while self._client and self._waiting:
             self._client.log_batch(self.run_id, synchronous=True, **self._waiting[0])
             self._waiting.pop(0)
 
-    def _lose(self, error: Exception) -> None:
+    def lose(self, error: Exception) -> None:
+        """Says that MLflow failed; what is logged from now on waits for the end."""
         self._lost = True
         _say_lost(error)
 
@@ -197,13 +203,18 @@ def _say_lost(error: Exception) -> None:
 
 
 @contextmanager
-def training_run(stage: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[TrainingRun]:
+def training_run(
+    stage: str, params: Mapping[str, Any], tags: Mapping[str, str], resumed: bool = False
+) -> Iterator[TrainingRun]:
     """A run in the experiment synset/<stage>, with params flattened, git facts, shard sets and system metrics.
 
-    A run that was killed goes on: it is found by the tag `fingerprint` and by not being FINISHED. With tracking
-    switched off, or where MLflow fails, the object yielded does nothing, and nothing is raised.
+    With tracking switched off, or where MLflow fails, the object yielded does nothing, and nothing is raised.
+
+    Args:
+        resumed: training goes on from a checkpoint of its own, so its run goes on too: the newest with the same tag
+            `fingerprint` that is not FINISHED. Else a run is begun: an unfinished one may be at work elsewhere.
     """
-    run = _start(stage, params, tags) if enabled() else TrainingRun()
+    run = _start(stage, params, tags, resumed) if enabled() else TrainingRun()
     monitor = _monitor(run)
     status = "FAILED"
     try:
@@ -218,11 +229,11 @@ def training_run(stage: str, params: Mapping[str, Any], tags: Mapping[str, str])
         run.finish(status)
 
 
-def _start(stage: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> TrainingRun:
+def _start(stage: str, params: Mapping[str, Any], tags: Mapping[str, str], resumed: bool) -> TrainingRun:
     try:
         client = open_client()
         experiment = _experiment(client, stage)
-        found = _unfinished(client, experiment, tags.get("fingerprint"))
+        found = _unfinished(client, experiment, tags.get("fingerprint")) if resumed else None
         if found:
             client.update_run(found, status="RUNNING")
             logger.info("continuing the MLflow run %s", found)
@@ -230,7 +241,7 @@ def _start(stage: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Tr
         run = _create(client, experiment, stage, params, {"stage": stage, **git_tags(), **tags})
         _log_inputs(client, run.info.run_id, stage)
         return TrainingRun(client, run.info.run_id)
-    except mlflow_errors() as error:
+    except _failures() as error:
         _say_lost(error)
         return TrainingRun()
 
@@ -242,7 +253,15 @@ def _monitor(run: TrainingRun) -> "SystemMetricsMonitor | None":
 
     # A server that fails is this module's to say, once; the monitor's thread only stops.
     logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
-    monitor = SystemMetricsMonitor(run.run_id, SYSTEM_METRICS_EVERY, resume_logging=True, tracking_uri=tracking_uri())
+    where = tracking_uri()
+    try:
+        monitor = SystemMetricsMonitor(run.run_id, SYSTEM_METRICS_EVERY, resume_logging=True, tracking_uri=where)
+    except mlflow_errors() as error:
+        run.lose(error)
+        return None
+    except Exception as error:  # of any kind, from psutil, where a container hides what it reads
+        logger.warning("warning: no system metrics are recorded (%s)", _reason(error))
+        return None
     monitor.start()
     return monitor
 
@@ -314,10 +333,10 @@ def create_finished_run(
     return run
 
 
-def find_run(model_sha256: str, stage: str = "finetune") -> "Run | None":
-    """The newest run of that stage that ended in the model with these weights."""
+def find_run(model_sha256: str) -> "Run | None":
+    """The newest run of `finetune` that ended in the model with these weights."""
     client = open_client()
-    experiment = client.get_experiment_by_name(EXPERIMENTS.format(stage=stage))
+    experiment = client.get_experiment_by_name(EXPERIMENTS.format(stage="finetune"))
     if not experiment:
         return None
     which = f"tags.`{SHA256}` = '{model_sha256}'"
@@ -341,7 +360,7 @@ class ShardSet:
 def shard_sets(role: str) -> list[ShardSet]:
     """All shard sets of a role that lie under data/shards/, by name of batch."""
     found = []
-    for index in sorted(Path("data/shards", role).glob("*/index.json")):
+    for index in sorted(Path("data/shards", role).glob("[!.]*/index.json")):  # dot: half-made
         content = index.read_bytes()
         splits = json.loads(content).get("splits", {})
         counts = {split: int(facts["count"]) for split, facts in splits.items()}
@@ -376,11 +395,14 @@ def _log_inputs(client: "MlflowClient", run_id: str, role: str) -> None:
 
 
 def git_tags() -> dict[str, str]:
-    """`git.commit`, and `git.dirty` where the tree differs from it. Empty where this is no root of a repository."""
+    """`git.commit`, and `git.dirty` where the tree differs from it. Empty where this is no root of a repository.
+
+    dvc.lock and reports/ do not count: they are what `dvc repro` writes, so they differ while it runs.
+    """
     try:
         prefix = _git("rev-parse", "--show-prefix")
         commit = _git("rev-parse", "--verify", "HEAD")
-        changed = _git("status", "--porcelain")
+        changed = _git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!reports")
     except FileNotFoundError:
         logger.info("git is not installed: no git.commit is recorded")
         return {}
@@ -408,7 +430,7 @@ def log_model(
     requirements: Sequence[str],
     tags: Mapping[str, str],
 ) -> str:
-    """Logs a pyfunc model with the run; returns its URI (models:/m-...). It replaces what an earlier try left there.
+    """Logs a pyfunc model with the run; returns its URI (models:/m-...). What an earlier try left there is taken out.
 
     Args:
         code: a file of Python, "models from code": nothing is pickled.
@@ -457,8 +479,10 @@ def delete_model(source: str) -> None:
 
 def _delete_models(client: "MlflowClient", run: "Run", tags: Mapping[str, str]) -> None:
     found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    # Under whatever name: the same weights may be registered under several.
+    registered = {version.source for version in client.search_model_versions(f"run_id = '{run.info.run_id}'")}
     for model in found:
-        if tags.items() <= model.tags.items():
+        if tags.items() <= model.tags.items() and f"models:/{model.model_id}" not in registered:
             client.delete_logged_model(model.model_id)
 
 
@@ -482,12 +506,21 @@ def log_files(run: "Run", folder: Path) -> None:
 
 
 def download(run_id: str, path: str, folder: Path) -> Path | None:
-    """A file of a run's artifacts, copied into `folder`; None where the run has no such file."""
+    """A file of a run's artifacts, copied into `folder`; None where there is no such file, or no such run any more."""
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return None
     client = open_client()
     parent = str(Path(path).parent)
-    if path not in {each.path for each in client.list_artifacts(run_id, None if parent == "." else parent)}:
-        return None
-    return Path(client.download_artifacts(run_id, path, str(folder)))
+    try:
+        if path not in {each.path for each in client.list_artifacts(run_id, None if parent == "." else parent)}:
+            return None
+        return Path(client.download_artifacts(run_id, path, str(folder)))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
 
 
 # -------------------------------------------------------------------------------------------------------- registry

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -170,7 +171,8 @@ def test_everything_for_a_review_is_with_the_run_and_nothing_else_is_written(tre
     assert run
     artifacts = Path(run.info.artifact_uri)
     assert artifacts.is_relative_to(tree / "mlartifacts")
-    for name in ("gate.json", "review.html", "params.yaml", "reports/predictions.parquet", "reports/metrics.json"):
+    own = ("registered/bells/gate.json", "registered/bells/review.html")
+    for name in (*own, "params.yaml", "reports/predictions.parquet", "reports/metrics.json"):
         assert (artifacts / name).is_file()
     assert run.data.metrics["test.top1"] == pytest.approx(38 / 48)
     assert run.data.metrics["latency.p95_ms"] >= run.data.metrics["latency.median_ms"] > 0
@@ -226,13 +228,63 @@ def test_the_next_model_is_held_against_the_one_in_force(tree: Path) -> None:
     assert second.aliases == ("challenger",)
     run = tracking.find_run(second.sha256)
     assert run
-    gate = json.loads(Path(run.info.artifact_uri, "gate.json").read_text())
+    own = Path(run.info.artifact_uri, "registered/bells")
+    gate = json.loads((own / "gate.json").read_text())
     assert gate["in_force"] == first.sha256
     assert gate["candidate"] == second.sha256
     assert second.tags["gate"] == gate["result"] != "passed"
-    page = Path(run.info.artifact_uri, "review.html").read_text()
+    page = (own / "review.html").read_text()
     assert "On the same 48 test images" in page
     assert "http" not in page  # self-contained
+
+
+@pytest.mark.usefixtures("asked")
+def test_under_another_name_the_first_version_keeps_its_model_and_its_verdict(tree: Path) -> None:
+    set_name(tree, "first-name")
+    write_model(tree, noise=0.02)
+    register.main()
+    (first,) = tracking.versions("first-name")
+    run = tracking.find_run(first.sha256)
+    assert run
+    gate = Path(run.info.artifact_uri, "registered/first-name/gate.json")
+    before = gate.read_bytes()
+    set_name(tree, "second-name", gate={"min_top1": 1})
+    register.main()
+    (second,) = tracking.versions("second-name")
+    assert (first.sha256, first.run_id) == (second.sha256, second.run_id)
+    assert (first.tags["gate"], second.tags["gate"]) == ("passed", "failed")
+    assert gate.read_bytes() == before
+    for version in (first, second):
+        tracking.open_client().get_logged_model(version.source.removeprefix("models:/"))  # raises where it is deleted
+
+
+@pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize("what", ["no run", "purged", "damaged", "other columns"])
+def test_a_version_in_force_without_predictions_blames_nobody_and_blocks_nothing(
+    tree: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    name = what.replace(" ", "-")
+    set_name(tree, name)
+    client = tracking.open_client()
+    experiment = client.get_experiment_by_name("synset/finetune")
+    assert experiment
+    run_id = client.create_run(experiment.experiment_id).info.run_id
+    model = client.create_logged_model(experiment.experiment_id, "m", source_run_id=run_id)
+    if what in ("damaged", "other columns"):
+        (tree / "old").mkdir(exist_ok=True)
+        pd.DataFrame({"no": ["logits"]}).to_parquet(tree / "old/predictions.parquet")
+        if what == "damaged":
+            (tree / "old/predictions.parquet").write_bytes(b"PAR1 and no more")
+        client.log_artifact(run_id, str(tree / "old/predictions.parquet"), "reports")
+        shutil.rmtree(tree / "old")
+    run_of_version = {"no run": "", "purged": "0" * 32}.get(what, run_id)
+    version = tracking.create_version(name, "About", f"models:/{model.model_id}", run_of_version, {}, "Card")
+    tracking.finish_version(version, "of-old-weights")
+    tracking.set_alias(version, "serving")
+    register.main()
+    newest = tracking.versions(name)[0]
+    assert (newest.number, newest.tags["gate"]) == (2, "inconclusive")
+    assert "no predictions of version 1 to compare with" in caplog.text
 
 
 def test_a_served_model_that_answers_otherwise_is_refused() -> None:
@@ -266,6 +318,6 @@ def test_a_card_fits_into_mlflow_whatever_there_is_to_tell(tree: Path) -> None:
     assert "292 more" in card
 
 
-def set_name(tree: Path, name: str) -> None:
-    params = PARAMS | {"register": {"name": name}}
+def set_name(tree: Path, name: str, **sections: Any) -> None:
+    params = PARAMS | {"register": {"name": name}} | sections
     (tree / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")

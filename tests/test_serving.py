@@ -1,8 +1,12 @@
 """The served model: it sees what the evaluation sees, stands alone, and refuses what is no image."""
 
 import ast
+import base64
 import io
 import json
+import os
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +37,15 @@ def colours(width: int, height: int) -> Image.Image:
     return Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def turned() -> bytes:
+def orientation(number: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    return encoded(colours(100, 80), "JPEG", exif=exif)
+    exif[0x0112] = number
+    return exif
 
 
-def sixteen_bit() -> bytes:
-    return encoded(Image.fromarray(np.linspace(0, 65535, 90 * 80).reshape(80, 90).astype(np.uint16)), "PNG")
+def sixteen_bit(**options: Any) -> bytes:
+    grey = np.linspace(0, 65535, 90 * 80).reshape(80, 90).astype(np.uint16)
+    return encoded(Image.fromarray(grey), "PNG", **options)
 
 
 FILES = {
@@ -48,8 +53,9 @@ FILES = {
     "tall JPEG": encoded(colours(75, 300), "JPEG"),
     "CMYK": encoded(colours(90, 80).convert("CMYK"), "JPEG"),
     "grey": encoded(colours(90, 80).convert("L"), "JPEG"),
-    "turned": turned(),
+    "turned": encoded(colours(100, 80), "JPEG", exif=orientation(6)),
     "16 bits": sixteen_bit(),
+    "16 bits, turned": sixteen_bit(exif=orientation(6)),
     "palette": encoded(colours(90, 80).convert("P"), "PNG"),
     "transparent": encoded(colours(90, 80).convert("RGBA"), "PNG"),
     "WebP": encoded(colours(90, 80), "WEBP"),
@@ -65,6 +71,11 @@ def test_pixels_are_those_of_sharding(kind: str) -> None:
     assert served.shape == (64, 64, 3)
     top, left = ((length - 64 + 1) // 2 for length in expected.shape[:2])
     np.testing.assert_array_equal(served, expected[top : top + 64, left : left + 64])
+
+
+def test_16_bits_are_turned_upright() -> None:
+    upright = np.rot90(read_pixels(sixteen_bit(), 80, 80), -1)
+    np.testing.assert_array_equal(read_pixels(sixteen_bit(exif=orientation(6)), 80, 80), upright)
 
 
 @pytest.mark.parametrize(("width", "height"), [(72, 97), (97, 72), (72, 72), (101, 72), (40, 50), (91, 30)])
@@ -158,6 +169,22 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytes
     monkeypatch.setattr("stages.serving.MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="101x80 is more than 1000 pixels"):
         read_pixels(FILES["JPEG"], 72, 64)
+
+
+def test_the_readme_posts_a_photo_of_any_size(tmp_path: Path) -> None:
+    """Its command, with a `curl` that keeps what it is given; an argument of a program may have 128 KiB at most."""
+    readme = (SERVING.parents[1] / "README.md").read_text(encoding="utf-8")
+    (command,) = (block for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) if "/invocations" in block)
+    (tmp_path / "curl").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > arguments\ncat > posted\n')
+    (tmp_path / "curl").chmod(0o755)
+    photo = np.random.default_rng(1).bytes(1_000_000)
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["sh", "-ec", command], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "arguments").read_text().splitlines()[-2:] == ["-d", "@-"]
+    table = json.loads((tmp_path / "posted").read_text())["dataframe_split"]
+    assert table["columns"] == ["image"]
+    assert base64.b64decode(table["data"][0][0]) == photo
 
 
 def test_config_holds_all_that_serving_reads(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -59,6 +61,7 @@ def test_a_run_holds_params_curves_tags_and_the_identity_of_its_data(tree: Path)
     history = tracking.open_client().get_metric_history(found.info.run_id, "train_loss")
     assert [(metric.step, metric.value) for metric in history] == [(0, 2.0), (1, 1.0)]
     (data,) = found.inputs.dataset_inputs
+    write_json(tree / "data/shards/finetune/.target.tmp/index.json", {"batch": "half-made"})
     (shard_set,) = tracking.shard_sets("finetune")
     assert data.dataset.name == "target"
     assert json.loads(data.dataset.profile or "") == {"sha256": shard_set.sha256, "train": 40, "test": 9}
@@ -85,11 +88,19 @@ def test_a_killed_run_goes_on_and_a_finished_one_does_not() -> None:
         raise KeyboardInterrupt
     assert runs("killed")[0].info.status == "KILLED"
     # Other params than before (a new key with a default) are no reason to lose the run.
-    with tracking.training_run("finetune", {"new": 1}, {"fingerprint": "killed"}) as second:
+    with tracking.training_run("finetune", {"new": 1}, {"fingerprint": "killed"}, resumed=True) as second:
         assert second.run_id == first.run_id
     assert runs("killed")[0].info.status == "FINISHED"
-    with tracking.training_run("finetune", {}, {"fingerprint": "killed"}) as third:
+    with tracking.training_run("finetune", {}, {"fingerprint": "killed"}, resumed=True) as third:
         assert third.run_id != first.run_id
+
+
+def test_the_run_of_another_machine_is_left_alone() -> None:
+    with (
+        tracking.training_run("finetune", {}, {"fingerprint": "twice"}) as elsewhere,
+        tracking.training_run("finetune", {}, {"fingerprint": "twice"}) as here,
+    ):
+        assert here.run_id != elsewhere.run_id
 
 
 def test_an_error_of_training_is_raised_and_the_run_is_marked() -> None:
@@ -131,6 +142,41 @@ def test_a_server_that_is_down_is_one_warning(
     assert "refused" in warning
     with pytest.raises(StageError, match="refused"), tracking.reachable():
         tracking.versions("any")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), shutil.Error([("a", "b", "read-only")])])
+def test_a_disk_that_takes_no_artifacts_is_one_warning(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: OSError
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    (tree / "report").mkdir(exist_ok=True)
+    monkeypatch.setattr(MlflowClient, "log_artifacts", fail)
+    fingerprint = f"disk-{type(error).__name__}"
+    with caplog.at_level(logging.WARNING), tracking.training_run("finetune", {}, {"fingerprint": fingerprint}) as run:
+        run.log_artifacts(tree / "report")
+        run.log({"loss": 1.0}, 0)
+    (warning,) = caplog.messages
+    assert "training goes on without it" in warning
+    assert runs(fingerprint)[0].info.status == "FINISHED"
+    assert runs(fingerprint)[0].data.metrics["loss"] == 1.0
+
+
+@pytest.mark.parametrize("error", [AttributeError("no network counters"), requests.ConnectionError("refused")])
+def test_system_metrics_that_cannot_be_had_are_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("mlflow.system_metrics.system_metrics_monitor.SystemMetricsMonitor.__init__", fail)
+    fingerprint = f"monitor-{type(error).__name__}"
+    with caplog.at_level(logging.WARNING), tracking.training_run("finetune", {}, {"fingerprint": fingerprint}) as run:
+        run.log({"loss": 1.0}, 0)
+    (warning,) = caplog.messages
+    assert str(error) in warning
+    assert runs(fingerprint)[0].data.metrics["loss"] == 1.0
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
@@ -198,6 +244,10 @@ def test_git_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run([*git, "commit", "-qm", "one"], check=True)
     clean = tracking.git_tags()
     assert list(clean) == ["git.commit"]
+    for written_by_repro in ("dvc.lock", "reports/metrics.json", "reports/plots/loss.csv"):
+        (tmp_path / written_by_repro).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / written_by_repro).write_text("new")
+    assert tracking.git_tags() == clean
     (tmp_path / "file").write_text("2")
     assert tracking.git_tags() == clean | {"git.dirty": "true"}
     (tmp_path / "inner").mkdir()

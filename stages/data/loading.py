@@ -215,7 +215,12 @@ def _run(
         for batch in batches:
             (images,) = built.run()
             labels = torch.from_numpy(samples.label[batch]).to(device, non_blocking=True)
-            yield torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), labels
+            pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+            if device == "cuda":
+                # DALI may fill its buffer again as soon as it is let go, while kernels that read it still wait.
+                pixels = pixels.clone()
+                torch.cuda.current_stream().synchronize()
+            yield pixels, labels
     finally:
         for file in files:
             file.close()

@@ -159,9 +159,7 @@ def _tiny_imagenet(folder: Path) -> dict[tuple[str, str], list[SourceFile]]:
     """Tiny ImageNet's own layout: images of train in a folder a class, those of val in one, with a table of labels."""
     table = folder / "val" / "val_annotations.txt"
     if not table.is_file() or not (folder / "train").is_dir():
-        raise StageError(
-            f"{folder} has wnids.txt, but not Tiny ImageNet's train/ and val/val_annotations.txt"
-        )
+        raise StageError(f"{folder} has wnids.txt, but not Tiny ImageNet's train/ and val/val_annotations.txt")
     listed = {("train", each.name): _files(each / "images") for each in _folders(folder / "train")}
     for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
         name, tab, rest = line.partition("\t")

@@ -160,6 +160,16 @@ def test_evaluation_sees_every_image_once_and_as_pil_does(shards: Path) -> None:
         assert np.abs(images[number].permute(1, 2, 0).numpy().astype(int) - expected).mean() < 2
 
 
+@pytest.mark.gpu
+def test_the_gpu_sees_what_the_cpu_sees(shards: Path) -> None:
+    samples = read_samples([shards], "test")
+    seen = {}
+    for device in ("cpu", "cuda"):
+        batches = evaluation_batches(samples, image_size=32, resize=40, batch_size=4, threads=2, device=device)
+        seen[device] = torch.cat([images.cpu() for images, _ in batches]).float()
+    assert (seen["cpu"] - seen["cuda"]).abs().mean() < 2
+
+
 def epoch(shards: Path, number: int, threads: int = 2, batch_size: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
     """All images and labels of one epoch of training."""
     samples = read_samples([shards], "train")

@@ -155,6 +155,9 @@ def test_last_words_and_what_ran() -> None:
         "ERROR: failed to reproduce 'scan': failed to run: x, exited with 1",
     ]
     assert last_error(traceback) == "ValueError: no"
+    reasons = ["error: too much is quarantined:", "  one: 41 %", "  two: 12 %"]
+    around = ["error: an earlier one", "working", *reasons, traceback[-1], "Having any troubles?"]
+    assert last_error(around) == "too much is quarantined:\n  one: 41 %\n  two: 12 %"
     assert last_error([]) == "it ended without a word"
     assert what_ran(["Stage 'scan' didn't change, skipping"]) == "unchanged"
     assert what_ran(["Stage 'scan' is cached - skipping run, checking out outputs"]) == "restored"

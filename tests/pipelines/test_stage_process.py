@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from pipelines.stage_process import Stop, run_streamed, split_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +60,40 @@ def test_a_stop_ends_the_whole_group_also_what_ignores_sigterm(tmp_path: Path) -
     assert run_streamed(["sh", "-c", script], lambda line: None, stop, grace=0.5) == -signal.SIGTERM
     assert stop.reason == "cancelled in Prefect"
     assert not lives(int(wait_for(tmp_path / "deaf")))
+
+
+def test_a_stop_that_cannot_be_looked_for_is_said_once_and_looked_for_again(caplog: pytest.LogCaptureFixture) -> None:
+    looks = []
+
+    def unreachable() -> bool:
+        looks.append(1)
+        raise ConnectionError("refused")
+
+    stop = Stop(also=unreachable, every=0)
+    assert run_streamed(["sh", "-c", "sleep 0.5; exit 7"], lambda line: None, stop) == 7
+    assert len(looks) > 1
+    assert stop.reason is None
+    assert len(caplog.messages) == 1
+    assert "refused" in caplog.text
+
+
+def test_a_second_ctrl_c_does_not_wait_for_what_ignores_the_first(tmp_path: Path) -> None:
+    deaf = f"trap 'touch {tmp_path}/asked' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done"
+    code = (
+        "from pipelines.stage_process import *\nstop = Stop()\n"
+        f"with signals_to(stop):\n    run_streamed(['sh', '-c', {deaf!r}], print, stop, grace=300)"
+    )
+    flow = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    pid = int(wait_for(tmp_path / "pid"))
+    flow.send_signal(signal.SIGINT)
+    for _ in range(200):
+        if (tmp_path / "asked").exists():
+            break
+        time.sleep(0.05)
+    assert lives(pid)
+    flow.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in flow.communicate(timeout=30)[1]
+    assert not lives(pid)
 
 
 def test_sigterm_to_the_flow_stops_the_stage(tmp_path: Path) -> None:
