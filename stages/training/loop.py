@@ -27,6 +27,8 @@ from stages.training.optimisation import one_cycle, sgd
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
+SECONDS_BETWEEN_CHECKPOINTS = 15
+"""At least: flushing all weights to the disk after every epoch of a second would take longer than the epochs."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def fit(
     schedule = one_cycle(optimiser, recipe.epochs * steps, recipe.warmup)
     checkpoint = work / f"{name}.pt"
     curve, best = _resume(checkpoint, model, optimiser, schedule, compute)
+    saved = time.monotonic()
     while not _finished(curve, recipe):
         epoch = len(curve) + 1
         started = time.monotonic()
@@ -92,16 +95,9 @@ def fit(
         curve.append(metrics)
         if recipe.patience and len(val) and metrics["val_loss"] <= min(each["val_loss"] for each in curve):
             best = {key: value.clone() for key, value in model.net.state_dict().items()}
-        save_checkpoint(
-            checkpoint,
-            {
-                "model": model.net.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "schedule": schedule.state_dict(),
-                "curve": curve,
-                "best": best,
-            },
-        )
+        if time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS or _finished(curve, recipe):
+            _save(checkpoint, model, optimiser, schedule, curve, best)
+            saved = time.monotonic()
         on_epoch(metrics | {"images_per_second": rate}, epoch)
         logger.info("%s: epoch %d of %d, %s, %.0f images/s", name, epoch, recipe.epochs, _describe(metrics), rate)
     if best is not None:
@@ -187,6 +183,18 @@ def _training_mode(model: nn.Module) -> None:
         own = list(module.parameters(recurse=False))
         if own and not any(parameter.requires_grad for parameter in own):
             module.eval()
+
+
+def _save(
+    checkpoint: Path,
+    model: Classifier,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    curve: list[Metrics],
+    best: dict[str, Any] | None,
+) -> None:
+    state = {"model": model.net.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
+    save_checkpoint(checkpoint, state | {"curve": curve, "best": best})
 
 
 def _resume(

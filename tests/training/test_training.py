@@ -22,6 +22,7 @@ from stages.fingerprint import fingerprint
 from stages.params.finetune import Finetune
 from stages.params.shard import Shard
 from stages.params.training import Training
+from stages.training import loop
 from stages.training.devices import Compute, set_up
 from stages.training.loop import Recipe, fit
 from stages.training.models import Classifier, build, check_takes, copy_backbone, load_classifier, save_classifier
@@ -62,6 +63,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Samples, Samples]:
 @pytest.fixture(scope="module")
 def compute() -> Compute:
     return set_up(Training(device="cpu", threads=1))
+
+
+@pytest.fixture(autouse=True)
+def _a_checkpoint_after_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0)
 
 
 def train(
@@ -115,9 +121,7 @@ def test_early_stopping_keeps_the_best_epoch(data: tuple[Samples, Samples], comp
     assert len(curve) == min(best + 1 + 2, 12)
     model, again = train(data, compute, tmp_path, recipe, lr=0.3)  # from the finished checkpoint
     assert again == curve
-    from stages.training.loop import validation_metrics
-
-    assert validation_metrics(model, data[1], recipe, compute)["val_loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert loop.validation_metrics(model, data[1], recipe, compute)["val_loss"] == pytest.approx(losses[best], rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_and_says_so(
