@@ -14,7 +14,7 @@ from typing import IO
 logger = logging.getLogger(__name__)
 
 GRACE = 20.0
-"""Seconds between SIGTERM and SIGKILL: enough to finish writing a checkpoint."""
+"""Seconds between SIGTERM and SIGKILL: enough for a stage to remove what it had begun."""
 _POLL = 0.1
 
 
