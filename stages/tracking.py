@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 EXPERIMENTS = "synset/{stage}"
 SHA256 = "model.sha256"
 """The tag by which runs and versions of a model are found: an id would differ on every server."""
+UNFINISHED = "unfinished"
+"""The tag of a version that retrain has registered and not committed yet."""
+COMMIT_TO_COME = "commit-to-come"
+"""Stands in the card of an unfinished version where its commit will be named."""
 SYSTEM_METRICS_EVERY = 5.0
 """Seconds. MLflow's own 10 would leave a run on the sample with two points."""
 
@@ -536,11 +540,25 @@ class Version:
     source: str
     tags: dict[str, str]
     aliases: tuple[str, ...]
+    description: str
+    """The model card, in Markdown."""
+    created: float
+    """Seconds since the epoch."""
 
     @property
     def sha256(self) -> str:
         """Of its weights; empty where registering it did not get that far."""
         return self.tags.get(SHA256, "")
+
+    @property
+    def commit(self) -> str:
+        """The git commit that gives this version again; empty where there is none (yet)."""
+        return self.tags.get("git.commit", "")
+
+    @property
+    def unfinished(self) -> bool:
+        """Retrain has registered it and not committed yet: nobody may promote it."""
+        return UNFINISHED in self.tags
 
 
 def versions(name: str) -> list[Version]:
@@ -575,6 +593,8 @@ def _version(found: "ModelVersion", aliases: Mapping[str, int]) -> Version:
         source=found.source or "",
         tags=dict(found.tags),
         aliases=tuple(alias for alias, target in aliases.items() if target == number),
+        description=found.description or "",
+        created=(found.creation_timestamp or 0) / 1000,
     )
 
 
@@ -600,6 +620,52 @@ def finish_version(version: Version, model_sha256: str) -> None:
     client = open_client()
     client.set_model_version_tag(version.name, str(version.number), SHA256, model_sha256)
     client.delete_model_version_tag(version.name, str(version.number), "registering")
+
+
+def commit_version(version: Version, commit: str) -> None:
+    """Names the commit of an unfinished version, in its card and its tags; from then on it counts as finished.
+
+    May be repeated, and may die between its writes: the tag `unfinished` goes last.
+    """
+    client, number = open_client(), str(version.number)
+    card = version.description.replace(COMMIT_TO_COME, commit)
+    client.update_model_version(version.name, number, description=card)
+    client.set_model_version_tag(version.name, number, "git.commit", commit)
+    if version.unfinished:
+        client.delete_model_version_tag(version.name, number, UNFINISHED)
+
+
+def set_tags(version: Version, tags: Mapping[str, str]) -> None:
+    """Sets tags of a version; a later value replaces an earlier one."""
+    client = open_client()
+    for key, value in tags.items():
+        client.set_model_version_tag(version.name, str(version.number), key, value)
+
+
+def delete_tag(version: Version, key: str) -> None:
+    """Takes a tag off a version that has it."""
+    open_client().delete_model_version_tag(version.name, str(version.number), key)
+
+
+def describe_version(version: Version, card: str) -> None:
+    """Replaces the version's description."""
+    open_client().update_model_version(version.name, str(version.number), description=card)
+
+
+def model_description(name: str) -> str:
+    """The description of a registered model; empty where there is no such model."""
+    found = open_client().search_registered_models(f"name = '{name}'")
+    return (found[0].description or "") if found else ""
+
+
+def describe_model(name: str, text: str) -> None:
+    """Replaces the description of a registered model."""
+    open_client().update_registered_model(name, description=text)
+
+
+def delete_alias(name: str, alias: str) -> None:
+    """Takes an alias off whatever it points at."""
+    open_client().delete_registered_model_alias(name, alias)
 
 
 def delete_version(version: Version) -> None:

@@ -11,7 +11,10 @@ from stages.params.gate import Gate
 from stages.params.load import ParamsError, Section, load_section, params_path, read_params
 from stages.params.model import Model
 from stages.params.pretrain import Pretrain
+from stages.params.reconcile import Reconcile
 from stages.params.register import Register
+from stages.params.retrain import Retrain
+from stages.params.serve import Serve
 from stages.params.shard import Shard
 from stages.params.split import Split
 from stages.params.training import Training
@@ -36,6 +39,9 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluate": Evaluate,
     "gate": Gate,
     "register": Register,
+    "retrain": Retrain,
+    "reconcile": Reconcile,
+    "serve": Serve,
 }
 
 

@@ -22,6 +22,8 @@ class Batch(Section):
 
     A relative path resolves against SYNSET_INCOMING. Raw data is made once, so this is all that ingest depends on.
     """
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """What the source held when it was accepted (stages.data.digests); ingest refuses one that holds anything else."""
     accept_drift: str | None = None
     """Why a batch that drifts from the reference is let in all the same."""
 
