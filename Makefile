@@ -82,6 +82,28 @@ lint: setup ## ruff and mypy
 ui: setup ## MLflow's pages; prints the links to the newest version and its run
 	@$(BIN)/python -m pipelines.ui
 
+.PHONY: gc
+gc: setup ## frees DVC's cache of what no branch, tag, worktree or registered version names
+	@$(BIN)/python -m pipelines.housekeeping
+
+.PHONY: backup
+backup: setup ## MLflow's database and artifacts as one file, while all runs: make backup FILE=mlflow.tar
+	@test -n "$(FILE)" || { echo "error: name the file: make backup FILE=mlflow.tar" >&2; exit 1; }
+	@$(BIN)/python -m pipelines.backup "$(FILE)"
+
+.PHONY: restore
+restore: setup ## puts a backup where nothing is yet: make restore FILE=mlflow.tar
+	@test -n "$(FILE)" || { echo "error: name the file: make restore FILE=mlflow.tar" >&2; exit 1; }
+	@$(BIN)/python -m pipelines.backup --restore "$(FILE)"
+
+.PHONY: schedule
+schedule: setup ## Prefect, MLflow and the flows that run by themselves, until Ctrl-C
+	@$(BIN)/python -m pipelines.schedule
+
+.PHONY: serve
+serve: setup ## answers over HTTP with the version in force, until Ctrl-C
+	@$(BIN)/python -m pipelines.serve
+
 .PHONY: clean
 clean: ## removes .venv and .synset/ (caches, work in progress, Prefect's history); data, models, DVC's cache and MLflow stay
 	rm -rf .venv .synset

@@ -9,8 +9,10 @@ import fcntl
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +27,23 @@ MARK = "SYNSET_HOLDER"
 """In the environment of every process that a holder starts, so that those it leaves behind are known."""
 GRACE = 20.0
 """Seconds between SIGTERM and SIGKILL."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A flow run that held the lock, and the process it is of (by its start too: numbers are used again)."""
+
+    id: str
+    pid: int
+    started: float
+
+    def process_lives(self) -> bool:
+        """Whether it may still tell Prefect itself how it ended."""
+        try:
+            process = psutil.Process(self.pid)
+            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
 
 
 class BusyError(StageError):
@@ -46,20 +65,33 @@ def exclusive(name: str, flow_run_id: str = "", root: Path = ROOT) -> Iterator[N
     Raises:
         BusyError: another process holds it.
     """
-    folder(name, root).mkdir(parents=True, exist_ok=True)
-    with (folder(name, root) / "lock").open("a+", encoding="utf-8") as file:
+    with _opened(folder(name, root) / "lock") as file:
         _take(file, name)
         mark = f"{name}:{root}"
         _end_leftovers(mark)
-        _mark_crashed(_read(file).get("flow_run", ""), flow_run_id)
-        _write(file, {"pid": os.getpid(), "flow_run": flow_run_id})
+        # Written before anything is told to Prefect: whoever is killed in between leaves it to the next.
+        own = [_Run(flow_run_id, os.getpid(), psutil.Process().create_time())] if flow_run_id else []
+        runs = [*_runs(file), *own]
+        _write(file, runs, holder=os.getpid())
+        runs = [run for run in runs if run.process_lives() or not _marked_crashed(run.id)]
+        _write(file, runs, holder=os.getpid())
         before = os.environ.get(MARK)
         os.environ[MARK] = mark
         try:
             yield
         finally:
             os.environ.pop(MARK) if before is None else os.environ.update({MARK: before})
-            _write(file, {})  # the end of the block is the lock's: closing the file releases it
+            # Our own run stays in the list: it can still be killed before Prefect knows how it ended.
+            _write(file, runs)  # the end of the block is the lock's: closing the file releases it
+
+
+def at_work(name: str, root: Path = ROOT) -> bool:
+    """Whether somebody holds the lock just now. It is not touched: who wants it at this moment must get it."""
+    path = folder(name, root) / "lock"
+    if not path.exists():
+        return False
+    with _opened(path) as file:
+        return psutil.pid_exists(_read(file).get("pid") or -1)
 
 
 def clear_after_kill(name: str, root: Path = ROOT) -> None:
@@ -72,7 +104,13 @@ def clear_after_kill(name: str, root: Path = ROOT) -> None:
             logger.debug("%s is at work", name)
 
 
-def _take(file: IO[str], name: str) -> None:
+def _opened(path: Path) -> IO[bytes]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Neither cut off nor appended to: what is in it is the last holder's word.
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+
+
+def _take(file: IO[bytes], name: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -80,20 +118,26 @@ def _take(file: IO[str], name: str) -> None:
         raise BusyError(f"another {name} is at work in this checkout (process {holder}); nothing was done") from None
 
 
-def _read(file: IO[str]) -> dict[str, Any]:
+def _runs(file: IO[bytes]) -> "list[_Run]":
+    return [_Run(*run) for run in _read(file).get("runs", [])]
+
+
+def _read(file: IO[bytes]) -> dict[str, Any]:
     file.seek(0)
+    first_line = file.read().partition(b"\n")[0]
     try:
-        content = json.loads(file.read() or "{}")
-    except ValueError:  # killed in the middle of writing it
+        content = json.loads(first_line or b"{}")
+    except ValueError:  # not ours
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _write(file: IO[str], content: dict[str, Any]) -> None:
+def _write(file: IO[bytes], runs: "list[_Run]", holder: int | None = None) -> None:
+    # One write over the old content, whose rest is cut off after it: a kill in between leaves a line that can be read.
     file.seek(0)
-    file.truncate()
-    file.write(json.dumps(content))
-    file.flush()
+    content = {"pid": holder, "runs": [[run.id, run.pid, run.started] for run in runs]}
+    written = file.write(json.dumps(content).encode() + b"\n")
+    file.truncate(written)
 
 
 def _end_leftovers(mark: str) -> None:
@@ -123,20 +167,36 @@ def _signal(process: psutil.Process, how: str) -> None:
         return
 
 
-def _mark_crashed(flow_run: str, own: str) -> None:
-    """The run that held the lock and never gave it back. Prefect itself may never learn of its end."""
-    if not flow_run or flow_run == own or not os.environ.get("PREFECT_API_URL"):
-        return
+def _marked_crashed(flow_run: str) -> bool:
+    """Marks a run that was killed; Prefect itself may never learn of its end. False: it has to be tried again."""
+    if not _in_reach_of_prefect():
+        return False
+    import httpx
     from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
+    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
     from prefect.states import Crashed
 
-    with get_client(sync_client=True) as client:
-        try:
+    try:
+        with get_client(sync_client=True) as client:
             state = client.read_flow_run(flow_run).state  # type: ignore[arg-type]  # it takes a string as well
-        except ObjectNotFound:
-            return
-        if state is not None and not state.is_final():
-            # Not forced: it is Prefect's rules that give the deployment's concurrency slot back.
-            client.set_flow_run_state(flow_run, Crashed(message="killed; the next run cleared up after it"))
-            logger.warning("warning: the flow run %s was killed; marked as crashed", flow_run)
+            if state is not None and not state.is_final():
+                # Not forced: it is Prefect's rules that give the deployment's concurrency slot back.
+                client.set_flow_run_state(flow_run, Crashed(message="killed; the next run cleared up after it"))
+                logger.warning("warning: the flow run %s was killed; marked as crashed", flow_run)
+    except ObjectNotFound:  # another server's, or deleted
+        return True
+    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        logger.warning("warning: the flow run %s was killed; Prefect could not be told (%s)", flow_run, error)
+        return False
+    return True
+
+
+def _in_reach_of_prefect() -> bool:
+    """A server is named, or this is a flow run, whose API is up: starting one only for this takes half a minute."""
+    if os.environ.get("PREFECT_API_URL"):
+        return True
+    if "prefect" not in sys.modules:
+        return False
+    from prefect.context import FlowRunContext
+
+    return FlowRunContext.get() is not None

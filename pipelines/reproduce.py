@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|anot
 _FRAME = re.compile(r"ERROR: failed to reproduce|.*For more information|\s*$")
 
 
+# What a person could do next in a terminal; in a flow's log it is noise, and in a worktree of a flow's own it is wrong.
+_HINT = re.compile(r"To track the changes with git|\s*git add |To enable auto staging|\s*dvc config core|Use `dvc push`")
+
+
 def stage_names(path: Path = Path("dvc.yaml")) -> list[str]:
     """The named stages in dvc.yaml's order; a `foreach` group is one name."""
     return list(yaml.safe_load(path.read_text(encoding="utf-8"))["stages"])
@@ -43,7 +48,7 @@ def stage_names(path: Path = Path("dvc.yaml")) -> list[str]:
 @flow(name="reproduce", persist_result=False)
 def reproduce() -> State[Any]:
     """Every stage of dvc.yaml in order; the first that fails, or a request to stop, ends the flow."""
-    stop = Stop(also=_cancelled_in_prefect if os.environ.get("PREFECT_API_URL") else None)
+    stop = Stop(also=cancelled_in_prefect if os.environ.get("PREFECT_API_URL") else None)
     durations: list[dict[str, Any]] = []
     with signals_to(stop):
         try:
@@ -65,8 +70,15 @@ def reproduce() -> State[Any]:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def run_stage(stage: str, stop: Stop) -> State[Any]:
+def run_stage(
+    stage: str, stop: Stop, cwd: Path | None = None, env: Mapping[str, str] | None = None, force: bool = False
+) -> State[Any]:
     """`dvc repro` of one stage, its output in the log.
+
+    Args:
+        cwd: the checkout; default: the working directory.
+        env: the whole environment of the stage; default: this process's.
+        force: also where nothing changed.
 
     Returns:
         Completed, Cancelled, or Failed with the stage's last error.
@@ -77,10 +89,12 @@ def run_stage(stage: str, stop: Stop) -> State[Any]:
     lines: list[str] = []
 
     def on_line(line: str) -> None:
-        logger.info(line)
+        if not _HINT.match(line):
+            logger.info(line)
         lines.append(line)
 
-    code = run_streamed([sys.executable, "-m", "dvc", "repro", "--single-item", stage], on_line, stop)
+    options = ["--single-item", *(["--force"] if force else [])]
+    code = run_streamed([sys.executable, "-m", "dvc", "repro", *options, stage], on_line, stop, cwd=cwd, env=env)
     if stop.asked():
         return Cancelled(message=f"{stage}: {stop.reason}")
     if code != 0:
@@ -113,14 +127,15 @@ def _result_table() -> str:
     return f"| | |\n|---|---|\n{rows}\n"
 
 
-def _cancelled_in_prefect() -> bool:
+def cancelled_in_prefect() -> bool:
+    """Whether somebody pressed Cancel on the flow run that calls this."""
     # Nobody kills a flow that was started by hand: it has to look for itself whether somebody pressed Cancel.
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(runtime.flow_run.id).state
     return state is not None and (state.is_cancelling() or state.is_cancelled())
 
 
-def _start_api() -> None:
+def start_api() -> None:
     """Starts Prefect's own API, if it is to be used, out of reach of Ctrl-C: it has to write down the flow's end."""
     if not os.environ.get("PREFECT_API_URL"):
         print("starting Prefect; the first time takes up to half a minute", file=sys.stderr, flush=True)
@@ -136,7 +151,7 @@ def _start_api() -> None:
 def main() -> None:
     """Exit code 0 if every stage is up to date, 130 if stopped, else 1."""
     check_all()  # a typing error should not cost Prefect's start first
-    _start_api()
+    start_api()
     state = reproduce(return_state=True)
     if state.is_completed():
         return

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,19 @@ def signals_to(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_streamed(command: Sequence[str], on_line: Callable[[str], None], stop: Stop, grace: float = GRACE) -> int:
+def run_streamed(
+    command: Sequence[str],
+    on_line: Callable[[str], None],
+    stop: Stop,
+    grace: float = GRACE,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> int:
     """Runs `command` in a process group of its own, calls `on_line` (in another thread) with each line of its output.
+
+    Args:
+        cwd: where it runs; default: here.
+        env: its whole environment; default: this process's.
 
     Returns:
         Its exit code, negative for a signal. Whatever of the group is left then, or when `stop` is asked, gets SIGTERM,
@@ -81,7 +93,8 @@ def run_streamed(command: Sequence[str], on_line: Callable[[str], None], stop: S
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        cwd=cwd,
+        env={**(os.environ if env is None else env), "PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
     reader = threading.Thread(target=_pass_on, args=(process.stdout, on_line), daemon=True)

@@ -1,27 +1,19 @@
 """The MLflow UI with links to where one wants to go: `python -m pipelines.ui` (`make ui`)."""
 
 import argparse
-import os
 import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipelines.servers import HOST, MLFLOW_PORT, free_port, mlflow_server, start, stop, wait_until_ready
 from stages import tracking
 from stages.command import StageError, run
 from stages.params.load import load_section
 from stages.params.register import Register
 
-HOST = "127.0.0.1"
 LOG = Path(".synset/mlflow-server.log")
-FIRST_PORT = 5000
-START_WITHIN = 180.0
-"""Seconds. The server takes about 25 on an idle machine, most of it imports."""
 
 
 def links(server: str, name: str) -> list[tuple[str, str]]:
@@ -45,20 +37,6 @@ def links(server: str, name: str) -> list[tuple[str, str]]:
     return found
 
 
-def free_port(first: int) -> int:
-    """`first`, or the next port after it that nobody listens on.
-
-    Raises:
-        StageError: a hundred ports in a row are taken.
-    """
-    for port in range(first, min(first + 100, 65_536)):
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((HOST, port))
-            return port
-    raise StageError(f"no free port from {first} on; give one with --port")
-
-
 @contextmanager
 def server(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """An MLflow server over the local database, healthy when yielded; its whole process group ends with the block.
@@ -66,46 +44,21 @@ def server(port: int) -> Iterator[subprocess.Popen[bytes]]:
     Raises:
         StageError: it ended, or was not healthy in time.
     """
-    uri = tracking.tracking_uri()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    # Runs and models lie where the stages wrote them, beside the database: the server reads them there, it is no proxy.
-    command += ["--backend-store-uri", uri, "--default-artifact-root", str(tracking.artifact_root(uri))]
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    service = mlflow_server(HOST, port)
     LOG.parent.mkdir(parents=True, exist_ok=True)
     with LOG.open("wb") as log:
-        # A session of its own: Ctrl-C reaches this process alone, which then stops the server and all its workers.
-        process = subprocess.Popen(command, env=os.environ | quiet, start_new_session=True, stdout=log, stderr=log)
+        process = start(service, log)
     try:
-        _wait(process, port)
+        wait_until_ready(service, process, str(LOG))
         yield process
     finally:
-        _stop(process)
-
-
-def _wait(process: subprocess.Popen[bytes], port: int) -> None:
-    until = time.monotonic() + START_WITHIN
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise StageError(f"the MLflow server ended with exit code {process.returncode}; see {LOG}")
-        with suppress(OSError), urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2):
-            return
-        time.sleep(0.3)
-    raise StageError(f"the MLflow server was not healthy within {START_WITHIN:.0f} s; see {LOG}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The whole group: the server's workers are processes of their own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=10)
+        stop(process)
 
 
 def main() -> None:
     """Starts the server unless MLFLOW_TRACKING_URI names one, prints the links, and waits for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=FIRST_PORT, help="the first port to try (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=MLFLOW_PORT, help="the first port to try (default: %(default)s)")
     port = parser.parse_args().port
     name = load_section("register", Register).name
     uri = tracking.tracking_uri()

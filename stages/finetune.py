@@ -58,7 +58,8 @@ def main() -> None:
     prune(work.parent, keep=work)
 
     params = {"finetune": finetune.model_dump(), "model": model.model_dump(), "training": training.model_dump()}
-    with training_run("finetune", params, {"fingerprint": stamp}, resumed=work.exists()) as tracked:
+    tags = {"fingerprint": stamp, "machine": compute.kind}
+    with training_run("finetune", params, tags, resumed=work.exists()) as tracked:
 
         def trained(start: "Classifier", groups: "Groups", name: str, out: Path) -> "list[Metrics]":
             prefix = "" if name == "finetuned" else f"{name}/"

@@ -1,7 +1,8 @@
 """What a reviewer reads: the model card (the version's description in MLflow) and the page that compares two versions.
 
 MLflow's version page shows neither metrics nor plots, so the card carries the figures. It is Markdown with tables, and
-at most 5,000 characters long: more does not fit into MLflow's own column on PostgreSQL.
+at most 5,000 characters long: more does not fit into MLflow's own column on PostgreSQL. So its tables shrink until all
+fits. The verdict with the comparison comes first, and whatever is too long, it is never cut.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,16 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from stages.evaluation.gate import Verdict
+from stages.evaluation.gate import Answers, Comparison, Verdict
+from stages.evaluation.intervals import paired_interval, wilson
 
 MOST_CHARACTERS = 5000
-MOST_BATCHES = 8
-MOST_REASONS = 12
-WORST_CLASSES = 5
+ROOM_FOR_COMMIT = 100
+"""Kept free: a commit that is named later is longer than what stands in for it until then."""
+ROWS = (6, 4, 3, 2, 1)
+"""Of every table whose length depends on the data: the most that fits is taken."""
+MOST_OF_A_NAME = 32
+MOST_CHANGED = 40
+"""Images of each kind that review.html names."""
+SECOND_PART = "### This model\n"
+"""Begins what stays of a card when the gate is taken again."""
+CUT = "\n\nThere is more than fits here: see the run.\n"
 SPLITS = ("train", "val", "test", "fresh")
+SIGNS = {"passed": "✓ passed", "failed": "✗ **failed**", "inconclusive": "? inconclusive"}
 
 
 @dataclass(frozen=True)
@@ -33,34 +42,38 @@ class Batch:
 
 @dataclass(frozen=True)
 class Candidate:
-    """All that is known of the model that is to be registered."""
+    """All that is known of the model that is to be registered, without what it was held against."""
 
     sha256: str
     config: Mapping[str, Any]
     """models/finetuned/config.json"""
     metrics: Mapping[str, Any]
     """reports/metrics.json"""
-    predictions: pd.DataFrame
-    """reports/predictions.parquet: key, batch, split, label, logits"""
     quarantined: Mapping[str, int]
     """Images by reason."""
     batches: Sequence[Batch]
     confidence: float
-    """Of the intervals, 0-1."""
+    """Of the intervals in `metrics`, 0-1."""
     git: Mapping[str, str]
     latency_ms: tuple[float, float]
     """Median and 95th percentile of one image on a CPU."""
+    validation: Mapping[str, Any]
+    """reports/validation.json; empty where there is none."""
 
 
 @dataclass(frozen=True)
 class Review:
-    """The gate's verdict, and the version that it was taken against."""
+    """The gate's verdict, and the two versions that it is about."""
 
     verdict: Verdict
     against: str
     """As a person calls it, `version 3`; empty where nothing was in force."""
-    in_force: pd.DataFrame | None
-    """reports/predictions.parquet of that version, where it still has one."""
+    candidate: Answers
+    in_force: Answers | None
+    classes: Sequence[str]
+    """Names by label."""
+    comparison: str = ""
+    """Address of MLflow's page that compares both runs."""
 
     @property
     def line(self) -> str:
@@ -74,104 +87,204 @@ class Review:
         if not self.against:
             return "The first model has only floors to clear. The next is held against the version then in force."
         return (
-            f"Compared with {self.against}, `{(self.verdict.in_force or '')[:12]}`, on the same test images. An "
-            f"equally good model passes in at most {percent(self.verdict.alpha, 0)} of cases, an identical one never."
+            f"Compared with {self.against}, `{(self.verdict.in_force or '')[:12]}`, on the same images. An equally "
+            f"good model passes in at most {percent(self.verdict.alpha, 0)} of cases, an identical one never."
+        )
+
+    @property
+    def decisions(self) -> str:
+        """How often this test set has decided, and what that means."""
+        count, test_set = self.verdict.decisions, self.verdict.test_set[:12]
+        if count < 2:
+            return f"The first decision on this test set, `{test_set}`."
+        return (
+            f"Decision number {count:,} on this test set, `{test_set}`. The more it decides, the likelier one is luck: "
+            f"of {count:,} equally good models at least one passes with a chance of up to "
+            f"{percent(1 - (1 - self.verdict.alpha) ** count, 0)}."
         )
 
 
 def render_card(candidate: Candidate, review: Review, links: Mapping[str, str]) -> str:
     """The card in Markdown. `links` are label to address, relative ones within MLflow's UI."""
-    test = candidate.metrics.get("test", {})
+    return _fit([(_verdict_part(review, rows), _model_part(candidate, review, links, rows)) for rows in ROWS])
+
+
+def with_verdict(card: str, review: Review) -> str:
+    """The same card with its first part, verdict and comparison, made anew; all else as it was."""
+    second = card[max(0, card.find(SECOND_PART)) :]
+    return _fit([(_verdict_part(review, rows), second) for rows in ROWS])
+
+
+def _fit(choices: Sequence[tuple[str, str]]) -> str:
+    """The first choice that is short enough; else the last, its second part cut at the end of a line."""
+    most = MOST_CHARACTERS - ROOM_FOR_COMMIT
+    for first, second in choices:
+        if len(first) + 1 + len(second) <= most:
+            return f"{first}\n{second}"
+    return f"{first}\n{second}"[: most - len(CUT)].rsplit("\n", 1)[0] + CUT
+
+
+def render_review(review: Review) -> str:
+    """One self-contained HTML page: the candidate beside the version in force, on the images that both answered."""
+    overall, classes, batches = _rows_of(review.verdict)
     values = {
-        "verdict_line": review.line,
-        "confidence": percent(candidate.confidence, digits=0),
-        "test_images": test.get("count") or int((candidate.predictions["split"] == "test").sum()),
-        "accuracy": _accuracy_rows(candidate.metrics),
-        "figures": _figures(test),
-        "conditions": review.verdict.conditions,
-        "compared": review.note,
-        "worst_classes": worst_classes(candidate.predictions, candidate.config["classes"]),
-        "batches": _batch_rows(candidate.batches),
-        "quarantine_line": _quarantine_line(candidate.metrics.get("data", {})),
-        "quarantined": [
-            {"reason": reason, "images": n} for reason, n in [*candidate.quarantined.items()][:MOST_REASONS]
-        ],
-        "architecture": candidate.config["architecture"],
-        "image_size": candidate.config["image_size"],
-        "classes": len(candidate.config["classes"]),
-        "latency": "median {:.1f} ms, 95 % within {:.1f} ms".format(*candidate.latency_ms),
-        "reproduce": _reproduce(candidate.git),
-        "links": list(links.items()),
+        "review": review,
+        "verdict": review.verdict,
+        "overall": overall,
+        "classes": sorted(classes, key=lambda row: row["points"]),
+        "batches": batches,
+        "widest": max((abs(row["points"]) for row in classes), default=0) or 1,
+        "changed": changed_images(review),
+        "most": MOST_CHANGED,
     }
-    card = _spaced(_templates(markdown_cell).get_template("model_card.md.j2").render(values).strip() + "\n")
-    rest = "\n\nThere is more than fits here: see the run.\n"
-    return card if len(card) <= MOST_CHARACTERS else card[: MOST_CHARACTERS - len(rest)].rsplit("\n", 1)[0] + rest
-
-
-def render_review(candidate: Candidate, review: Review) -> str:
-    """One self-contained HTML page: the candidate beside the version in force, on the test images both answered."""
-    paired = None
-    if review.in_force is not None:
-        paired = compare(candidate.predictions, review.in_force, candidate.config["classes"])
-    values = {"review": review, "sha256": candidate.sha256, "paired": paired}
     return _templates(None).get_template("review.html.j2").render(values)
 
 
-def worst_classes(predictions: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The classes of lowest recall on `test`, the worst first: name, recall, images, and what they were taken for."""
-    answers = _answers(predictions)
-    rows = []
-    for label in answers["label"].unique():
-        of_class = answers[answers["label"] == label]
-        wrong = of_class.loc[~of_class["correct"], "predicted"]
-        recall = float(of_class["correct"].mean())
-        taken_for = classes[int(wrong.mode().iloc[0])] if len(wrong) else "–"
-        rows.append((recall, int(label), len(of_class), taken_for))
-    return [
-        {"name": classes[label], "recall": percent(recall), "images": images, "taken_for": taken_for}
-        for recall, label, images, taken_for in sorted(rows)[:WORST_CLASSES]
-    ]
+# ----------------------------------------------------------------------------------------------- verdict, comparison
 
 
-def compare(candidate: pd.DataFrame, in_force: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
-    """Counts of who was right on the test images that both answered, and recall per class where it differs."""
-    before = _answers(in_force)["correct"].rename("before")
-    both = _answers(candidate).join(before, how="inner")
-    new, old = both["correct"].to_numpy(), both["before"].to_numpy()
-    labels = both["label"].to_numpy()
-    per_class = [(name, new[labels == i], old[labels == i]) for i, name in enumerate(classes) if (labels == i).any()]
-    changes = [
-        {
-            "name": name,
-            "images": len(now),
-            "before": percent(then.mean()),
-            "now": percent(now.mean()),
-            "change": f"{100 * (now.mean() - then.mean()):+.1f}",
-        }
-        for name, now, then in per_class
-    ]
+def _verdict_part(review: Review, rows: int) -> str:
+    overall, classes, batches = _rows_of(review.verdict)
+    batches.sort(key=lambda row: row["points"])
+    ranked = sorted((row for row in classes if row["points"]), key=lambda row: row["points"])
+    lost, gained = [row for row in ranked if row["points"] < 0], [row for row in ranked[::-1] if row["points"] > 0]
+    test = review.candidate.correct[review.candidate.test]
+    low, high = wilson(test.sum(), len(test), 1 - review.verdict.alpha)
+    values = {
+        "review": review,
+        "confidence": percent(1 - review.verdict.alpha, 0),
+        "overall": overall,
+        "batches": batches[:rows],
+        "more_batches": len(batches[rows:]),
+        "alone": {"images": f"{len(test):,}", "now": _with_ends(test.mean(), float(low), float(high))},
+        "conditions": [(each, SIGNS[each.result]) for each in review.verdict.conditions],
+        "changes": [*gained[:rows], *lost[:rows][::-1]],
+        "weakest": weakest_classes(review.candidate, review.classes, rows),
+        "gained": len(gained),
+        "lost": len(lost),
+        "classes": len(classes),
+    }
+    return _markdown("verdict.md.j2", values)
+
+
+def _rows_of(verdict: Verdict) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The comparisons as people read them: overall, by class, and by batch of fresh images."""
+    compared = [each for each in verdict.comparisons if each.images]
+    rows = list(map(_row, compared, *_ends(compared, verdict)))
+    by_kind = {
+        kind: [row for row, each in zip(rows, compared, strict=True) if each.kind == kind]
+        for kind in ("test", "fresh", "class", "batch")
+    }
+    return by_kind["test"] + by_kind["fresh"], by_kind["class"], by_kind["batch"]
+
+
+def _ends(compared: Sequence[Comparison], verdict: Verdict) -> list[list[tuple[float, float]]]:
+    """Intervals of accuracy before and now, and of the difference, for each comparison."""
+    counts = np.array([(c.images, c.before, c.now, c.won, c.lost) for c in compared], dtype=np.int64).reshape(-1, 5)
+    images, before, now, won, lost = counts.T
+    confidence = 1 - verdict.alpha
+    ends = (
+        wilson(before, images, confidence),
+        wilson(now, images, confidence),
+        paired_interval(won, lost, images, confidence),
+    )
+    return [list(zip(low.tolist(), high.tolist(), strict=True)) for low, high in ends]
+
+
+def _row(
+    each: Comparison, before: tuple[float, float], now: tuple[float, float], difference: tuple[float, float]
+) -> dict[str, Any]:
     return {
-        "images": len(both),
-        "top1_before": percent(old.mean()) if len(both) else "–",
-        "top1_now": percent(new.mean()) if len(both) else "–",
-        "both": int((new & old).sum()),
-        "only_now": int((new & ~old).sum()),
-        "only_before": int((~new & old).sum()),
-        "neither": int((~new & ~old).sum()),
-        "classes": sorted(changes, key=lambda row: float(row["change"])),
+        "name": each.name,
+        "images": f"{each.images:,}",
+        "before": _with_ends(each.before / each.images, *before),
+        "now": _with_ends(each.now / each.images, *now),
+        "before_only": percent(each.before / each.images),
+        "now_only": percent(each.now / each.images),
+        "points": 100 * each.difference,
+        "difference": f"{100 * each.difference:+.1f}",
+        "range": f"{100 * difference[0]:+.1f} … {100 * difference[1]:+.1f}",
+        "won": each.won,
+        "lost": each.lost,
+        "both": each.now - each.won,
+        "neither": each.images - each.now - each.lost,
+        "worse": each.worse,
     }
 
 
-def _answers(predictions: pd.DataFrame) -> pd.DataFrame:
-    """A row per test image, by key: label, predicted, correct."""
-    test = predictions[(predictions["split"] == "test") & (predictions["label"] >= 0)]
-    predicted = np.array([int(np.argmax(logits)) for logits in test["logits"]], dtype=np.int64)
-    columns = {
-        "label": test["label"].to_numpy(),
-        "predicted": predicted,
-        "correct": predicted == test["label"].to_numpy(),
+def _with_ends(share: float, low: float, high: float) -> str:
+    return f"{percent(share)} ({100 * low:.1f} – {100 * high:.1f})"
+
+
+def weakest_classes(answers: Answers, classes: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """The classes of lowest recall on `test`, the worst first: name, recall, images, and what they were taken for."""
+    labels, predicted = answers.labels[answers.test], answers.predicted[answers.test]
+    images = np.bincount(labels, minlength=len(classes))
+    recall = np.bincount(labels[predicted == labels], minlength=len(classes)) / np.maximum(images, 1)
+    worst = [label for label in np.argsort(recall, kind="stable").tolist() if images[label]][:count]
+    return [
+        {
+            "name": classes[label],
+            "recall": percent(recall[label]),
+            "images": f"{images[label]:,}",
+            "taken_for": _taken_for(predicted[(labels == label) & (predicted != label)], classes),
+        }
+        for label in worst
+    ]
+
+
+def _taken_for(predicted: np.ndarray, classes: Sequence[str]) -> str:
+    return _name(classes, int(np.bincount(predicted).argmax())) if len(predicted) else "–"
+
+
+def changed_images(review: Review) -> dict[str, list[dict[str, str]]]:
+    """Images that only the candidate has right (`won`), and that only the version in force has (`lost`), by key."""
+    changed: dict[str, list[dict[str, str]]] = {"won": [], "lost": []}
+    if review.in_force is None or not review.verdict.comparisons:
+        return changed
+    before = dict(zip(review.in_force.keys, review.in_force.predicted.tolist(), strict=True))
+    now = zip(review.candidate.keys, review.candidate.labels.tolist(), review.candidate.predicted.tolist(), strict=True)
+    for key, label, predicted in now:
+        if key in before and (predicted == label) != (before[key] == label):
+            said = {"key": key, "is": label, "before": before[key], "now": predicted}
+            changed["won" if predicted == label else "lost"].append(
+                {
+                    name: value if isinstance(value, str) else _name(review.classes, value)
+                    for name, value in said.items()
+                }
+            )
+    return changed
+
+
+def _name(classes: Sequence[str], label: int) -> str:
+    return classes[label] if label < len(classes) else f"class {label}"
+
+
+# ------------------------------------------------------------------------------------------------ the model itself
+
+
+def _model_part(candidate: Candidate, review: Review, links: Mapping[str, str], rows: int) -> str:
+    reasons = sorted(candidate.quarantined.items(), key=lambda item: (-item[1], item[0]))
+    test = candidate.metrics.get("test", {})
+    values = {
+        "heading": SECOND_PART.strip(),
+        "confidence": percent(candidate.confidence, digits=0),
+        "test_images": f"{int(review.candidate.test.sum()):,}",
+        "accuracy": _accuracy_rows(candidate.metrics),
+        "figures": _figures(test),
+        "architecture": candidate.config["architecture"],
+        "image_size": candidate.config["image_size"],
+        "classes": f"{len(candidate.config['classes']):,}",
+        "latency": "median {:.1f} ms, 95 % within {:.1f} ms".format(*candidate.latency_ms),
+        "reproduce": _reproduce(candidate.git),
+        "links": list(links.items()),
+        "batches": _batch_rows(candidate.batches, rows),
+        "quarantine_line": _quarantine_line(candidate.metrics.get("data", {})),
+        "quarantined": [{"reason": reason, "images": f"{n:,}"} for reason, n in reasons[:rows]],
+        "more_reasons": len(reasons[rows:]),
+        "drift": _drift_lines(candidate.validation.get("batches", {}), rows),
     }
-    return pd.DataFrame(columns, index=pd.Index(test["key"]))
+    return _markdown("model_card.md.j2", values)
 
 
 def _accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -200,12 +313,14 @@ def _figures(test: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _batch_rows(batches: Sequence[Batch]) -> list[dict[str, str]]:
-    rows = [{"batch": each.name, "role": each.role, **_counts(each.counts)} for each in batches[-MOST_BATCHES:]]
-    if earlier := batches[:-MOST_BATCHES]:
+def _batch_rows(batches: Sequence[Batch], rows: int) -> list[dict[str, str]]:
+    """The newest, one by one, and the sum of all before them."""
+    newest, earlier = batches[-rows:], batches[:-rows]
+    shown = [{"batch": each.name, "role": each.role, **_counts(each.counts)} for each in newest]
+    if earlier:
         total = {split: sum(each.counts.get(split, 0) for each in earlier) for split in SPLITS}
-        rows.insert(0, {"batch": f"{len(earlier)} more", "role": "", **_counts(total)})
-    return rows
+        shown.insert(0, {"batch": f"{len(earlier):,} earlier", "role": "", **_counts(total)})
+    return shown
 
 
 def _counts(counts: Mapping[str, int]) -> dict[str, str]:
@@ -218,16 +333,41 @@ def _quarantine_line(data: Mapping[str, Any]) -> str:
     return f"{data['accepted']:,} images accepted, {data['quarantined']:,} quarantined."
 
 
+def _drift_lines(batches: Mapping[str, Any], rows: int) -> list[str]:
+    """A line per batch that looks different from all before it, and how many do not."""
+    compared = {name: batch["drift"] for name, batch in batches.items() if batch.get("drift")}
+    if not compared:
+        return ["Drift: no batch has an earlier one to compare with."]
+    drifted = {name: [fact for fact in facts if fact["drifted"]] for name, facts in compared.items()}
+    guilty = [name for name, facts in drifted.items() if facts]
+    lines = []
+    for name in guilty[-rows:]:
+        facts = ", ".join(f"{f['fact']} {f['reference_median']:g} → {f['median']:g}" for f in drifted[name])
+        excuse = batches[name].get("accept_drift")
+        accepted = f"; accepted: {shortened(excuse, 80)}" if excuse else ""
+        lines.append(f"Drift in `{shortened(name)}` (medians): {facts}{accepted}.")
+    more = f", {len(guilty) - rows:,} more with drift" if len(guilty) > rows else ""
+    lines.append(
+        f"Of {len(compared):,} batches compared with earlier ones, {len(compared) - len(guilty):,} without drift{more}."
+    )
+    return lines
+
+
 def _reproduce(git: Mapping[str, str]) -> str:
     commit = git.get("git.commit")
     if not commit:
         return "Made outside a git repository: it cannot be derived again from a commit."
-    again = f"`git checkout {commit} && dvc pull --run-cache; make repro`"
     if git.get("git.dirty"):
         return (
             f"Made from commit `{commit[:12]}` **with uncommitted changes**: the commit alone does not give this model."
         )
-    return f"Commit `{commit}`: {again}"
+    return (
+        f"Commit `{commit}`: `git checkout {commit} && dvc pull --run-cache; make repro`. "
+        "`python -m pipelines.verify VERSION` does it in a place of its own and compares every byte of the weights."
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- Markdown
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -235,20 +375,27 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def _spaced(card: str) -> str:
-    """MLflow shows table cells without any padding, and trims blanks: an em space behind each keeps columns apart."""
-    rows = [line.replace(" |", "&emsp;|") if line.startswith("| ") else line for line in card.split("\n")]
-    return "\n".join(rows)
+def shortened(name: str, most: int = MOST_OF_A_NAME) -> str:
+    """A name that fits into a table, its beginning and its end."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) - (most - 1) // 2 :]}"
+
+
+def _markdown(template: str, values: Mapping[str, Any]) -> str:
+    text = _templates(markdown_cell).get_template(template).render(values).strip() + "\n"
+    # MLflow shows table cells without any padding, and trims blanks: an em space behind each keeps columns apart.
+    return "\n".join(line.replace(" |", "&emsp;|") if line.startswith("| ") else line for line in text.split("\n"))
 
 
 def markdown_cell(value: object) -> object:
-    """Text that cannot end its table cell, whatever a class is called."""
-    return value.replace("|", "\\|").replace("\n", " ") if isinstance(value, str) else value
+    """Text that cannot end its table cell nor begin HTML, whatever a class is called."""
+    if not isinstance(value, str):
+        return value
+    return value.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def _templates(finalize: Any) -> Environment:
     # HTML is escaped by Jinja (autoescape); Markdown's tables by `finalize`.
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: bool(name and ".html" in name),
         undefined=StrictUndefined,
@@ -257,3 +404,5 @@ def _templates(finalize: Any) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["shortened"] = shortened
+    return environment

@@ -80,7 +80,8 @@ def _supervised(pretrain: Pretrain, model: Model, training: Training, compute: "
     work = work_folder("pretrain", stamp)
     prune(work.parent, keep=work)
     params = {"pretrain": pretrain.model_dump(), "model": model.model_dump(), "training": training.model_dump()}
-    with training_run("pretrain", params, {"fingerprint": stamp}, resumed=work.exists()) as tracked:
+    tags = {"fingerprint": stamp, "machine": compute.kind}
+    with training_run("pretrain", params, tags, resumed=work.exists()) as tracked:
         groups = [(list(backbone.parameters()), pretrain.lr)]
         curve = fit(backbone, groups, train, val, recipe, compute, work, tracked.log, "pretrain")
         write_json(REPORTS / "metrics.json", {"epochs": curve})

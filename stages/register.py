@@ -3,6 +3,9 @@
 A model whose sha256 is registered already ends as `unchanged`. Everything else that a registration makes can be made
 again, and the tag `model.sha256` is the last that a version gets. So one that died midway leaves no more than a version
 without that tag (it has `registering` instead), which the next run removes before it starts from the beginning.
+
+Within retraining (SYNSET_UNFINISHED=retrain) the commit of the model is still to come: the version has neither alias
+nor commit, and is tagged `unfinished` until retraining names its commit.
 """
 
 import argparse
@@ -12,22 +15,19 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-import textwrap
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import tracking
+from stages import reviewing, scoring, tracking
 from stages.command import StageError, run
-from stages.files import sha256, write_json, write_text
+from stages.files import sha256, write_json
 from stages.params.evaluate import Evaluate
 from stages.params.gate import Gate
 from stages.params.load import load_section, params_path, read_params
 from stages.params.register import Register
+from stages.reviewing import METRICS, PREDICTIONS, own_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 MODEL = Path("models/finetuned")
 RECEIPT = Path("models/registered.json")
 REPORTS = Path("reports")
-PREDICTIONS = REPORTS / "predictions.parquet"
 SERVING = Path(__file__).with_name("serving.py")
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "pillow", "safetensors", "pandas", "numpy")
 """What stages/serving.py imports, pinned as installed here."""
@@ -60,30 +59,42 @@ without a crop, 0.8 with channels in the wrong order.
 """
 TIMED = 40
 """Single predictions that are timed."""
+CANARY = 16
+"""Of the images asked, those that are kept with the answers, to ask the same again before the version goes live."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the served model said when it was asked for the first time."""
+
+    latency_ms: tuple[float, float]
+    """Median and 95th percentile of one image."""
+    canary: "pd.DataFrame"
+    """key, image (encoded), probabilities (by class id)"""
 
 
 def register(name: str, model_sha256: str, gate: Gate, confidence: float) -> tracking.Version:
-    """Registers the model under `name` as its newest version, with the alias `challenger`.
+    """Registers the model under `name` as its newest version, with the alias `challenger` or, if unfinished, none.
 
     Raises:
         StageError: the served model does not answer as the evaluation did, or MLflow failed.
     """
-    with _fresh_process() as fresh:
-        _remove_unfinished(name)
+    with scoring.fresh_process() as fresh:
+        _remove_interrupted(name)
         run = tracking.find_run(model_sha256) or _run_from_files(model_sha256)
         source = tracking.log_model(run, SERVING, MODEL, OUTPUT, _requirements(), {tracking.SHA256: model_sha256})
         try:
-            latency_ms = _ask(fresh, source)
+            answered = _ask(fresh, source)
         except StageError:
             tracking.delete_model(source)
             raise
-    candidate = _candidate(model_sha256, confidence, latency_ms)
-    review = _review(name, candidate, gate)
-    _log_files(name, run, candidate, review)
+    candidate = _candidate(model_sha256, confidence, answered.latency_ms)
+    review = _review(name, candidate, gate, run)
+    _log_files(name, run, review, answered)
     return _enter(name, run, source, candidate, review)
 
 
-def _remove_unfinished(name: str) -> None:
+def _remove_interrupted(name: str) -> None:
     for version in tracking.versions(name):
         if "registering" in version.tags and not version.sha256:
             logger.info("removing version %d of %s, whose registration was interrupted", version.number, name)
@@ -111,27 +122,8 @@ def _requirements() -> list[str]:
 # ------------------------------------------------------------------------- the served model against the evaluation
 
 
-@contextmanager
-def _fresh_process() -> Iterator["subprocess.Popen[str]"]:
-    """A process that will load the logged model, told which one once it is logged: its imports take as long as ours."""
-    environment = os.environ | {
-        "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        "CUDA_VISIBLE_DEVICES": "",  # what is timed is one thread of a CPU, the same everywhere
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "stages.register", "--answer"]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def _ask(fresh: "subprocess.Popen[str]", source: str) -> tuple[float, float]:
-    """Lets the fresh process load the logged model and answer for test images; returns latency (median, p95) in ms.
+def _ask(fresh: "subprocess.Popen[str]", source: str) -> Answered:
+    """Lets the fresh process load the logged model and answer for test images.
 
     Raises:
         StageError: it does not load, or answers otherwise than reports/predictions.parquet.
@@ -139,34 +131,26 @@ def _ask(fresh: "subprocess.Popen[str]", source: str) -> tuple[float, float]:
     import numpy as np
     import pandas as pd
 
-    images, expected = _test_images()
-    with tempfile.TemporaryDirectory() as folder:
-        pd.DataFrame({"image": images}).to_parquet(Path(folder, "images.parquet"))
-        _, errors = fresh.communicate(json.dumps([source, folder]))
-        if fresh.returncode:
-            what = f"the logged model {source} does not load and answer; nothing was registered"
-            raise StageError(f"{what}:\n{textwrap.indent(errors[-2000:], '  ')}")
-        answers = json.loads(Path(folder, "answers.json").read_text(encoding="utf-8"))
-    check_answers(answers, expected)
-    median, p95 = np.percentile(answers["milliseconds"], [50, 95])
-    return float(median), float(p95)
+    keys, images, expected = _test_images()
+    try:
+        said = scoring.ask(fresh, source, images, TIMED)
+    except StageError as error:
+        raise StageError(f"nothing was registered: {error}") from error
+    check_answers(said.probabilities, expected)
+    chosen = np.unique(np.linspace(0, len(keys) - 1, min(CANARY, len(keys))).astype(np.int64))
+    rows = [(keys[i], images[i], said.probabilities[i]) for i in chosen]
+    median, p95 = np.percentile(said.milliseconds, [50, 95])
+    return Answered((float(median), float(p95)), pd.DataFrame(rows, columns=["key", "image", "probabilities"]))
 
 
-def check_answers(answers: dict[str, Any], expected: "NDArray[np.float64]") -> None:
-    """Compares the served model's answers with the evaluation's.
-
-    Args:
-        answers: `class_id` and `probability`, of all classes, for N images.
-        expected: (N, classes) probabilities.
+def check_answers(served: "NDArray[np.float64]", expected: "NDArray[np.float64]") -> None:
+    """Compares the served model's answers with the evaluation's: (N, classes) probabilities, both.
 
     Raises:
         StageError: they are further apart than `MOST_DIFFERENT`.
     """
     import numpy as np
 
-    served = np.zeros_like(expected)
-    for row, (class_ids, probabilities) in enumerate(zip(answers["class_id"], answers["probability"], strict=True)):
-        served[row, class_ids] = probabilities
     difference = float(np.abs(served - expected).sum(axis=1).mean() / 2)
     same = f"top-1 equal on {100 * (served.argmax(axis=1) == expected.argmax(axis=1)).mean():.1f} %"
     logger.info("served as evaluated: %s of %d test images, probabilities %.4f apart", same, len(served), difference)
@@ -178,8 +162,8 @@ def check_answers(answers: dict[str, Any], expected: "NDArray[np.float64]") -> N
         )
 
 
-def _test_images() -> tuple[list[bytes], Any]:
-    """Encoded test images spread over the test split, and what the evaluation said: (N, classes) probabilities."""
+def _test_images() -> tuple[list[str], list[bytes], Any]:
+    """Keys of test images spread over the split, the images, and what the evaluation said: (N, classes)."""
     import numpy as np
 
     from stages.data.loading import read_samples
@@ -194,27 +178,8 @@ def _test_images() -> tuple[list[bytes], Any]:
         what = f"no prediction for {missing[0]}" if missing else "no test images"
         raise StageError(f"{PREDICTIONS}: {what} in data/shards/finetune; `dvc repro evaluate` makes it anew")
     expected = np.stack([logits[samples.key[i]] for i in chosen])
-    return [samples.jpeg(i) for i in chosen], np.exp(log_probabilities(expected))
-
-
-def answer() -> None:
-    """The fresh process: reads [model, folder] from stdin, answers images.parquet there, times single predictions."""
-    tracking.open_client()
-    import mlflow
-    import pandas as pd
-    import torchvision  # noqa: F401  what the model will import, while the stage is still logging it
-
-    source, folder = json.load(sys.stdin)
-    model = mlflow.pyfunc.load_model(source)
-    images = pd.read_parquet(Path(folder, "images.parquet"))
-    answers = model.predict(images, params={"top_k": 1_000_000})
-    milliseconds = []
-    for i in range(TIMED + 3):
-        began = time.perf_counter()
-        model.predict(images.iloc[[i % len(images)]])
-        milliseconds.append(1000 * (time.perf_counter() - began))
-    content = {column: list(answers[column]) for column in OUTPUT} | {"milliseconds": milliseconds[3:]}
-    Path(folder, "answers.json").write_text(json.dumps(content), encoding="utf-8")
+    keys = [samples.key[i] for i in chosen]
+    return keys, [samples.jpeg(i) for i in chosen], np.exp(log_probabilities(expected))
 
 
 # ------------------------------------------------------------------------------------------------ gate and version
@@ -228,15 +193,20 @@ def _candidate(model_sha256: str, confidence: float, latency_ms: tuple[float, fl
     sets = [(role, each) for role in ("pretrain", "finetune") for each in tracking.shard_sets(role)]
     return Candidate(
         sha256=model_sha256,
-        config=json.loads((MODEL / "config.json").read_text(encoding="utf-8")),
-        metrics=_metrics(),
-        predictions=_predictions(),
+        config=_json(MODEL / "config.json"),
+        metrics=_json(METRICS),
         quarantined={str(reason): int(n) for reason, n in quarantine["reason"].value_counts().items()},
         batches=[Batch(each.batch, role, each.counts) for role, each in sets],
         confidence=confidence,
-        git=tracking.git_tags(),
+        git={"git.commit": tracking.COMMIT_TO_COME} if _unfinished() else tracking.git_tags(),
         latency_ms=latency_ms,
+        validation=_json(REPORTS / "validation.json"),
     )
+
+
+def _unfinished() -> str:
+    """Who commits this model and names its commit later; empty where nobody does."""
+    return os.environ.get("SYNSET_UNFINISHED", "")
 
 
 def _predictions() -> "pd.DataFrame":
@@ -245,52 +215,62 @@ def _predictions() -> "pd.DataFrame":
     return pd.read_parquet(PREDICTIONS)
 
 
-def _metrics() -> dict[str, Any]:
-    return json.loads((REPORTS / "metrics.json").read_text(encoding="utf-8"))
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _review(name: str, candidate: "Candidate", gate: Gate) -> "Review":
+def _review(name: str, candidate: "Candidate", gate: Gate, run: "Run") -> "Review":
     """The verdict against the version in force (`serving`, else `champion`); without one, the floors decide."""
-    from stages.evaluation.gate import answers_of, judge
-    from stages.model_card import Review
+    from stages.evaluation.gate import answers_of
 
     in_force = tracking.version_by_alias(name, "serving") or tracking.version_by_alias(name, "champion")
-    answers, predicted = _answers(in_force) if in_force else (None, None)
+    weights = (MODEL / "model.safetensors").stat().st_size, candidate.latency_ms[0]
+    classes = candidate.config["classes"]
     try:
-        verdict = judge(
-            answers_of(candidate.sha256, candidate.predictions),
-            candidate.metrics["test"],
-            (MODEL / "model.safetensors").stat().st_size,
-            answers,
-            gate,
-        )
+        predicted = _predictions()
+        answers = answers_of(candidate.sha256, predicted)
+        against = (in_force, _answers(in_force, predicted, classes)) if in_force else None
+        figures = candidate.metrics["test"]
+        return reviewing.review(name, answers, figures, weights, against, classes, gate, run.info.run_id)
     except (KeyError, ValueError) as error:
-        raise StageError(
-            f"{REPORTS}/metrics.json, {PREDICTIONS}: {error}; `dvc repro -f evaluate` makes both"
-        ) from error
-    against = f"version {in_force.number}" if in_force else ""
-    return Review(verdict, against, predicted)
+        raise StageError(f"{METRICS}, {PREDICTIONS}: {error}; `dvc repro -f evaluate` makes both") from error
 
 
-def _answers(version: tracking.Version) -> "tuple[Answers, pd.DataFrame | None]":
-    """What a version said to its test images, and all its predictions; no answers and None where they are gone."""
-    import numpy as np
+def _answers(version: tracking.Version, asked: "pd.DataFrame", classes: list[str]) -> "Answers":
+    """What a version says to the images that the candidate was asked; to those it has not seen yet, it is asked now."""
     import pandas as pd
 
-    from stages.evaluation.gate import Answers, answers_of
+    from stages.evaluation.gate import answers_of, no_answers
 
-    why = "its run holds none, or is gone"
-    with tempfile.TemporaryDirectory() as folder:
-        path = tracking.download(version.run_id, PREDICTIONS.as_posix(), Path(folder))
+    recorded = reviewing.recorded_predictions(version)
+    images = asked.drop(columns="logits")
+    known = images.merge(_of_same_labels(recorded, asked), on="key")
+    if missing := sorted(set(images["key"]) - set(known["key"])):
+        logger.info("asking version %d about %d images that it has not answered yet", version.number, len(missing))
         try:
-            if path:
-                predicted = pd.read_parquet(path)
-                return answers_of(version.sha256, predicted), predicted
-        except (KeyError, ValueError, OSError) as error:
-            why = f"those of its run cannot be read: {error}"
-    # The gate then says `inconclusive`: a version that cannot be compared with is no reason to pass.
-    logger.warning("warning: no predictions of version %d to compare with (%s)", version.number, why)
-    return Answers(version.sha256, (), np.empty(0, np.int64), np.empty(0, np.bool_)), None
+            known = pd.concat([known, images.merge(_scored(version, missing, classes), on="key")])
+        except StageError as error:
+            # Without test images the gate then says `inconclusive`: what cannot be compared is no reason to pass.
+            logger.warning("warning: version %d cannot be asked: %s", version.number, error)
+    return answers_of(version.sha256, known) if (known["split"] == "test").any() else no_answers(version.sha256)
+
+
+def _scored(version: tracking.Version, keys: list[str], classes: list[str]) -> "pd.DataFrame":
+    scored, its_classes = scoring.score(version.source, keys)
+    if its_classes != classes[: len(its_classes)]:
+        raise StageError("its classes are not the first ones of data/classes/finetune.json, so it answers in others")
+    return scored
+
+
+def _of_same_labels(recorded: "pd.DataFrame | None", asked: "pd.DataFrame") -> "pd.DataFrame":
+    """Recorded answers, key and logits; none where a label has changed, so that a class id meant another class."""
+    import pandas as pd
+
+    if recorded is None or recorded["key"].duplicated().any():
+        return pd.DataFrame({"key": pd.Series(dtype=str), "logits": pd.Series(dtype=object)})
+    both = recorded.merge(asked[["key", "label"]], on="key", suffixes=("", "_now"))
+    same = bool((both["label"] == both["label_now"]).all())
+    return (recorded if same else recorded.iloc[:0])[["key", "logits"]]
 
 
 def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "Review") -> tracking.Version:
@@ -299,13 +279,16 @@ def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "
     median, p95 = candidate.latency_ms
     figures = tracking.flatten(candidate.metrics) | {"latency.median_ms": median, "latency.p95_ms": p95}
     tracking.log_metrics(run, figures, source)
-    tags = {"gate": review.verdict.result, "data.fingerprint": tracking.data_fingerprint(), **candidate.git}
+    tags = reviewing.verdict_tags(review.verdict) | {"data.fingerprint": tracking.data_fingerprint()}
     tags |= {"latency.median_ms": f"{median:.1f}", "latency.p95_ms": f"{p95:.1f}"}
+    tags |= {"machine": run.data.tags["machine"]} if "machine" in run.data.tags else {}
+    tags |= {tracking.UNFINISHED: _unfinished()} if _unfinished() else candidate.git
     card = render_card(candidate, review, _links(name, run))
     version = tracking.create_version(
         name, _about(name), source, run.info.run_id, tags | {"registering": candidate.sha256}, card
     )
-    tracking.set_alias(version, "challenger")
+    if not _unfinished():
+        tracking.set_alias(version, "challenger")
     tracking.finish_version(version, candidate.sha256)
     return version
 
@@ -314,17 +297,12 @@ def _links(name: str, run: "Run") -> dict[str, str]:
     pages = {
         "evaluation report": "report.html",
         "validation": "validation.html",
-        "comparison page": f"{_own_folder(name)}/review.html",
+        "comparison page": f"{own_folder(name)}/review.html",
     }
     return {
         "run": tracking.run_link(run),
         **{label: tracking.artifact_link(run, page) for label, page in pages.items()},
     }
-
-
-def _own_folder(name: str) -> str:
-    """Where a run keeps what is of one registration: its model may be registered under several names."""
-    return f"registered/{name}"
 
 
 def _about(name: str) -> str:
@@ -335,16 +313,14 @@ def _about(name: str) -> str:
     )
 
 
-def _log_files(name: str, run: "Run", candidate: "Candidate", review: "Review") -> None:
+def _log_files(name: str, run: "Run", review: "Review", answered: Answered) -> None:
     """Everything that a reviewer or a later comparison may want, as artifacts of the run."""
-    from stages.model_card import render_review
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        own = folder / _own_folder(name)
+        own = folder / own_folder(name)
         own.mkdir(parents=True)
-        write_json(own / "gate.json", review.verdict.to_dict())
-        write_text(own / "review.html", render_review(candidate, review))
+        reviewing.write_verdict(review, own)
+        answered.canary.to_parquet(own / "canary.parquet")
         for path in (params_path(), Path("dvc.lock"), REPORTS / "report.html", REPORTS / "validation.html"):
             if path.exists():
                 shutil.copyfile(path, folder / path.name)
@@ -357,11 +333,7 @@ def _log_files(name: str, run: "Run", candidate: "Candidate", review: "Review") 
 
 def main() -> None:
     """Registers models/finetuned unless it is registered, and writes the receipt."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
-    if parser.parse_args().answer:
-        answer()
-        return
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     name = load_section("register", Register).name
     gate = load_section("gate", Gate)
     confidence = load_section("evaluate", Evaluate).confidence

@@ -8,6 +8,7 @@ registration compares the answers with those of the evaluation.
 
 import io
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 MAX_PIXELS = 178_956_970
 """A small file may claim to be a huge image: above this it is refused before it is decoded."""
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own check of the same would end as an error of the server
 BATCH = 64
 
 
@@ -43,7 +45,7 @@ def read_pixels(data: bytes, resize: int, image_size: int) -> np.ndarray:
             upright = _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"not an image of a known format ({', '.join(FORMATS)})") from error
-    except (OSError, SyntaxError, EOFError) as error:
+    except (OSError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, struct.error) as error:
         raise ValueError(f"a damaged image: {error}") from error
     return np.asarray(_centre(_resize_shorter(upright, resize), image_size))
 

@@ -1,12 +1,8 @@
-"""Registration of a small model that really answers, in a temporary SQLite database, once with the fresh process."""
+"""Registration of a small model that really answers, in a temporary SQLite database, twice with fresh processes."""
 
-import hashlib
-import io
 import json
 import shutil
-import tarfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,139 +10,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-import yaml
-from PIL import Image
 
-from stages import register, tracking
+from stages import register, scoring, tracking
 from stages.command import StageError
-from stages.data.facts import QUARANTINE, write_table
-from stages.data.loading import read_samples
-from stages.data.sharding import write_shard_set
-from stages.files import sha256, write_json
+from stages.files import sha256
 from stages.model_card import Batch, render_card
 from stages.params.gate import Gate
-from stages.params.shard import Shard
-from stages.serving import read_pixels
-from stages.training.models import Classifier, build, save_classifier
-
-ROOT = Path(__file__).parents[1]
-CLASSES = ["bell", "cup|mug", "tent"]
-IMAGES = 48
-PARAMS = {
-    "batches": {"target": {"role": "finetune", "source": "sample:target"}},
-    "model": {"architecture": "shufflenet_v2_x0_5", "image_size": 64},
-    "finetune": {"strategy": "head"},
-    "evaluate": {},
-    "gate": {"min_top1": 0.2, "min_worst_class": 0.0, "max_ece": 1.0},
-    "register": {"name": "bells"},
-}
-
-
-def make_tree(folder: Path) -> None:
-    """What the stages before register leave behind, for 3 classes and 48 test images."""
-    (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS), encoding="utf-8")
-    _write_shards(folder)
-    write_json(folder / "data/classes/finetune.json", CLASSES)
-    bad = {field.name: "" if field.type == "string" else 0 for field in QUARANTINE} | {"decodes": False}
-    write_table(pd.DataFrame([bad | {"reason": "truncated"}]), QUARANTINE, folder / "data/quarantine.parquet")
-    write_model(folder)
-
-
-def _write_shards(folder: Path) -> None:
-    raw, out = folder / "raw", folder / "data/shards/finetune/target"
-    raw.mkdir(parents=True)
-    out.mkdir(parents=True)
-    rows = []
-    with tarfile.open(raw / "all.tar", "w") as tar:
-        for number in range(IMAGES):
-            data = picture(number, 90 + number, 80)
-            info = tarfile.TarInfo(f"{number}.jpg")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-            offset = tar.offset - -(-len(data) // 512) * 512
-            digest = hashlib.sha256(data).hexdigest()
-            rows.append((f"target/test/x/{number}.jpg", "all.tar", offset, len(data), digest, number % 3, "test"))
-    columns = ["key", "tar", "offset", "bytes", "sha256", "label", "split"]
-    write_shard_set(pd.DataFrame(rows, columns=columns), raw, out, Shard(resize=72), "finetune", "target")
-
-
-def picture(seed: int, width: int, height: int) -> bytes:
-    """A JPEG of smooth random colours."""
-    cells = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def write_model(folder: Path, noise: float = 0.0) -> None:
-    """A model whose answers depend on the image, with its predictions and metrics.
-
-    Labels are those of the model without noise, every fifth one wrong; `noise` in the head makes a similar model.
-    """
-    config: dict[str, Any] = {
-        "architecture": "shufflenet_v2_x0_5", "classes": CLASSES, "image_size": 64, "resize": 72,
-        "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.25, 0.2],
-    }  # fmt: skip
-    samples = read_samples([folder / "data/shards/finetune/target"], "test")
-    images = torch.stack([torch.from_numpy(read_pixels(samples.jpeg(i), 72, 64).copy()) for i in range(len(samples))])
-    images = images.permute(0, 3, 1, 2)
-    model = _sensitive(build(config, seed=1), images)
-    with torch.inference_mode():
-        labels = model(images).argmax(1).numpy()
-        labels[::5] = (labels[::5] + 1) % len(CLASSES)
-        model.head.weight.add_(noise * torch.randn(model.head.weight.shape, generator=torch.manual_seed(2)))
-        logits = model(images).numpy()
-    save_classifier(model, config, folder / "models/finetuned")
-    _write_reports(folder, samples.key, logits, labels)
-
-
-def _sensitive(model: Classifier, images: torch.Tensor) -> Classifier:
-    """Random weights answer the same to everything: batch statistics and a large head make them tell images apart."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.inference_mode():
-        model.train()(images)
-        model.eval()
-        features = model.features(images)
-        model.head.weight.mul_(2 / (features @ model.head.weight.T).std())
-        model.head.bias.copy_(-(features.mean(0) @ model.head.weight.T))
-    return model
-
-
-def _write_reports(folder: Path, keys: list[str], logits: np.ndarray, labels: np.ndarray) -> None:
-    table = {"key": keys, "batch": "target", "split": "test", "label": labels, "logits": list(logits)}
-    (folder / "reports").mkdir(exist_ok=True)
-    pd.DataFrame(table).to_parquet(folder / "reports/predictions.parquet")
-    top1 = float((logits.argmax(1) == labels).mean())
-    figures = {"top1": top1, "top1_low": top1 - 0.05, "top1_high": top1 + 0.05, "macro_f1": 0.7, "ece": 0.1}
-    figures |= {"count": len(keys), "worst_class_recall": 0.5}
-    data = {"accepted": 48, "quarantined": 1}
-    parts = {"test": figures, "before": {"top1": 0.4}, "scratch": {"top1": None}, "data": data}
-    write_json(folder / "reports/metrics.json", parts)
-    write_json(folder / "reports/finetune/metrics.json", {"finetuned": {"epochs": [{"epoch": 0, "train_loss": 1.0}]}})
+from tests.bells import CLASSES, PARAMS, asked_here, set_name, tree_of_bells, write_model, write_shards
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A tree in which the stage ran once, for real: a fresh process loaded the logged model and answered."""
-    folder = tmp_path_factory.mktemp("tree")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setattr("sys.argv", ["register"])
-        make_tree(folder)
+    with tree_of_bells(tmp_path_factory.mktemp("tree")) as folder:
         register.main()
         yield folder
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fresh process is left out: `tree` has shown it, and it takes longer than all the rest."""
-    monkeypatch.setattr(register, "_fresh_process", nullcontext)
-    monkeypatch.setattr(register, "_ask", lambda fresh, source: (10.0, 20.0))
+def asked() -> Iterator[None]:
+    """`tree` has shown the fresh process."""
+    with asked_here():
+        yield
 
 
 def test_a_registered_version_can_be_decided_on_from_its_page(tree: Path) -> None:
@@ -156,6 +41,8 @@ def test_a_registered_version_can_be_decided_on_from_its_page(tree: Path) -> Non
     assert version.sha256 == sha256(tree / "models/finetuned/model.safetensors")
     assert "registering" not in version.tags
     assert "git.commit" not in version.tags  # this folder is no repository
+    assert (version.tags["gate.in_force"], version.tags["gate.decision"]) == ("none", "1")
+    assert len(version.tags["test.set"]) == 64
     card = tracking.open_client().get_model_version("bells", "1").description or ""
     for expected in ("Gate: passed", "79.2 %", "40.0 %", "cup\\|mug", "truncated", "48", "/artifacts/report.html"):
         assert expected in card
@@ -171,13 +58,27 @@ def test_everything_for_a_review_is_with_the_run_and_nothing_else_is_written(tre
     assert run
     artifacts = Path(run.info.artifact_uri)
     assert artifacts.is_relative_to(tree / "mlartifacts")
-    own = ("registered/bells/gate.json", "registered/bells/review.html")
+    own = tuple(f"registered/bells/{name}" for name in ("gate.json", "review.html", "canary.parquet"))
     for name in (*own, "params.yaml", "reports/predictions.parquet", "reports/metrics.json"):
         assert (artifacts / name).is_file()
     assert run.data.metrics["test.top1"] == pytest.approx(38 / 48)
     assert run.data.metrics["latency.p95_ms"] >= run.data.metrics["latency.median_ms"] > 0
     made = {path.name for path in tree.iterdir()}
     assert made == {"params.yaml", "raw", "data", "models", "reports", "mlflow.db", "mlartifacts"}
+
+
+def test_sixteen_images_are_kept_with_what_the_served_model_said(tree: Path) -> None:
+    (version,) = tracking.versions("bells")
+    path = tracking.download(version.run_id, "registered/bells/canary.parquet", tree / "models")
+    assert path
+    canary = pd.read_parquet(path)
+    path.unlink()
+    assert canary["key"].nunique() == len(canary) == 16
+    assert all(data.startswith(b"\xff\xd8") for data in canary["image"])
+    said = np.stack(canary["probabilities"].to_list())
+    logits = pd.read_parquet(tree / "reports/predictions.parquet").set_index("key")["logits"]
+    np.testing.assert_array_equal(said.argmax(1), [logits[key].argmax() for key in canary["key"]])
+    np.testing.assert_allclose(said.sum(1), 1)
 
 
 def test_nothing_of_a_version_needs_pickle(tree: Path) -> None:
@@ -233,9 +134,10 @@ def test_the_next_model_is_held_against_the_one_in_force(tree: Path) -> None:
     assert gate["in_force"] == first.sha256
     assert gate["candidate"] == second.sha256
     assert second.tags["gate"] == gate["result"] != "passed"
-    page = (own / "review.html").read_text()
-    assert "On the same 48 test images" in page
-    assert "http" not in page  # self-contained
+    assert (second.tags["gate.in_force"], second.tags["gate.decision"]) == (first.sha256, "2")
+    assert second.tags["test.set"] == first.tags["test.set"]
+    assert "version 1" in (own / "review.html").read_text()
+    assert "/#/compare-runs?" in second.description
 
 
 @pytest.mark.usefixtures("asked")
@@ -284,16 +186,15 @@ def test_a_version_in_force_without_predictions_blames_nobody_and_blocks_nothing
     register.main()
     newest = tracking.versions(name)[0]
     assert (newest.number, newest.tags["gate"]) == (2, "inconclusive")
-    assert "no predictions of version 1 to compare with" in caplog.text
+    assert "no predictions of version 1 are recorded" in caplog.text
+    assert "version 1 cannot be asked" in caplog.text  # nor is there a model
 
 
 def test_a_served_model_that_answers_otherwise_is_refused() -> None:
     expected = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1]])
-    answers = {"class_id": [[0, 1, 2], [1, 0, 2]], "probability": [[0.79, 0.11, 0.1], [0.7, 0.2, 0.1]]}
-    register.check_answers(answers, expected)
-    mixed_up = answers | {"class_id": [[2, 1, 0], [0, 1, 2]]}
+    register.check_answers(np.array([[0.79, 0.11, 0.1], [0.2, 0.7, 0.1]]), expected)
     with pytest.raises(StageError, match="does not answer as the evaluation did"):
-        register.check_answers(mixed_up, expected)
+        register.check_answers(expected[:, ::-1], expected)
 
 
 def test_with_tracking_off_the_receipt_is_the_same_and_nothing_is_registered(
@@ -308,16 +209,87 @@ def test_with_tracking_off_the_receipt_is_the_same_and_nothing_is_registered(
 
 
 def test_a_card_fits_into_mlflow_whatever_there_is_to_tell(tree: Path) -> None:
-    candidate = register._candidate("ab" * 32, 0.95, (1.0, 2.0))
+    (version, *_) = tracking.versions("first-name")
+    run = tracking.find_run(version.sha256)
+    assert run
+    set_name(tree, "nobody")
+    candidate = register._candidate(version.sha256, 0.95, (1.0, 2.0))
     many = [Batch(f"{'batch' * 10}-{n}", "finetune", {"train": 10_000}) for n in range(300)]
     reasons = {f"{'reason' * 60}-{n}": n for n in range(100)}
-    review = register._review("nobody", candidate, Gate())
+    review = register._review("nobody", candidate, Gate(), run)
     card = render_card(replace(candidate, batches=many, quarantined=reasons), review, {"run": "/#/runs/1"})
     assert len(card) <= 5000
-    assert "more than fits here" in card
-    assert "292 more" in card
 
 
-def set_name(tree: Path, name: str, **sections: Any) -> None:
-    params = PARAMS | {"register": {"name": name}} | sections
-    (tree / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+@pytest.mark.usefixtures("asked")
+def test_within_retraining_a_version_has_neither_alias_nor_commit_until_it_is_committed(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_name(tree, "unfinished")
+    monkeypatch.setattr(tracking, "git_tags", lambda: {"git.commit": "a" * 40, "git.dirty": "true"})
+    with monkeypatch.context() as patch:
+        patch.setenv("SYNSET_UNFINISHED", "retrain")
+        register.main()
+    (version,) = tracking.versions("unfinished")
+    assert version.aliases == ()
+    assert version.tags["unfinished"] == "retrain"
+    assert not {"git.commit", "git.dirty", "registering"} & set(version.tags)
+    assert tracking.COMMIT_TO_COME in version.description
+    register.main()
+    assert "unchanged: unfinished version 1" in capsys.readouterr().out
+    tracking.commit_version(version, "b" * 40)
+    (version,) = tracking.versions("unfinished")
+    assert not version.unfinished
+    assert "b" * 40 in version.description
+
+
+@pytest.mark.usefixtures("asked")
+def test_the_machine_of_the_training_is_a_tag_of_the_version(tree: Path) -> None:
+    set_name(tree, "machine")
+    write_model(tree, noise=0.03)
+    weights = sha256(tree / "models/finetuned/model.safetensors")
+    tracking.create_finished_run("finetune", {}, {tracking.SHA256: weights, "machine": "cpu zen4 float32"}, [])
+    register.main()
+    assert tracking.versions("machine")[0].tags["machine"] == "cpu zen4 float32"
+
+
+def test_the_version_in_force_is_asked_about_images_that_it_has_not_seen(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By fresh processes: the last test here, as it adds a batch."""
+    caplog.set_level("INFO")
+    set_name(tree, "grows", gate={**PARAMS["gate"], "min_n": 5})
+    write_model(tree)
+    with asked_here():
+        register.main()
+    (first,) = tracking.versions("grows")
+    tracking.set_alias(first, "serving")
+    write_shards(tree, "later", "fresh", 12)
+    write_model(tree, noise=0.01)
+    register.main()
+    second, _ = tracking.versions("grows")
+    assert "asking version 1 about 12 images" in caplog.text
+    path = tracking.download(second.run_id, "registered/grows/gate.json", tree / "models")
+    assert path
+    compared = {(each["kind"], each["name"]): each for each in json.loads(path.read_text())["comparisons"]}
+    (fresh,) = (each for (kind, name), each in compared.items() if name == "later")
+    # The model without noise is right but for the labels that were made wrong: so it was indeed asked.
+    assert (fresh["images"], fresh["before"]) == (12, 9)
+    assert next(iter(compared.values()))["images"] == 48
+
+
+def test_recorded_answers_count_only_where_a_label_still_means_the_same_class() -> None:
+    asked = pd.DataFrame({"key": ["a", "b", "c"], "label": [0, 1, 2]})
+    recorded = pd.DataFrame({"key": ["a", "b", "old"], "label": [0, 1, 1], "logits": [[1.0], [2.0], [3.0]]})
+    assert register._of_same_labels(recorded, asked)["key"].tolist() == ["a", "b", "old"]
+    assert register._of_same_labels(recorded.assign(label=[1, 0, 1]), asked).empty
+    assert register._of_same_labels(pd.concat([recorded, recorded]), asked).empty
+    assert register._of_same_labels(None, asked).empty
+
+
+def test_a_version_with_other_classes_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = tracking.Version("bells", 1, "", "models:/m-1", {}, (), "", 0.0)
+    monkeypatch.setattr(scoring, "score", lambda source, keys: (pd.DataFrame({"key": keys}), ["tent", "bell"]))
+    assert register._scored(version, ["a"], ["tent", "bell", "new"])["key"].tolist() == ["a"]
+    with pytest.raises(StageError, match="it answers in others"):
+        register._scored(version, ["a"], CLASSES)

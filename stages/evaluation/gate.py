@@ -1,35 +1,57 @@
 """The gate: what a version must show before a person is asked. A pure function of figures and of paired answers.
 
-Absolute floors first; then an exact McNemar test against the version in force on the same test images. It is a test
-with a stated error rate and not `new >= old`: an equally good version passes with probability at most `alpha`, an
-identical one never.
+Absolute floors first. Then, against the version in force, image by image: not inferior on `test` by more than a margin,
+better on `test` or on the pooled `fresh` holdouts, and no class and no slice significantly worse. Each of the three is
+an exact test, and `alpha` is the error rate of the whole: a version that is not better anywhere, or inferior on `test`,
+passes with probability at most `alpha`, an identical one never.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil, isfinite
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import ndtri
 
-from stages.evaluation.intervals import McNemar, mcnemar
+from stages.evaluation.intervals import holm, paired_interval, paired_p
 from stages.evaluation.metrics import Bools, Int64, predictions
 from stages.params.gate import Gate
 
 Result = Literal["passed", "failed", "inconclusive"]
+Kind = Literal["test", "fresh", "class", "batch"]
 
 MEGABYTE = 1_000_000
+MOST_NAMED = 3
+"""Classes and slices that a condition names."""
+MOST_CHARACTERS = 40
+"""Of a name in a condition."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one version said to the test images, sorted by key."""
+    """What one version said to the labelled images of `test` and `fresh`, sorted by key; (N,) each."""
 
     sha256: str
     """Of the version's weights."""
     keys: tuple[str, ...]
+    split: NDArray[np.str_]
+    batch: NDArray[np.str_]
     labels: Int64
-    correct: Bools
+    predicted: Int64
+
+    @property
+    def correct(self) -> Bools:
+        """Whether each answer is right."""
+        return self.predicted == self.labels
+
+    @property
+    def test(self) -> Bools:
+        """Which images are of the split `test`."""
+        return self.split == "test"
 
 
 @dataclass(frozen=True)
@@ -44,110 +66,351 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """The two versions on some images that both answered."""
+
+    kind: Kind
+    """All of `test`, all of `fresh`, a class of `test`, or one batch of `fresh`."""
+    name: str
+    images: int
+    now: int
+    """That the candidate has right."""
+    before: int
+    """That the version in force has right."""
+    won: int
+    """That only the candidate has right."""
+    worse: float | None
+    """p that the candidate is worse by more than the margin, adjusted for all that were judged; None: not judged."""
+
+    @property
+    def lost(self) -> int:
+        """Images that only the version in force has right."""
+        return self.won - self.now + self.before
+
+    @property
+    def difference(self) -> float:
+        """Of the accuracies; 0 of no images."""
+        return (self.now - self.before) / self.images if self.images else 0.0
+
+
+@dataclass(frozen=True)
 class Verdict:
     """`failed` where any condition failed, else `inconclusive` where any is, else `passed`."""
 
     result: Result
     conditions: tuple[Condition, ...]
+    comparisons: tuple[Comparison, ...]
+    """`test`, `fresh`, then classes and batches of `fresh`; none where nothing could be compared."""
     alpha: float
+    margin: float
+    min_n: int
     candidate: str
     """sha256 of the weights judged."""
     in_force: str | None
     """sha256 of the weights it was held against: the verdict is stale once another version is in force."""
+    test_set: str
+    """The digest of the test images and their labels."""
+    decisions: int
+    """How many decisions this test set has taken, this one included."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `gate.json` holds them."""
         values = asdict(self)
-        return {**values, "conditions": list(values["conditions"])}
+        return {**values, "conditions": list(values["conditions"]), "comparisons": list(values["comparisons"])}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "Verdict":
+        """The verdict that `to_dict` wrote.
+
+        Raises:
+            KeyError, TypeError: it is not of this form.
+        """
+        conditions = tuple(Condition(**each) for each in values["conditions"])
+        comparisons = tuple(Comparison(**each) for each in values["comparisons"])
+        return Verdict(**{**values, "conditions": conditions, "comparisons": comparisons})
 
 
 def answers_of(sha256: str, predicted: pd.DataFrame) -> Answers:
-    """A version's answers out of its reports/predictions.parquet (columns key, split, label, logits).
+    """A version's answers out of its reports/predictions.parquet (columns key, batch, split, label, logits).
 
     Raises:
-        ValueError: no row of the split `test`, or a key twice.
+        ValueError: no labelled row of the split `test`, or a key twice.
+        KeyError: a column is missing.
     """
-    rows = predicted[predicted["split"] == "test"].sort_values("key")
-    if rows.empty:
+    rows = predicted[(predicted["label"] >= 0) & predicted["split"].isin(["test", "fresh"])].sort_values("key")
+    if not (rows["split"] == "test").any():
         raise ValueError("the predictions hold no image of the split `test`")
     if rows["key"].duplicated().any():
         raise ValueError(f"the predictions hold {rows['key'][rows['key'].duplicated()].iloc[0]} twice")
-    labels = rows["label"].to_numpy(np.int64)
-    correct = predictions(np.stack(rows["logits"].to_list())) == labels
-    return Answers(sha256, tuple(rows["key"]), labels, correct)
+    return Answers(
+        sha256=sha256,
+        keys=tuple(rows["key"]),
+        split=rows["split"].to_numpy(np.str_),
+        batch=rows["batch"].to_numpy(np.str_),
+        labels=rows["label"].to_numpy(np.int64),
+        predicted=predictions(np.stack(rows["logits"].to_list())),
+    )
+
+
+def no_answers(sha256: str) -> Answers:
+    """Of a version that cannot be asked any more: nothing can pass against it."""
+    return Answers(sha256, (), np.empty(0, "U1"), np.empty(0, "U1"), np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+def test_set(answers: Answers) -> str:
+    """Digest of the test images and their labels: verdicts with the same one were taken on the same test set."""
+    images = zip(answers.keys, answers.labels.tolist(), answers.test.tolist(), strict=True)
+    lines = "".join(f"{key}\0{label}\n" for key, label, of_test in images if of_test)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def judge(
-    candidate: Answers, figures: Mapping[str, float | None], size: int, in_force: Answers | None, params: Gate
+    candidate: Answers,
+    figures: Mapping[str, float | None],
+    size_bytes: int,
+    latency_ms: float | None,
+    in_force: Answers | None,
+    params: Gate,
+    decisions: int = 1,
+    classes: Sequence[str] = (),
 ) -> Verdict:
     """Whether a version may go before a person.
 
     Args:
-        candidate: its answers to the test images.
+        candidate: its answers to the images of `test` and `fresh`.
         figures: `test` of its reports/metrics.json; read are `top1`, `worst_class_recall` and `ece`.
-        size: bytes of its weights.
+        size_bytes: of its weights.
+        latency_ms: of one image, median.
         in_force: the answers of the version in force; None where there is none, and the floors decide alone.
+        decisions: taken on this test set so far, this one included.
+        classes: names by label.
 
     Raises:
         ValueError: figures and answers are not of the same evaluation.
     """
-    top1 = figures["top1"]
-    if top1 is None or abs(top1 - candidate.correct.mean()) > 1e-4:
-        raise ValueError(f"top-1 is {top1} in the metrics and {candidate.correct.mean():.6f} by the predictions")
+    right, top1 = float(candidate.correct[candidate.test].mean()), _number(figures.get("top1"))
+    if top1 is None or abs(top1 - right) > 1e-4:
+        raise ValueError(f"top-1 is {top1} in the metrics and {right:.6f} by the predictions")
     conditions = [
         _at_least("top-1", top1, params.min_top1),
-        _at_least("recall of the worst class", figures["worst_class_recall"], params.min_worst_class),
-        _at_most("calibration error (ECE)", figures["ece"], params.max_ece),
-        _at_most("size of the weights, MB", size / MEGABYTE, params.max_size_mb),
+        _at_least("recall of the worst class", figures.get("worst_class_recall"), params.min_worst_class),
+        _at_most("calibration error (ECE)", figures.get("ece"), params.max_ece),
+        _at_most("size of the weights, MB", size_bytes / MEGABYTE, params.max_size_mb),
+        _at_most("latency of one image, ms", latency_ms, params.max_latency_ms),
     ]
+    comparisons: list[Comparison] = []
     if in_force is not None:
-        conditions.append(_better(candidate, in_force, params.alpha))
+        if differs := _test_sets_differ(candidate, in_force):
+            conditions.append(Condition(NOT_INFERIOR, None, params.alpha, "inconclusive", differs))
+        else:
+            comparisons = _comparisons(candidate, in_force, params, classes)
+            conditions += _compared(comparisons, params)
     return Verdict(
         result=_worst([condition.result for condition in conditions]),
         conditions=tuple(conditions),
+        comparisons=tuple(comparisons),
         alpha=params.alpha,
+        margin=params.margin,
+        min_n=params.min_n,
         candidate=candidate.sha256,
         in_force=None if in_force is None else in_force.sha256,
+        test_set=test_set(candidate),
+        decisions=decisions,
     )
 
 
+# ---------------------------------------------------------------------------------------------------------- floors
+
+
 def _at_least(name: str, figure: float | None, bound: float) -> Condition:
-    return _floor(name, figure, bound, figure is not None and figure >= bound, "at least")
+    return _floor(name, _number(figure), bound, 1, "at least")
 
 
 def _at_most(name: str, figure: float | None, bound: float) -> Condition:
-    return _floor(name, figure, bound, figure is not None and figure <= bound, "at most")
+    return _floor(name, _number(figure), bound, -1, "at most")
 
 
-def _floor(name: str, figure: float | None, bound: float, held: bool, rule: str) -> Condition:
+def _floor(name: str, figure: float | None, bound: float, sign: int, rule: str) -> Condition:
     # A figure that is missing is not a pass: nothing goes on that was not shown.
+    held = figure is not None and sign * figure >= sign * bound
     shown = "not computed" if figure is None else f"{figure:.4g}"
     return Condition(name, figure, bound, "passed" if held else "failed", f"{shown}; {rule} {bound:g} is asked")
 
 
-def _better(candidate: Answers, in_force: Answers, alpha: float) -> Condition:
-    name = "better than the version in force"
-    if candidate.keys != in_force.keys or not np.array_equal(candidate.labels, in_force.labels):
-        detail = (
-            f"test set differs: {len(candidate.keys)} images here, {len(in_force.keys)} for the version in force, "
-            f"{len(set(candidate.keys) & set(in_force.keys))} in both; the two cannot be compared"
-        )
-        return Condition(name, None, alpha, "inconclusive", detail)
-    test = mcnemar(candidate.correct, in_force.correct)
-    return Condition(name, test.better, alpha, _direction(test, alpha), _in_words(test))
+def _number(figure: float | None) -> float | None:
+    """None where it is not one: gate.json knows no NaN."""
+    return float(figure) if figure is not None and isfinite(figure) else None
 
 
-def _direction(test: McNemar, alpha: float) -> Result:
-    if test.better <= alpha:
-        return "passed"
-    return "failed" if test.worse <= alpha else "inconclusive"
+# ------------------------------------------------------------------------------------------------------ comparison
 
 
-def _in_words(test: McNemar) -> str:
-    return (
-        f"{test.won} images right that it gets wrong, {test.lost} the other way round; "
-        f"exact McNemar test, one-sided: p = {test.better:.3g} for better, {test.worse:.3g} for worse"
+def _test_sets_differ(candidate: Answers, in_force: Answers) -> str:
+    """What keeps the two from being compared; empty where they answered the same test images under the same labels."""
+    if _same_images(candidate, in_force):
+        return ""
+    here, there = (
+        dict(zip(np.array(each.keys)[each.test], each.labels[each.test].tolist(), strict=True))
+        for each in (candidate, in_force)
     )
+    if here == there:
+        return ""
+    both = here.keys() & there.keys()
+    relabelled = sum(here[key] != there[key] for key in both)
+    return (
+        f"test set differs: {len(here):,} images here, {len(there):,} for the version in force, {len(both):,} in both"
+        f"{f', {relabelled:,} of them with another label' if relabelled else ''}; the two cannot be compared"
+    )
+
+
+def _same_images(one: Answers, other: Answers) -> bool:
+    return (
+        one.keys == other.keys and np.array_equal(one.split, other.split) and np.array_equal(one.labels, other.labels)
+    )
+
+
+def _comparisons(candidate: Answers, in_force: Answers, params: Gate, classes: Sequence[str]) -> list[Comparison]:
+    """Of all of `test`, all of `fresh`, each class of `test` and each batch of `fresh`, on what both answered."""
+    there = (
+        np.arange(len(candidate.keys))
+        if candidate.keys == in_force.keys
+        else pd.Index(in_force.keys).get_indexer(pd.Index(candidate.keys))
+    )
+    same = (there >= 0) & (in_force.labels[there] == candidate.labels)
+    now, before = candidate.correct, in_force.correct[there]
+    test, fresh = same & candidate.test, same & ~candidate.test
+    labels = np.where(candidate.test, candidate.labels, -1)
+    slices: list[tuple[Kind, str, Bools]] = [
+        ("class", classes[label] if label < len(classes) else f"class {label}", test & (labels == label))
+        for label in np.unique(labels[test]).tolist()
+    ]
+    slices += [
+        ("batch", name, fresh & (candidate.batch == name)) for name in np.unique(candidate.batch[fresh]).tolist()
+    ]
+    counted = [(kind, name, *_counted(now[rows], before[rows])) for kind, name, rows in slices]
+    worse = _worse([counts for _, _, *counts in counted], params)
+    return [
+        Comparison("test", "test", *_counted(now[test], before[test]), None),
+        Comparison("fresh", "fresh", *_counted(now[fresh], before[fresh]), None),
+        *(Comparison(*counts, p) for counts, p in zip(counted, worse, strict=True)),
+    ]
+
+
+def _counted(now: Bools, before: Bools) -> tuple[int, int, int, int]:
+    """Images, right now, right before, right only now."""
+    return len(now), int(now.sum()), int(before.sum()), int((now & ~before).sum())
+
+
+def _worse(counts: Sequence[Sequence[int]], params: Gate) -> list[float | None]:
+    """p that it is worse by more than the margin, of each slice with enough images, adjusted for all of these."""
+    judged = [i for i, (images, *_) in enumerate(counts) if images >= params.min_n]
+    p_values: list[float] = []
+    for i in judged:
+        images, now, before, won = counts[i]
+        # Where it is not even worse by the margin there is no evidence, and 1 spares thousands of classes the test.
+        points_there = before - now > params.margin * images
+        level = params.alpha / len(judged)
+        p_values.append(paired_p(won - now + before, won, images, params.margin, level) if points_there else 1.0)
+    adjusted: list[float | None] = [None] * len(counts)
+    for i, p in zip(judged, holm(p_values).tolist(), strict=True):
+        adjusted[i] = p
+    return adjusted
+
+
+# ------------------------------------------------------------------------------------------- conditions on the two
+
+NOT_INFERIOR = "not inferior on test"
+
+
+def _compared(comparisons: Sequence[Comparison], params: Gate) -> list[Condition]:
+    test, fresh, *slices = comparisons
+    return [_not_inferior(test, params), _better(test, fresh, params.alpha), _no_slice_worse(slices, params)]
+
+
+def _not_inferior(test: Comparison, params: Gate) -> Condition:
+    """Passed where worse by more than the margin is ruled out, failed where it is shown."""
+    alpha, margin = params.alpha, params.margin
+    shown = paired_p(test.won, test.lost, test.images, -margin, alpha)
+    violated = paired_p(test.lost, test.won, test.images, margin, alpha)
+    low, _ = paired_interval(test.won, test.lost, test.images, 1 - 2 * alpha)
+    detail = f"{_points(test.difference)}, with {100 * (1 - alpha):g} % confidence at least {100 * float(low):+.1f}; "
+    detail += f"{100 * margin:g} below is allowed; p = {shown:.2g}"
+    if shown <= alpha:
+        return Condition(NOT_INFERIOR, shown, alpha, "passed", detail)
+    if violated <= alpha:
+        return Condition(NOT_INFERIOR, shown, alpha, "failed", f"{detail}, and of the contrary {violated:.2g}")
+    return Condition(NOT_INFERIOR, shown, alpha, "inconclusive", detail + _images_needed(test, params))
+
+
+def _images_needed(test: Comparison, params: Gate) -> str:
+    """So that nobody waits for what a test set cannot show."""
+    if not params.margin or not test.images:
+        return ""
+    share = (test.won + test.lost) / test.images
+    z = ndtri(1 - params.alpha) + ndtri(0.8)
+    needed = ceil(z**2 * share / params.margin**2 / 100) * 100
+    if needed <= test.images:
+        return ""
+    return (
+        f". {test.images:,} images seldom show it of an equally good version: about {needed:,} would in 8 of 10 cases"
+    )
+
+
+def _better(test: Comparison, fresh: Comparison, alpha: float) -> Condition:
+    """Exact McNemar tests on test and, where both answered fresh images, on fresh; Holm over the two."""
+    asked = [test, fresh] if fresh.images else [test]
+    p_values = [_mcnemar(each) for each in asked]
+    adjusted = holm(p_values)
+    parts = [
+        f"{each.name}: {each.won:,} images gained, {each.lost:,} lost, p = {p:.2g}"
+        + (f" (Holm {a:.2g})" if len(asked) > 1 else "")
+        for each, p, a in zip(asked, p_values, adjusted.tolist(), strict=True)
+    ]
+    if not fresh.images:
+        parts.append("no fresh image was answered by both")
+    smallest = float(adjusted.min())
+    passed: Result = "passed" if smallest <= alpha else "inconclusive"
+    return Condition("better on test or on fresh", smallest, alpha, passed, "; ".join(parts))
+
+
+def _mcnemar(each: Comparison) -> float:
+    return paired_p(each.won, each.lost, each.images, 0, 1)
+
+
+def _no_slice_worse(slices: Sequence[Comparison], params: Gate) -> Condition:
+    """Failed where any is worse by more than the margin, with a joint error rate of alpha."""
+    name = "no class or slice worse"
+    judged = [each for each in slices if each.worse is not None]
+    count = f"{len(judged):,} judged" + (
+        f", {len(slices) - len(judged):,} of fewer than {params.min_n:,} images only shown"
+        if len(judged) < len(slices)
+        else ""
+    )
+    if not judged:
+        return Condition(name, None, params.alpha, "passed", count)
+    ranked = sorted(judged, key=lambda each: (each.worse or 0.0, each.difference, each.name))
+    guilty = [each for each in ranked if (each.worse or 0.0) <= params.alpha]
+    smallest = ranked[0].worse
+    if not guilty:
+        lowest = min(judged, key=lambda each: (each.difference, each.name))
+        return Condition(name, smallest, params.alpha, "passed", f"{count}; the lowest is {_in_words(lowest)}")
+    more = f" and {len(guilty) - MOST_NAMED:,} more" if len(guilty) > MOST_NAMED else ""
+    named = "; ".join(_in_words(each) for each in guilty[:MOST_NAMED])
+    beyond = f"significantly worse by more than {100 * params.margin:g}"
+    return Condition(name, smallest, params.alpha, "failed", f"{count}; {beyond}: {named}{more}")
+
+
+def _in_words(each: Comparison) -> str:
+    of = f"fresh of {_short(each.name)}" if each.kind == "batch" else _short(each.name)
+    return f"{of} {_points(each.difference)} on {each.images:,} images (p = {each.worse:.2g})"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MOST_CHARACTERS else name[: MOST_CHARACTERS - 1] + "…"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f} points"
 
 
 def _worst(results: list[Result]) -> Result:

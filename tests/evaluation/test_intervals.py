@@ -45,6 +45,72 @@ def test_mcnemar_errs_at_most_as_often_as_it_says() -> None:
         assert alpha / 3 < (p <= alpha).mean() <= alpha * 1.06
 
 
+@pytest.mark.parametrize("margin", [-0.3, -0.05, -0.01, 0.01, 0.1])
+@pytest.mark.parametrize("images", [1, 7, 30])
+def test_the_paired_test_errs_at_most_as_often_as_it_says(images: int, margin: float) -> None:
+    """Summed over every outcome, at the edge of the null hypothesis, however often the two disagree."""
+    won, lost = (each.ravel() for each in np.indices((images + 1, images + 1)))
+    won, lost = won[won + lost <= images], lost[won + lost <= images]
+    outcomes = np.stack([won, lost, images - won - lost], axis=1)
+    p = np.array([intervals.paired_p(int(w), int(n), images, margin, 0.05) for w, n in zip(won, lost, strict=True)])
+    assert ((p >= 0) & (p <= 1)).all()
+    for share in np.linspace(abs(margin), 1, 25):
+        chances = [(share + margin) / 2, (share - margin) / 2]
+        weights = stats.multinomial.pmf(outcomes, images, [*chances, max(0.0, 1 - sum(chances))])
+        for alpha in (0.01, 0.05):
+            assert weights[p <= alpha].sum() <= alpha + 1e-9
+
+
+def test_the_paired_test_without_a_margin_is_mcnemar() -> None:
+    assert intervals.paired_p(20, 8, 1000, 0, 0.05) == stats.binomtest(20, 28, alternative="greater").pvalue
+
+
+def test_the_paired_test_grows_surer_with_every_image_won_or_not_lost() -> None:
+    for margin in (-0.02, 0.02):
+        p = {(w, n): intervals.paired_p(w, n, 400, margin, 0.05) for w in range(0, 40, 4) for n in range(0, 40, 4)}
+        sure = [(w, n) for (w, n), value in p.items() if value < 0.5]
+        assert all(p[w, n] >= p[w + 4, n] for w, n in sure if (w + 4, n) in p)
+        assert all(p[w, n] >= p[w, n - 4] for w, n in sure if (w, n - 4) in p)
+
+
+def test_the_paired_test_on_nothing_on_agreement_and_on_very_many() -> None:
+    for margin in (-0.01, 0, 0.01):
+        assert intervals.paired_p(0, 0, 0, margin, 0.05) == 1
+    assert intervals.paired_p(0, 0, 50_000, -0.01, 0.05) < 0.001  # alike on so many: not a point apart
+    assert intervals.paired_p(0, 0, 50_000, 0.01, 0.05) == 1
+    assert intervals.paired_p(3000, 3000, 50_000, -0.01, 0.05) < 0.001
+    assert intervals.paired_p(3000, 2000, 50_000, 0.01, 0.05) < 0.001
+    assert intervals.paired_p(50_000, 0, 50_000, 0.01, 0.05) < 0.001
+    # Near the edge the normal approximation is good enough to compare with: 500 more of 50,000 are the margin.
+    assert intervals.paired_p(3400, 2800, 50_000, 0.01, 0.05) == pytest.approx(stats.norm.sf(100 / 6200**0.5), rel=0.05)
+
+
+def test_paired_interval_covers_and_holds_the_difference() -> None:
+    rng = np.random.default_rng(12)
+    drawn = rng.multinomial(600, [0.08, 0.05, 0.87], size=2000)
+    low, high = intervals.paired_interval(drawn[:, 0], drawn[:, 1], 600, 0.95)
+    assert 0.935 <= ((low <= 0.03) & (high >= 0.03)).mean() <= 0.965
+    difference = (drawn[:, 0] - drawn[:, 1]) / 600
+    assert ((low < difference) & (difference < high)).all()
+    low, high = intervals.paired_interval([0, 5, 0, 1], [0, 0, 5, 0], [0, 5, 5, 10], 0.95)
+    assert np.isnan([low[0], high[0]]).all()
+    assert (high[1], low[2]) == pytest.approx((1, -1), abs=1e-6)
+    assert low[3] < 0.1 < high[3]
+
+
+def test_clopper_pearson_is_the_exact_interval() -> None:
+    for hits, n in ((0, 10), (3, 10), (10, 10), (70, 5000)):
+        expected = stats.binomtest(hits, n).proportion_ci(0.99, method="exact")
+        assert intervals.clopper_pearson(hits, n, 0.99) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert intervals.clopper_pearson(0, 0, 0.99) == (0, 1)
+
+
+def test_holm_steps_down() -> None:
+    assert intervals.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert intervals.holm([0.6, 0.7]).tolist() == [1, 1]
+    assert intervals.holm([]).tolist() == []
+
+
 def test_macro_f1_interval_is_a_bootstrap_over_images() -> None:
     """The draw over cells of the confusion matrix against images drawn again and scored by scikit-learn."""
     rng = np.random.default_rng(4)

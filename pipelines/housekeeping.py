@@ -1,0 +1,171 @@
+"""`python -m pipelines.housekeeping` (`make gc`): frees DVC's cache of what nothing names any more.
+
+What branches, tags and the workspaces of all worktrees name stays, and what registered versions name: each gets a git
+tag `model/<name>/<number>`, which also keeps git from forgetting the commit. DVC then goes by the tags.
+"""
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines import environment
+from pipelines.environment import ROOT
+from pipelines.exclusive import exclusive
+from pipelines.worktree import NOBODY, check_root, commit_of, git, text_at
+from stages import tracking
+from stages.command import StageError, run
+from stages.params.load import load_section
+from stages.params.register import Register
+
+logger = logging.getLogger(__name__)
+
+RECORDED = ("dvc.lock", "params.yaml")
+"""Files that a registration logged, and that name the version's data: the lock that its commit holds may be older."""
+
+
+def keep_versions(name: str, root: Path = ROOT) -> list[str]:
+    """Tags what each registered version was made from, and removes the tags of versions that are registered no more.
+
+    Returns:
+        the tags.
+
+    Raises:
+        StageError: a version's commit is not in this clone; nothing was changed.
+    """
+    found = tracking.versions(name)
+    if missing := [each for each in found if each.commit and not commit_of(root, each.commit)]:
+        which = ", ".join(f"version {each.number} ({each.commit[:12]})" for each in missing)
+        raise StageError(
+            f"{name}: this clone lacks the commit of {which}, so which data to keep is unknown; nothing was removed. "
+            f"`git fetch --all --tags` where it was pushed, or delete the version"
+        )
+    wanted = {f"model/{name}/{each.number}": _snapshot(each, root) for each in found}
+    present = git(root, "for-each-ref", "--format=%(refname:strip=2)", f"refs/tags/model/{name}/").splitlines()
+    for tag in set(present) - set(wanted):
+        git(root, "update-ref", "-d", f"refs/tags/{tag}")
+    for tag, commit in wanted.items():
+        git(root, "update-ref", f"refs/tags/{tag}", commit)
+    return sorted(wanted)
+
+
+def _snapshot(version: tracking.Version, root: Path) -> str:
+    """The version's commit, if that names all data that its registration named; else one after it that does.
+
+    A version is often registered first and its dvc.lock committed afterwards, or never.
+    """
+    base = version.commit or commit_of(root, "HEAD")
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = {name: tracking.download(version.run_id, name, Path(temporary)) for name in RECORDED}
+        texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path}
+    if not texts.get("dvc.lock"):
+        logger.warning("warning: no dvc.lock is recorded with version %d; that of %s counts", version.number, base[:12])
+        return base
+    if _outputs(texts["dvc.lock"]) <= _outputs(text_at(root, base, "dvc.lock")):
+        return base
+    return _commit_with(root, base, texts, f"what version {version.number} of {version.name} was made from")
+
+
+def _outputs(lock: str) -> set[tuple[str, str]]:
+    """Path and checksum of every output that a dvc.lock names."""
+    stages: dict[str, Any] = (yaml.safe_load(lock) or {}).get("stages", {})
+    return {(out["path"], str(out.get("md5"))) for stage in stages.values() for out in stage.get("outs", [])}
+
+
+def _commit_with(root: Path, base: str, texts: dict[str, str], message: str) -> str:
+    """A commit on top of `base` with other texts of some files, on no branch; the same one every time."""
+    with tempfile.TemporaryDirectory() as temporary:
+        index = {"GIT_INDEX_FILE": str(Path(temporary, "index")), "LC_ALL": "C"}
+        when = {f"GIT_{who}_DATE": git(root, "log", "-1", "--format=%cI", base) for who in ("AUTHOR", "COMMITTER")}
+        _plumb(root, index, "read-tree", base)
+        for name, text in texts.items():
+            blob = _plumb(root, index, "hash-object", "-w", "--stdin", text=text)
+            _plumb(root, index, "update-index", "--add", "--cacheinfo", f"100644,{blob},{name}")
+        tree = _plumb(root, index, "write-tree")
+        return _plumb(root, index | when, *NOBODY, "commit-tree", tree, "-p", base, "-m", message)
+
+
+def _plumb(root: Path, env: dict[str, str], *arguments: str, text: str | None = None) -> str:
+    """`git` with another index, so that the one of the checkout stays as it is."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(
+        ["git", *arguments], cwd=root, env=kept | env, input=text, capture_output=True, encoding="utf-8", check=False
+    )
+    if done.returncode:
+        raise StageError(f"git in {root} failed: {' '.join(done.stderr.split())}; nothing was removed")
+    return done.stdout.strip()
+
+
+def collect(root: Path = ROOT, dry: bool = False) -> str:
+    """Runs `dvc gc`; returns what it freed, in words.
+
+    Raises:
+        StageError: DVC failed, most likely because it is at work in this checkout.
+    """
+    cache = Path(_dvc(root, "cache", "dir")[-1])
+    before = _sizes(cache)
+    keep = ["--workspace", "--all-branches", "--all-tags"]
+    others = [str(tree) for tree in _worktrees(root) if tree.resolve() != root.resolve()]
+    lines = _dvc(
+        root, "gc", "--force", *keep, *(["--projects", *others] if others else []), *(["--dry"] if dry else [])
+    )
+    git(root, "worktree", "prune")
+    if dry:
+        return "\n".join(line.replace("Removed", "would remove") for line in lines)
+    left = _sizes(cache)
+    freed = sum(before[path] for path in before.keys() - left.keys())
+    return (
+        f"freed {_size(freed)} in {len(before.keys() - left.keys())} files; {_size(sum(left.values()))} stay in {cache}"
+    )
+
+
+def _worktrees(root: Path) -> list[Path]:
+    """Checkouts of this repository that DVC works in, this one first."""
+    listed = git(root, "worktree", "list", "--porcelain").splitlines()
+    paths = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
+    return [path for path in paths if (path / ".dvc").is_dir()]
+
+
+def _dvc(root: Path, *arguments: str) -> list[str]:
+    command = [sys.executable, "-m", "dvc", *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = " ".join(line for line in done.stderr.splitlines() if line.startswith("ERROR"))
+        raise StageError(f"`dvc {arguments[0]}` failed: {said or done.stderr.strip()}")
+    return done.stdout.splitlines()
+
+
+def _sizes(cache: Path) -> dict[Path, int]:
+    return {path: path.stat().st_size for path in cache.rglob("*") if path.is_file()}
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+def main() -> None:
+    """Tags versions, collects, and says what was freed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--dry", action="store_true", help="only say what would go (versions get their tags all the same)"
+    )
+    dry = parser.parse_args().dry
+    environment.apply()
+    name = load_section("register", Register).name
+    check_root(ROOT)
+    # Neither may be at work: what they have made and not committed yet, nothing names.
+    with exclusive("retrain"), exclusive("verify"):
+        with tracking.reachable():
+            tags = keep_versions(name)
+        print(f"kept for registered versions: {', '.join(tags) or 'nothing, there are none'}")
+        print(collect(dry=dry))
+
+
+if __name__ == "__main__":
+    run(main)

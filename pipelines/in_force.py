@@ -1,0 +1,300 @@
+"""What is in force, and what a person wishes: the alias `serving` follows `champion`, or `champion` goes back to it.
+
+`settle` may die anywhere. Its one write that decides anything is that of the alias `serving`. Before that write a
+version carries the tag `promoting`, a journal of what is about to happen; what comes after it is made from the journal,
+which is the last to go. So the next look finds one of three things: no journal, and it judges; a journal on a version
+that is not in force, and it takes back what was begun; a journal on the version in force, and it completes the rest.
+Each step may be repeated.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipelines.examination import Examination
+from pipelines.promotions import Promotion, promotions, with_promotion
+from pipelines.worktree import GitError, commit_of, git
+from stages import tracking
+from stages.command import StageError
+from stages.tracking import Version
+
+CHAMPION, SERVING, PREVIOUS = "champion", "serving", "previous"
+PROMOTING = "promoting"
+"""The journal of a promotion, while it lasts: a tag of the version, JSON."""
+PROMOTED, REFUSED = "promoted", "promotion.refused"
+APPROVED_BY, OVERRIDE, RETRACTED = "approved_by", "override", "retracted"
+GIT_TAG = "champion"
+SET_BY_HAND = "not examined: `serving` was set by hand"
+_DECISIVE = (OVERRIDE, RETRACTED, tracking.UNFINISHED)
+"""Tags that others may set while a version is examined, and that change the verdict."""
+_LOOKS = 10
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The versions of a model as one look at the registry found them."""
+
+    name: str
+    versions: tuple[Version, ...]
+
+    def at(self, alias: str) -> Version | None:
+        """The version that an alias points at."""
+        return next((version for version in self.versions if alias in version.aliases), None)
+
+    def decisive(self) -> tuple[Any, ...]:
+        """What a judgement rests on: where it changed, judge again."""
+        champion, serving = self.at(CHAMPION), self.at(SERVING)
+        return (
+            champion and (champion.number, [champion.tags.get(tag) for tag in _DECISIVE]),
+            serving and serving.number,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a look led to."""
+
+    kind: str
+    """`unchanged`, `promoted`, `refused` or `put back`."""
+    message: str
+    version: int | None = None
+
+
+Examine = Callable[[Version, str], Examination]
+"""A version, and what its gate must have been taken against: a version's number, `none`, or empty for no gate."""
+Tell = Callable[[Outcome], None]
+
+
+def look(name: str) -> Registry:
+    """The registry as it is now."""
+    return Registry(name, tuple(tracking.versions(name)))
+
+
+def settle(name: str, examine: Examine, tell: Tell, root: Path) -> Outcome:
+    """Puts the person's champion in force, or puts `champion` back; or completes what a killed run had begun.
+
+    Args:
+        tell: is called with every outcome but `unchanged`; twice, where a run is killed right after it.
+        root: the repository whose tag `champion` follows.
+
+    Raises:
+        StageError: the examination could not be done, or somebody keeps moving the aliases.
+    """
+    for _ in range(_LOOKS):
+        registry = look(name)
+        if (begun := _journalled(registry)) is not None:
+            if begun == registry.at(SERVING):
+                return _complete(begun, tell, root)
+            _take_back(registry, begun)
+        elif outcome := _settle(registry, examine, tell, root):
+            return outcome
+        # Otherwise the registry is no longer what it was when we looked.
+    raise StageError(f"{name}: its aliases change all the time; the next run looks again")
+
+
+def _settle(registry: Registry, examine: Examine, tell: Tell, root: Path) -> Outcome | None:
+    """None where something changed meanwhile: judge again."""
+    champion, serving = registry.at(CHAMPION), registry.at(SERVING)
+    if champion == serving:
+        return _keep(registry.name, serving, tell, root)
+    if champion is None:
+        return _put_back(registry, tell)
+    verdict, reason = "", _refusal(champion, serving)
+    if reason is None:
+        verdict, reason = _verdict(champion, serving, examine)
+        # That took a while, in which somebody may have clicked, or signed: what they wrote is part of the promotion.
+        before, registry = registry, look(registry.name)
+        if registry.decisive() != before.decisive():
+            return None
+    champion = registry.at(CHAMPION)
+    assert champion is not None
+    if reason is not None:
+        return _refuse(registry, champion, reason, tell)
+    return _promote(registry, champion, verdict, tell, root)
+
+
+def _keep(name: str, serving: Version | None, tell: Tell, root: Path) -> Outcome:
+    if serving is None:
+        return Outcome("unchanged", f"{name}: nothing is in force, and no version is `champion`")
+    if PROMOTED not in serving.tags:
+        return _complete(_begin(serving, None, None, SET_BY_HAND), tell, root)
+    _tag_commit(serving, root)
+    return Outcome("unchanged", f"{name}: version {serving.number} is in force, as it should be", serving.number)
+
+
+def _put_back(registry: Registry, tell: Tell) -> Outcome | None:
+    serving = registry.at(SERVING)
+    assert serving is not None  # no champion, and that differs from what is in force
+    if not _still(registry):
+        return None
+    tracking.set_alias(serving, CHAMPION)
+    what = f"`champion` was taken off; it is on version {serving.number} again, which is in force"
+    outcome = Outcome("put back", f"{registry.name}: {what}. To change that, set it on another version", serving.number)
+    tell(outcome)
+    return outcome
+
+
+# ------------------------------------------------------------------------------------------------------- judgement
+
+
+def _refusal(champion: Version, serving: Version | None) -> str | None:
+    """Why a version cannot come into force, as far as that is known without examining it."""
+    if champion.unfinished:
+        return "retraining has not finished it yet; it becomes `challenger` when it has"
+    if not champion.sha256:
+        return "its registration was interrupted; `dvc repro -f -s register` registers it anew"
+    if batch := champion.tags.get(RETRACTED):
+        return f"it was trained on the batch {batch}, which was taken back"
+    gate, in_force = champion.tags.get("gate", ""), serving.sha256 if serving else "none"
+    still_holds = champion.tags.get("gate.in_force") == in_force
+    if gate not in ("", "passed") and still_holds and not _stands_in_for_gate(champion):
+        return _gate_says(gate)
+    return None
+
+
+def _verdict(champion: Version, serving: Version | None, examine: Examine) -> tuple[str, str | None]:
+    """What the table says of its promotion, and why it is refused after all, if it is."""
+    against = str(serving.number) if serving else "none"
+    # One that was in force needs no gate: going back must be possible also from a version that scores better.
+    found = examine(champion, "" if PROMOTED in champion.tags else against)
+    if not found.sound:
+        return "", "; ".join(found.reasons) or "it does not answer as it did when it was registered"
+    if instead := _stands_in_for_gate(champion):
+        newer = serving is not None and champion.number > serving.number
+        return ("again in force" if instead == "rollback" and newer else instead), None
+    if found.gate == "passed":
+        return "passed", None
+    return "", "; ".join([_gate_says(found.gate), *found.reasons])
+
+
+def _stands_in_for_gate(version: Version) -> str:
+    if PROMOTED in version.tags:
+        return "rollback"
+    reason = version.tags.get(OVERRIDE, "").strip()
+    return f"override: {reason}" if reason else ""
+
+
+def _gate_says(gate: str) -> str:
+    return f"its gate says `{gate or 'not taken'}` (its page says why; a tag `override` with a reason lets it pass)"
+
+
+def _still(registry: Registry) -> bool:
+    """Whether the registry is as it was judged: people go on clicking meanwhile."""
+    return look(registry.name).decisive() == registry.decisive()
+
+
+# ------------------------------------------------------------------------------------------------------- the writes
+
+
+def _refuse(registry: Registry, champion: Version, reason: str, tell: Tell) -> Outcome | None:
+    serving = registry.at(SERVING)
+    # The reason first: a champion that went back without one would be a riddle.
+    tracking.set_tags(champion, {REFUSED: f"{_now()} {reason}"})
+    if not _still(registry):
+        return None
+    if serving:
+        tracking.set_alias(serving, CHAMPION)
+        now = f"version {serving.number} stays in force, and is `champion` again"
+    else:
+        tracking.delete_alias(registry.name, CHAMPION)
+        now = "nothing is in force"
+    message = f"{registry.name}: version {champion.number} is refused: {reason}; {now}"
+    outcome = Outcome("refused", message, champion.number)
+    tell(outcome)
+    return outcome
+
+
+def _promote(registry: Registry, champion: Version, verdict: str, tell: Tell, root: Path) -> Outcome | None:
+    serving = registry.at(SERVING)
+    begun = _begin(champion, serving, registry.at(PREVIOUS), verdict)
+    for version, alias in ((serving, PREVIOUS), (champion, SERVING)):
+        if not _still(registry):
+            return None  # the next look finds the journal and takes it back
+        if version:
+            tracking.set_alias(version, alias)
+    return _complete(begun, tell, root)
+
+
+def _begin(version: Version, serving: Version | None, previous: Version | None, verdict: str) -> Version:
+    """Writes the journal; returns the version with it."""
+    journal = {
+        "when": _now(),
+        "instead_of": serving.number if serving else None,
+        "previous": previous.number if previous else None,
+        "by": _approver(version),
+        "verdict": verdict,
+    }
+    tags = {PROMOTING: json.dumps(journal)}
+    tracking.set_tags(version, tags)
+    return replace(version, tags=version.tags | tags)
+
+
+def _approver(version: Version) -> str:
+    """The tag `approved_by`, unless it is still that of an earlier promotion: MLflow knows not who clicks."""
+    by = version.tags.get(APPROVED_BY, "").strip()
+    earlier = [each for each in promotions(tracking.model_description(version.name)) if each.version == version.number]
+    return "" if earlier and earlier[0].by == by else by
+
+
+def _journalled(registry: Registry) -> Version | None:
+    """A version whose promotion was begun; first one that is not in force, whose traces would be in the way."""
+    begun = [version for version in registry.versions if PROMOTING in version.tags]
+    return next((version for version in begun if SERVING not in version.aliases), begun[0] if begun else None)
+
+
+def _take_back(registry: Registry, version: Version) -> None:
+    """Before `serving` was written, `previous` at most was."""
+    number = json.loads(version.tags[PROMOTING])["previous"]
+    before = next((each for each in registry.versions if each.number == number), None)
+    if before:
+        tracking.set_alias(before, PREVIOUS)
+    elif registry.at(PREVIOUS):
+        tracking.delete_alias(registry.name, PREVIOUS)
+    tracking.delete_tag(version, PROMOTING)
+
+
+def _complete(version: Version, tell: Tell, root: Path) -> Outcome:
+    """Everything that follows from `serving`."""
+    journal = json.loads(version.tags[PROMOTING])
+    tracking.set_tags(version, {PROMOTED: journal["when"]})
+    if REFUSED in version.tags:
+        tracking.delete_tag(version, REFUSED)
+    problem = _tag_commit(version, root)
+    entry = Promotion(journal["when"], version.number, journal["instead_of"], journal["by"], journal["verdict"])
+    description = tracking.model_description(version.name)
+    if (text := with_promotion(description, version.name, entry)) != description:
+        tracking.describe_model(version.name, text)
+    instead = f" instead of version {entry.instead_of}" if entry.instead_of else ""
+    message = f"{version.name}: version {version.number} is in force{instead} ({entry.verdict}){problem}"
+    outcome = Outcome("promoted", message, version.number)
+    tell(outcome)
+    tracking.delete_tag(version, PROMOTING)
+    return outcome
+
+
+def _tag_commit(version: Version, root: Path) -> str:
+    """Sets the git tag `champion` on the commit of the version in force; returns what is wrong with that, if anything.
+
+    No reason to end: the tag is a convenience, and the next look tries again. Where the commit is unknown, there is no
+    such tag, rather than one that lies.
+    """
+    commit, problem = version.commit, ""
+    tag = f"refs/tags/{GIT_TAG}"
+    try:
+        if not commit:
+            problem = "; it names no commit, so there is no git tag for it"
+        elif not commit_of(root, commit):
+            problem = f"; no git tag, because this clone lacks its commit {commit}"
+            commit = ""
+        if (now := commit_of(root, tag)) != commit:
+            git(root, "update-ref", *([tag, commit] if commit else ["-d", tag, now]))
+    except GitError as error:
+        problem = f"; no git tag: {error}"
+    return problem
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

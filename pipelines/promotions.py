@@ -1,0 +1,94 @@
+"""The table of promotions in a registered model's description: the history that MLflow itself does not keep.
+
+MLflow knows where an alias points now, and not where it pointed before, since when, or why. The text around the table
+is its readers' own and stays as it is.
+"""
+
+import re
+from dataclasses import dataclass
+
+from stages import tracking
+
+HEADING = "## Promotions"
+HEAD = ("| When (UTC) | Version | Instead of | Approved by | Verdict |", "|---|---|---|---|---|")
+LONGEST = 5000
+"""Characters that MLflow's databases hold of a description."""
+LEFT_OUT = "Older ones are left out; the tag `promoted` of a version says when it last came into force."
+_LINE = re.compile(r"\| (?P<when>[^|]+) \| \[(?P<version>\d+)\]\([^|]*\) \| (?P<instead_of>\d*) *\| (?P<rest>.*) \|")
+_CELLS = re.compile(r"(?<!\\)\|")
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A version came into force."""
+
+    when: str
+    """UTC, ISO 8601, to the second."""
+    version: int
+    instead_of: int | None
+    """The version that was in force before it."""
+    by: str
+    """From the tag `approved_by`; empty where nobody said."""
+    verdict: str
+    """Why it could: what the gate said, or what stood in for it."""
+
+
+def promotions(description: str) -> list[Promotion]:
+    """What the table holds, newest first; lines that are none of ours are passed over."""
+    return [found for line in _parts(description)[1] if (found := _read(line))]
+
+
+def with_promotion(description: str, name: str, promotion: Promotion) -> str:
+    """The description with a line for `promotion` on top of the table; unchanged where the table has it already.
+
+    Where it would become longer than a description may be, the oldest lines go.
+    """
+    if any((each.when, each.version) == (promotion.when, promotion.version) for each in promotions(description)):
+        return description
+    before, lines, after = _parts(description)
+    lines = [_line(name, promotion), *lines]
+    whole = _joined(before, lines, after)
+    while len(whole) > LONGEST and len(lines) > 1:
+        lines.pop()
+        whole = _joined(before, lines, [LEFT_OUT, *(line for line in after if line != LEFT_OUT)])
+    return whole
+
+
+def _parts(description: str) -> tuple[list[str], list[str], list[str]]:
+    """Lines before the table's heading, the table's own, and lines after it."""
+    lines = description.strip().splitlines()
+    if HEADING not in lines:
+        return lines, [], []
+    start = lines.index(HEADING)
+    rest = lines[start + 1 :]
+    table = [line for line in rest if line.startswith("|") and line not in HEAD]
+    return lines[:start], table, [line for line in rest if not line.startswith("|")]
+
+
+def _joined(before: list[str], table: list[str], after: list[str]) -> str:
+    text = ["\n".join(before).strip(), "\n".join([HEADING, "", *HEAD, *table]), "\n".join(after).strip()]
+    return "\n\n".join(part for part in text if part) + "\n"
+
+
+def _line(name: str, promotion: Promotion) -> str:
+    version = f"[{promotion.version}]({tracking.version_link(name, promotion.version)})"
+    when = promotion.when.replace("T", " ").removesuffix("+00:00")
+    before = "" if promotion.instead_of is None else str(promotion.instead_of)
+    return f"| {when} | {version} | {before} | {_cell(promotion.by)} | {_cell(promotion.verdict)} |"
+
+
+def _cell(text: str) -> str:
+    """A person's words as one cell: no end of line, no bar that would begin another."""
+    words = " ".join(text.split())[:300]
+    return words.replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _read(line: str) -> Promotion | None:
+    match = _LINE.fullmatch(line.strip())
+    cells = _CELLS.split(match["rest"]) if match else []
+    if not match or len(cells) != 2:
+        return None
+    by, verdict = (re.sub(r"\\(.)", r"\1", cell).strip() for cell in cells)
+    when = match["when"].replace(" ", "T") + "+00:00"
+    instead_of = int(match["instead_of"]) if match["instead_of"] else None
+    return Promotion(when, int(match["version"]), instead_of, by, verdict)

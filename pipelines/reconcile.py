@@ -1,0 +1,94 @@
+"""`python -m pipelines.reconcile`: what the registry says against what is in force; scheduled, once a minute.
+
+A person sets the alias `champion` in the MLflow UI. If the version's gate was passed and it answers as it did when it
+was registered, it comes into force: `serving`, which is what `make serve` loads. Otherwise `champion` goes back.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipelines import environment
+from pipelines.environment import ROOT
+from pipelines.examination import examine, run_logged
+from pipelines.exclusive import BusyError, clear_after_kill, exclusive, folder
+from pipelines.in_force import Outcome, settle
+from pipelines.notify import tell
+from pipelines.stage_process import Stop, signals_to
+from stages import tracking
+from stages.command import StageError, run
+from stages.params.load import load_section
+from stages.params.register import Register
+
+environment.apply()  # Prefect reads its settings when it is imported
+
+from prefect import flow, get_run_logger, runtime  # noqa: E402
+from prefect.artifacts import create_markdown_artifact  # noqa: E402
+from prefect.states import Cancelled, Completed, Failed, State  # noqa: E402
+
+from pipelines.reproduce import start_api  # noqa: E402
+
+NAME = "reconcile"
+
+
+@flow(name=NAME, persist_result=False)
+def reconcile() -> State[Any]:
+    """One look at the registry, and whatever follows from it."""
+    logger = get_run_logger()
+    stop = Stop()
+    clear_after_kill("retrain")
+    try:
+        name = load_section("register", Register).name
+        with exclusive(NAME, str(runtime.flow_run.id)), signals_to(stop), tracking.reachable():
+            examined = partial(examine, run=partial(run_logged, stop=stop))
+            outcome = settle(name, examined, partial(_tell, name), ROOT)
+    except BusyError as error:
+        return Completed(name="Skipped", message=str(error))
+    except Exception as error:
+        if stop.asked():
+            return Cancelled(message=str(error))
+        _tell_failure(str(error))
+        if isinstance(error, StageError):
+            return Failed(message=str(error))
+        raise
+    _failure_file().unlink(missing_ok=True)
+    logger.info(outcome.message)
+    return Completed(name=outcome.kind.capitalize(), message=outcome.message)
+
+
+def _tell(name: str, outcome: Outcome) -> None:
+    uri = tracking.tracking_uri()
+    link = tracking.version_link(name, outcome.version or 0, uri.rstrip("/")) if tracking.is_server(uri) else ""
+    text = f"{outcome.message}\n\n[its page]({link})\n" if link else f"{outcome.message}\n"
+    create_markdown_artifact(key=NAME, markdown=text)
+    tell(f"{name}: version {outcome.version} {outcome.kind}", text)
+
+
+def _tell_failure(message: str) -> None:
+    """Once, not every minute of a night: until a run succeeds, or another thing fails."""
+    path = _failure_file()
+    if not path.exists() or path.read_text(encoding="utf-8") != message:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(message, encoding="utf-8")
+        tell("reconcile failed", f"{message}\n\nIt is tried again; until then nothing changes in what is in force.\n")
+
+
+def _failure_file() -> Path:
+    return folder(NAME) / "failure"
+
+
+def main() -> None:
+    """Exit code 0 if the registry is settled, or another run is at it; 130 if stopped, else 1."""
+    load_section("register", Register)  # a typing error should not cost Prefect's start first
+    start_api()
+    state = reconcile(return_state=True)
+    if state.is_completed():
+        print(state.message)
+        return
+    print(f"error: {state.message}", file=sys.stderr)
+    sys.exit(130 if state.is_cancelled() else 1)
+
+
+if __name__ == "__main__":
+    run(main)

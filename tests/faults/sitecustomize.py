@@ -1,0 +1,34 @@
+"""A fault of the machine at a chosen moment: `SYNSET_FAULT="kill PROGRAM EVENT TEXT COUNT"`, or `full` for `kill`.
+
+Python imports this module at its start where its folder is on PYTHONPATH. EVENT is an audit event
+(https://docs.python.org/3/library/audit_events.html), raised right before the thing is done: `os.rename` by every
+rename and replace, `subprocess.Popen` by every start of a program, `open` by every file opened. In the COUNTth in whose
+arguments TEXT occurs, in a process in whose command line PROGRAM occurs, the process is killed as by kill -9, or told
+that the disk is full.
+"""
+
+import errno
+import os
+import signal
+import sys
+from typing import Any
+
+_FAULT, _PROGRAM, _EVENT, _TEXT, _COUNT = (*os.environ.get("SYNSET_FAULT", "").split(" "), "", "", "", "", "")[:5]
+_seen = 0
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    global _seen
+    if event != _EVENT or _TEXT not in str(arguments) or _PROGRAM not in " ".join(sys.orig_argv):
+        return
+    _seen += 1
+    if _seen != int(_COUNT):
+        return
+    print(f"fault: {_FAULT} at {event} of {_TEXT}", file=sys.stderr, flush=True)
+    if _FAULT == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+if _FAULT:
+    sys.addaudithook(_watch)

@@ -1,0 +1,144 @@
+"""`make gc` over a DVC project of one tiny stage: nothing that a version names is lost, and what nothing names goes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines import housekeeping
+from stages import tracking
+from stages.command import StageError
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "bells"
+STAGE = {"cmd": "cp params.yaml out", "params": ["text"], "outs": ["out"]}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A repository with DVC in which no version is registered yet; its cache holds what `make` made."""
+    root = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("DVC_SITE_CACHE_DIR", str(root / ".dvc/site"))
+        for name, value in {"NAME": "n", "EMAIL": "e@example.org"}.items():
+            patch.setenv(f"GIT_AUTHOR_{name}", value)
+            patch.setenv(f"GIT_COMMITTER_{name}", value)
+        subprocess.run(["git", "init", "-q", "-b", "main"], check=True)
+        (root / ".dvc").mkdir()
+        shutil.copy(ROOT / ".dvc/config", root / ".dvc/config")
+        (root / ".gitignore").write_text("/out\n/mlflow.db\n/mlartifacts/\n/tree/\n.dvc/*\n!.dvc/config\n")
+        (root / "dvc.yaml").write_text(json.dumps({"stages": {"copy": STAGE}}))
+        yield root
+
+
+def dvc(*arguments: str) -> None:
+    """`dvc`, which must succeed."""
+    subprocess.run([sys.executable, "-m", "dvc", *arguments, "-q"], check=True)
+
+
+def git(*arguments: str) -> str:
+    """What git says."""
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit(message: str) -> str:
+    """Commits everything."""
+    git("add", "-A")
+    git("commit", "-q", "--allow-empty", "-m", message)
+    return git("rev-parse", "HEAD")
+
+
+def make(text: str) -> None:
+    """Another output, in DVC's cache and in dvc.lock."""
+    Path("params.yaml").write_text(f"text: {text}\n")
+    dvc("repro")
+
+
+def register(of: str) -> tracking.Version:
+    """A version of that commit, with the files that a registration logs as they lie here."""
+    client = tracking.open_client()
+    found = client.get_experiment_by_name("e")
+    run = client.create_run(found.experiment_id if found else client.create_experiment("e"))
+    for name in ("dvc.lock", "params.yaml"):
+        client.log_artifact(run.info.run_id, name)
+    model = client.create_logged_model(run.info.experiment_id, "model", source_run_id=run.info.run_id)
+    tags = {"git.commit": of} if of else {}
+    return tracking.create_version(NAME, "About", f"models:/{model.model_id}", run.info.run_id, tags, "Card")
+
+
+def in_cache() -> set[str]:
+    """The texts of everything in DVC's cache."""
+    files = [path.read_text() for path in Path(".dvc/cache/files").rglob("*") if path.is_file()]
+    return {text.removeprefix("text: ").strip() for text in files}
+
+
+@pytest.mark.slow
+def test_what_versions_branches_tags_and_workspaces_name_stays_and_the_rest_goes(project: Path) -> None:
+    make("of-a-version")
+    registered = register(commit("a version, its lock committed with it"))
+    before_lock = commit("code of the next version")
+    make("lock-committed-later")
+    later = register(before_lock)
+    commit("its lock")
+    make("never-committed")
+    dirty = register(before_lock)
+    make("of-a-branch")
+    git("checkout", "-q", "-b", "side")
+    commit("a branch")
+    git("checkout", "-q", "main")
+    make("of-a-version-that-was-deleted")
+    deleted = register(commit("a version that will be deleted"))
+    make("of-another-worktree")
+    git("worktree", "add", "-q", "--detach", "tree")
+    shutil.copy("dvc.lock", "tree/dvc.lock")
+    shutil.copy("params.yaml", "tree/params.yaml")
+    Path("tree/.dvc/config.local").write_text(f"[cache]\n    dir = {project}/.dvc/cache\n")
+    make("of-nothing")
+    make("of-the-workspace")
+    status = git("status", "--porcelain")
+    assert len(in_cache()) == 8
+
+    tags = housekeeping.keep_versions(NAME, project)
+    assert tags == [f"model/{NAME}/{n}" for n in (1, 2, 3, 4)]
+    assert git("rev-parse", tags[0]) == registered.commit
+    assert git("rev-parse", f"{tags[1]}^") == later.commit
+    commits = git("for-each-ref", "refs/tags")
+    assert housekeeping.keep_versions(NAME, project) == tags
+    assert git("for-each-ref", "refs/tags") == commits  # the same ones every time
+
+    git("branch", "-q", "-f", "main-before", "HEAD")
+    git("reset", "-q", "--soft", "HEAD~1")  # so that nothing but the version names its data
+    git("branch", "-q", "-D", "main-before")
+    tracking.delete_version(deleted)
+    tags = housekeeping.keep_versions(NAME, project)
+    assert f"model/{NAME}/4" not in git("tag", "--list").split()
+    assert dirty.commit == before_lock
+
+    assert "would remove 2 objects" in housekeeping.collect(project, dry=True)
+    assert len(in_cache()) == 8
+    said = housekeeping.collect(project)
+    assert said.startswith("freed 0.0 MB in 2 files")
+    kept = {"of-a-version", "lock-committed-later", "never-committed", "of-a-branch", "of-another-worktree"}
+    assert in_cache() == kept | {"of-the-workspace"}
+    assert set(git("status", "--porcelain").split()) >= {"dvc.lock"} <= set(status.split())
+
+    git("checkout", "-q", "-f", tags[2])  # what was never committed can be had again
+    dvc("checkout")
+    assert Path("out").read_text() == "text: never-committed\n"
+    git("checkout", "-q", "-f", "main")
+
+
+def test_a_version_of_an_unknown_commit_stops_it(project: Path) -> None:
+    commit("one")
+    Path("dvc.lock").touch()
+    number = register("0" * 40).number
+    tags = git("tag", "--list")
+    with pytest.raises(StageError, match=rf"lacks the commit of version {number} .*nothing was removed"):
+        housekeeping.keep_versions(NAME, project)
+    assert git("tag", "--list") == tags

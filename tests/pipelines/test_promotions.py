@@ -1,0 +1,50 @@
+"""The table of promotions in a model's description."""
+
+from dataclasses import replace
+
+import pytest
+
+from pipelines.promotions import LEFT_OUT, LONGEST, Promotion, promotions, with_promotion
+
+FIRST = Promotion("2026-11-23T03:00:05+00:00", 1, None, "", "passed")
+SECOND = Promotion("2026-11-24T10:20:30+00:00", 7, 1, "Ana | ops\\", "override: two\nlines | of it")
+
+
+def test_lines_are_read_as_they_were_written_newest_first() -> None:
+    text = with_promotion(with_promotion("", "bells", FIRST), "bells", SECOND)
+    as_one_line = replace(SECOND, verdict="override: two lines | of it")
+    assert promotions(text) == [as_one_line, FIRST]
+    assert "| 2026-11-23 03:00:05 | [1](/#/models/bells/versions/1) |  |  | passed |" in text
+
+
+def test_a_promotion_is_written_once() -> None:
+    text = with_promotion("About bells.", "bells", FIRST)
+    assert with_promotion(text, "bells", FIRST) == text
+
+
+def test_what_people_wrote_around_the_table_stays() -> None:
+    text = with_promotion("About bells.\n\n- one\n- two", "bells", FIRST) + "\nAsk the *bell team*.\n"
+    text = with_promotion(text, "bells", SECOND)
+    assert text.startswith("About bells.\n\n- one\n- two\n\n## Promotions\n\n| When")
+    assert text.endswith("| passed |\n\nAsk the *bell team*.\n")
+    assert [each.version for each in promotions(text)] == [7, 1]
+
+
+@pytest.mark.parametrize("lost", ["About", "## Promotions", "## Promotions\n\n| a | b |\n|---|---|\n| 1 | 2 |"])
+def test_a_table_that_somebody_spoilt_does_not_stop_the_next_line(lost: str) -> None:
+    assert promotions(lost) == []
+    assert promotions(with_promotion(lost, "bells", FIRST)) == [FIRST]
+
+
+def test_the_oldest_lines_go_when_the_description_is_full() -> None:
+    text = "About bells."
+    for number in range(1, 201):
+        text = with_promotion(
+            text, "bells", Promotion(f"2026-11-23T03:{number:05}", number, number - 1, "Ana", "passed")
+        )
+    assert len(text) <= LONGEST
+    assert text.count(LEFT_OUT) == 1
+    assert text.startswith("About bells.")
+    kept = [each.version for each in promotions(text)]
+    assert kept == list(range(200, 200 - len(kept), -1))
+    assert len(kept) > 40

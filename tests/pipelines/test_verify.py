@@ -1,0 +1,200 @@
+"""Deriving registered versions again; the slow tests do it for real, on a small sample, and put a version in force."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.verify import choose, different_figures
+from stages import tracking
+from stages.command import StageError
+from tests.workspace import Workspace
+
+NAME = "synset-sample"
+
+
+def test_figures_that_are_not_the_same_are_named() -> None:
+    before = {"test": {"top1": 0.9, "top5": None}, "fresh": {}, "gone": 1}
+    assert different_figures(before, before) == []
+    now = {"test": {"top1": 0.9000001, "top5": None}, "fresh": {"d-1": {"top1": None}}}
+    assert different_figures(before, now) == ["fresh.d-1.top1", "gone", "test.top1"]
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Five versions: a sound one, and four that no commit gives again; yields the commit of the first."""
+    root = tmp_path_factory.mktemp("registry")
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e@example.org"]
+    subprocess.run([*git, "init", "-q"], cwd=root, check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "one"], cwd=root, check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True)
+    here = {"git.commit": commit.stdout.strip()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        client = tracking.open_client()
+        experiment = client.create_experiment("synset/finetune")
+        wrong = [{}, {"git.dirty": "true"}, {"git.commit": ""}, {"unfinished": "retrain"}, {"git.commit": "0" * 40}]
+        for number, tags in enumerate(wrong, start=1):
+            run = client.create_run(experiment)
+            model = client.create_logged_model(experiment, "model", source_run_id=run.info.run_id)
+            source = f"models:/{model.model_id}"
+            version = tracking.create_version(NAME, "About", source, run.info.run_id, here | tags, "Card")
+            tracking.finish_version(version, f"sha-{number}")
+        yield here["git.commit"]
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (2, "it was made with uncommitted changes .git.dirty., so its commit [0-9a-f]{12} does not give it again"),
+        (3, "it names no commit"),
+        (4, "retraining has not committed it yet"),
+        (5, "this clone has no commit 0000"),
+        (6, r"has no version 6 .it has: 5, 4, 3, 2, 1."),
+    ],
+)
+def test_a_version_that_no_commit_gives_again_is_refused(registry: str, number: int, reason: str) -> None:
+    with pytest.raises(StageError, match=reason):
+        choose(NAME, number, Path.cwd())
+
+
+def test_without_a_number_it_is_the_one_in_force_else_the_newest(registry: str) -> None:
+    with pytest.raises(StageError, match="version 5"):
+        choose(NAME, None, Path.cwd())
+    tracking.set_alias(choose(NAME, 1, Path.cwd()), "serving")
+    assert choose(NAME, None, Path.cwd()).commit == registry
+    with pytest.raises(StageError, match=r"nothing-of-this-name has no version .it has: none."):
+        choose("nothing-of-this-name", None, Path.cwd())
+
+
+# ------------------------------------------------------------------------------------------------------------- for real
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """A checkout whose version 1 was trained two commits ago, under MLflow's working directory."""
+    workspace = Workspace(tmp_path_factory.mktemp("trained"))
+    workspace.write_params(workspace.params | {"finetune": {"epochs": 1, "batch_size": 32, "scratch": False}})
+    commit(workspace, "faster")
+    workspace.repro()
+    commit(workspace, "the first model")  # its lock, after the commit that the version names
+    (workspace.root / "README.md").write_text("Another text.\n")
+    commit(workspace, "something else")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace.root)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield workspace
+
+
+def commit(workspace: Workspace, message: str) -> None:
+    """Commits everything."""
+    for command in (["add", "-A"], ["-c", "user.name=n", "-c", "user.email=e@example.org", "commit", "-qm", message]):
+        subprocess.run(["git", *command], cwd=workspace.root, check=True)
+
+
+def version(number: int) -> tracking.Version:
+    """A version as it is now."""
+    return next(each for each in tracking.versions(NAME) if each.number == number)
+
+
+def flow(workspace: Workspace, *command: str) -> tuple[int, str]:
+    """Exit code and output of a flow."""
+    done = workspace.run("python", "-m", *command)
+    return done.returncode, done.stdout
+
+
+def untouched(workspace: Workspace) -> list[str]:
+    """What a flow may not change in a checkout."""
+    commands = (["status", "--porcelain"], ["rev-parse", "HEAD"], ["worktree", "list"])
+    return [workspace.run("git", *command).stdout for command in commands]
+
+
+@pytest.fixture
+def damaged(trained: Workspace) -> Iterator[Path]:
+    """One byte of the weights in the registry is another; as before afterwards."""
+    (weights,) = (trained.root / "mlartifacts").rglob("model.safetensors")
+    assert weights.stat().st_nlink == 1  # never DVC's
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    yield weights
+    weights.write_bytes(whole)
+
+
+@pytest.mark.slow
+def test_a_damaged_model_is_neither_promoted_nor_reproduced(trained: Workspace, damaged: Path) -> None:
+    tracking.set_alias(version(1), "champion")
+    code, output = flow(trained, "pipelines.reconcile")
+    assert code == 0, output
+    assert "version 1 is refused: its weights are not those registered" in output
+    assert version(1).aliases == ("challenger",)
+    code, output = flow(trained, "pipelines.verify", "1")
+    assert code == 1, output
+    assert version(1).tags["verify"].startswith("differs ")
+    assert "its weights are not those registered" in version(1).tags["verify.detail"]
+
+
+@pytest.mark.slow
+def test_a_version_of_two_commits_ago_comes_into_force_and_is_reproduced(trained: Workspace) -> None:
+    tracking.set_alias(version(1), "champion")
+    code, output = flow(trained, "pipelines.reconcile")
+    assert code == 0, output
+    assert f"{NAME}: version 1 is in force (passed)" in output
+    assert set(version(1).aliases) == {"challenger", "champion", "serving"}
+    tag = trained.run("git", "rev-parse", "champion").stdout.strip()
+    assert tag == version(1).commit
+
+    before = untouched(trained)
+    cached = sorted((trained.root / ".dvc/cache").rglob("*"))
+    code, output = flow(trained, "pipelines.verify")
+    assert code == 0, output
+    assert version(1).tags["verify"].startswith("reproduced ")
+    assert f"the same weights and figures, from commit {version(1).commit[:12]}" in output
+    ran = [line.split("'")[1] for line in output.splitlines() if "Running stage" in line]
+    stages = ["validate", "pretrain", "finetune", "evaluate"]
+    assert [stage for stage in ran if "@" not in stage] == stages
+    assert {stage for stage in ran if "@" in stage} == {
+        f"{stage}@{batch}" for stage in ("scan", "shard") for batch in trained.params["batches"]
+    }
+    assert sorted((trained.root / ".dvc/cache").rglob("*")) == cached
+    assert (
+        trained.run("git", "status", "--porcelain").stdout,
+        trained.run("git", "rev-parse", "HEAD").stdout,
+    ) == before
+    assert not (trained.root / ".synset/verify/tree").exists()
+
+
+@pytest.mark.slow
+def test_a_version_of_another_seed_is_refused_as_dirty_and_differs_where_it_claims_not_to_be(
+    trained: Workspace,
+) -> None:
+    finetune = trained.params["finetune"] | {"seed": 2}
+    trained.write_params(trained.params | {"finetune": finetune})
+    trained.repro()
+    code, output = flow(trained, "pipelines.verify", "2")
+    assert code == 1
+    assert "uncommitted changes" in output
+    assert "verify" not in version(2).tags
+    tracking.delete_tag(version(2), "git.dirty")
+    trained.run("git", "checkout", "params.yaml", "dvc.lock")
+    code, output = flow(trained, "pipelines.verify", "2")
+    assert code == 1, output
+    assert version(2).tags["verify"].startswith("differs ")
+    assert f"instead of {version(2).sha256[:12]}" in version(2).tags["verify.detail"]
+
+
+@pytest.mark.slow
+def test_raw_data_that_is_gone_is_pulled_or_named(trained: Workspace, tmp_path: Path) -> None:
+    trained.run("dvc", "remote", "add", "--local", "--default", "store", str(tmp_path / "store"))
+    done = trained.run("dvc", "push")
+    assert done.returncode == 0, done.stdout
+    shutil.rmtree(trained.root / ".dvc/cache/files")
+    trained.run("dvc", "remote", "remove", "--local", "store")
+    code, output = flow(trained, "pipelines.verify", "1")
+    assert code == 1
+    assert "its raw data is not in DVC's cache, and there is no remote to pull it from" in output
+    trained.run("dvc", "remote", "add", "--local", "--default", "store", str(tmp_path / "store"))
+    code, output = flow(trained, "pipelines.verify", "1")
+    assert code == 0, output
