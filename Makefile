@@ -25,7 +25,7 @@ TRAINING_PACKAGES := numpy|nvidia-dali-cuda130|safetensors|torch|torchvision
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s  %s\n", $$1, $$2}' Makefile
 
 .PHONY: setup
 setup: ## the environment .venv from requirements.lock; remade only when the lock changed

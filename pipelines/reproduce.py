@@ -37,7 +37,9 @@ _FRAME = re.compile(r"ERROR: failed to reproduce|.*For more information|\s*$")
 
 
 # What a person could do next in a terminal; in a flow's log it is noise, and in a worktree of a flow's own it is wrong.
-_HINT = re.compile(r"To track the changes with git|\s*git add |To enable auto staging|\s*dvc config core|Use `dvc push`")
+_HINT = re.compile(
+    r"To track the changes with git|\s*git add |To enable auto staging|\s*dvc config core|Use `dvc push`"
+)
 
 
 def stage_names(path: Path = Path("dvc.yaml")) -> list[str]:

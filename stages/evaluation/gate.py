@@ -201,7 +201,7 @@ def judge(
     comparisons: list[Comparison] = []
     if in_force is not None:
         if differs := _test_sets_differ(candidate, in_force):
-            conditions.append(Condition(NOT_INFERIOR, None, params.alpha, "inconclusive", differs))
+            conditions.append(Condition(NOT_INFERIOR, None, params.alpha_inferior, "inconclusive", differs))
         else:
             comparisons = _comparisons(candidate, in_force, params, classes)
             conditions += _compared(comparisons, params)
@@ -329,17 +329,17 @@ def _compared(comparisons: Sequence[Comparison], params: Gate) -> list[Condition
 
 def _not_inferior(test: Comparison, params: Gate) -> Condition:
     """Passed where worse by more than the margin is ruled out, failed where it is shown."""
-    alpha, margin = params.alpha, params.margin
-    shown = paired_p(test.won, test.lost, test.images, -margin, alpha)
-    violated = paired_p(test.lost, test.won, test.images, margin, alpha)
-    low, _ = paired_interval(test.won, test.lost, test.images, 1 - 2 * alpha)
-    detail = f"{_points(test.difference)}, with {100 * (1 - alpha):g} % confidence at least {100 * float(low):+.1f}; "
+    margin, level = params.margin, params.alpha_inferior
+    shown = paired_p(test.won, test.lost, test.images, -margin, level)
+    violated = paired_p(test.lost, test.won, test.images, margin, params.alpha)
+    low, _ = paired_interval(test.won, test.lost, test.images, 1 - 2 * level)
+    detail = f"{_points(test.difference)}, with {100 * (1 - level):g} % confidence at least {100 * float(low):+.1f}; "
     detail += f"{100 * margin:g} below is allowed; p = {shown:.2g}"
-    if shown <= alpha:
-        return Condition(NOT_INFERIOR, shown, alpha, "passed", detail)
-    if violated <= alpha:
-        return Condition(NOT_INFERIOR, shown, alpha, "failed", f"{detail}, and of the contrary {violated:.2g}")
-    return Condition(NOT_INFERIOR, shown, alpha, "inconclusive", detail + _images_needed(test, params))
+    if shown <= level:
+        return Condition(NOT_INFERIOR, shown, level, "passed", detail)
+    if violated <= params.alpha:
+        return Condition(NOT_INFERIOR, shown, level, "failed", f"{detail}, and of the contrary {violated:.2g}")
+    return Condition(NOT_INFERIOR, shown, level, "inconclusive", detail + _images_needed(test, params))
 
 
 def _images_needed(test: Comparison, params: Gate) -> str:
@@ -347,7 +347,7 @@ def _images_needed(test: Comparison, params: Gate) -> str:
     if not params.margin or not test.images:
         return ""
     share = (test.won + test.lost) / test.images
-    z = ndtri(1 - params.alpha) + ndtri(0.8)
+    z = ndtri(1 - params.alpha_inferior) + ndtri(0.8)
     needed = ceil(z**2 * share / params.margin**2 / 100) * 100
     if needed <= test.images:
         return ""

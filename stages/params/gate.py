@@ -23,6 +23,9 @@ class Gate(Section):
     """Median of one image on one thread of a CPU."""
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Of top-1: by this much a version may be worse on `test`, a class or a slice and still count as not inferior."""
+    alpha_inferior: Annotated[float, Field(gt=0, le=0.5)] = 0.3
+    """How often a version that is worse on `test` by the whole margin may count as not inferior. At 0.05, a thousand
+    test images show it of an equally good version in one case of four; `alpha` holds whatever this is."""
     min_n: Annotated[int, Field(ge=1)] = 50
     """Classes and slices of fewer images are shown, not judged."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05

@@ -24,7 +24,9 @@ def put(folder: Path, **files: str) -> Path:
 
 def test_a_digest_is_over_sorted_names_and_contents(tmp_path: Path) -> None:
     put(tmp_path / "a", dog_2="two", cat_1="one")
-    lines = [f"all/{name}\0{hashlib.sha256(text).hexdigest()}\n" for name, text in (("cat/1", b"one"), ("dog/2", b"two"))]
+    lines = [
+        f"all/{name}\0{hashlib.sha256(text).hexdigest()}\n" for name, text in (("cat/1", b"one"), ("dog/2", b"two"))
+    ]
     assert source_digest("a", tmp_path) == hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -34,7 +36,11 @@ def test_it_knows_names_contents_and_places_and_nothing_else(tmp_path: Path) -> 
     put(tmp_path, **{"a_cat_.hidden": "x"})
     assert source_digest("a", tmp_path) == before
     others = [{"cat_1": "one!", "dog_2": "two"}, {"cat_1": "one", "dog_3": "two"}, {"cat_1": "one", "cow_2": "two"}]
-    found = {source_digest(f"b{number}", tmp_path) for number, files in enumerate(others) if put(tmp_path / f"b{number}", **files)}
+    found = {
+        source_digest(f"b{number}", tmp_path)
+        for number, files in enumerate(others)
+        if put(tmp_path / f"b{number}", **files)
+    }
     assert len(found | {before}) == 4
 
 

@@ -232,8 +232,12 @@ def test_what_both_changed_in_different_ways_is_named() -> None:
 
 
 def test_lists_written_in_different_ways_are_united() -> None:
-    theirs = with_batch(yaml.safe_dump(yaml.safe_load(BLOCK), sort_keys=False), "pets", {"role": "finetune", "source": "p"})
-    united = yaml.safe_load(merge("", with_batch(BLOCK, "d-1", NEW), theirs) if False else with_batch(BLOCK, "d-1", NEW))
+    theirs = with_batch(
+        yaml.safe_dump(yaml.safe_load(BLOCK), sort_keys=False), "pets", {"role": "finetune", "source": "p"}
+    )
+    united = yaml.safe_load(
+        merge("", with_batch(BLOCK, "d-1", NEW), theirs) if False else with_batch(BLOCK, "d-1", NEW)
+    )
     assert list(united["batches"]) == ["one", "two", "d-1"]
 
 

@@ -47,14 +47,24 @@ def incoming(tmp_path: Path) -> Path:
     return tmp_path / "incoming"
 
 
-def found(incoming: Path, memory: Memory, batches: dict[str, object] | None = None, back: list[str] | None = None) -> Found:
+def found(
+    incoming: Path, memory: Memory, batches: dict[str, object] | None = None, back: list[str] | None = None
+) -> Found:
     """A look with a reader of its own."""
     return look(incoming, batches or {}, back or [], RULES, memory, Reader(incoming))
 
 
 @pytest.mark.parametrize(
     ("delivery", "batch"),
-    [("2026-11-23", "d-2026-11-23"), ("pets", "pets"), ("Pets", ""), ("a b", ""), ("x.tmp", ""), ("ä", ""), ("_x", "d-_x")],
+    [
+        ("2026-11-23", "d-2026-11-23"),
+        ("pets", "pets"),
+        ("Pets", ""),
+        ("a b", ""),
+        ("x.tmp", ""),
+        ("ä", ""),
+        ("_x", "d-_x"),
+    ],
 )
 def test_the_name_of_a_delivery_becomes_that_of_a_batch(delivery: str, batch: str) -> None:
     assert batch_name(delivery) == batch

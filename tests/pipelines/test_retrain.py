@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +82,7 @@ def test_a_report_of_nothing_is_one_line_and_nobody_is_told() -> None:
 
 # --------------------------------------------------------------------------------------------- the flow, as a process
 
-TINY = '''
+TINY = """
 import hashlib, json, shutil, sys
 from pathlib import Path
 import yaml
@@ -132,7 +131,7 @@ def register():
     Path("models/registered.json").write_text(sha)
 
 globals()[sys.argv[1]]()
-'''  # noqa: E501
+"""  # noqa: E501
 
 
 def graph() -> dict[str, Any]:
@@ -244,7 +243,12 @@ class Project:
             " for v in tracking.versions('synset-sample')]))"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=self.root, env=self.environment, check=True, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            cwd=self.root,
+            env=self.environment,
+            check=True,
+            capture_output=True,
+            text=True,
         )
         keys = ("number", "aliases", "tags", "description", "sha256")
         return [dict(zip(keys, each, strict=True)) for each in json.loads(done.stdout)]
@@ -319,3 +323,190 @@ def project(tmp_path: Path, api: str, database: Path) -> Project:
     """A fresh one."""
     (tmp_path / "checkout").mkdir()
     return Project(tmp_path / "checkout", api, database)
+
+
+@pytest.mark.slow
+def test_deliveries_good_and_bad(project: Project) -> None:
+    output = project.run()
+    assert "nothing to do: no new delivery in data/incoming" in output
+    assert "phase: prepare" not in output
+    assert project.tip() == ""
+
+    project.deliver("2026-11-20")
+    project.deliver("2026-11-21", bad=True)
+    project.deliver("2026-11-22", ready=False)
+    project.deliver("Odd Name")
+    (project.incoming / "empty").mkdir()
+    (project.incoming / "empty/_READY").touch()
+    main = project.git("rev-parse", "main")
+    output = project.run()
+    assert "synset-sample version 1: gate passed, under review as challenger" in output
+    for said in (
+        "refused: 2026-11-21 (batch d-2026-11-21: a bad file)",
+        "2026-11-22 (incomplete",
+        "Odd Name (its name",
+        "refused: empty",
+    ):
+        assert said in output
+    assert project.batches() == ["upstream", "target", "d-2026-11-20"]
+    assert project.git("rev-parse", "main") == main
+    only = project.registry()[0]
+    assert only["tags"]["git.commit"] == project.tip()
+    assert only["aliases"] == ["challenger"]
+    assert only["description"] == f"made from {project.tip()}"
+    assert "d-2026-11-21" not in text_at(project.root, project.tip(), "dvc.lock")
+    assert (project.root / ".synset/retrain/refused/d-2026-11-21.html").exists()
+    project.finished()
+
+    tip = project.tip()
+    (project.incoming / "2026-11-20/cat/good0").write_text("changed")
+    output = project.run()
+    assert "nothing to do" in output
+    for said in (
+        "2026-11-20 (changed after it was accepted",
+        "2026-11-21 (refused before: batch d-2026-11-21: a bad file)",
+    ):
+        assert said in output
+    assert "phase: prepare" not in output
+    assert project.tip() == tip
+
+    (project.incoming / "2026-11-22/_READY").touch()
+    (project.root / "params.yaml").write_text(
+        (project.root / "params.yaml").read_text().replace("alpha: 0.05", "alpha: 0.01")
+    )
+    project.commit("another alpha")
+    assert "version 2" in project.run()
+    assert project.batches() == ["upstream", "target", "d-2026-11-20", "d-2026-11-22"]
+    assert "alpha: 0.01" in text_at(project.root, project.tip(), "params.yaml")
+    project.finished()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "phase", ["prepare", "ingest", "finetune", "register", "commit", "tag", "alias", "branch", "report"]
+)
+def test_a_run_killed_in_any_phase_leaves_what_was_or_what_will_be(project: Project, phase: str) -> None:
+    project.deliver("2026-11-20")
+    project.kill_in(phase)
+    assert project.tip() == "" or phase in ("branch", "report")
+    assert not git(project.root, "status", "--porcelain")
+    output = project.run()
+    assert "version 1" in output or "nothing to do" in output
+    assert project.batches() == ["upstream", "target", "d-2026-11-20"]
+    found = project.registry()
+    assert [each["number"] for each in found] == [1]
+    assert found[0]["aliases"] == ["challenger"]
+    assert found[0]["tags"]["git.commit"] == project.tip()
+    project.finished()
+
+
+@pytest.mark.slow
+def test_what_was_killed_is_removed_where_it_is_wanted_no_more(project: Project) -> None:
+    folder = project.deliver("2026-11-20")
+    project.kill_in("commit")
+    assert project.registry()[0]["tags"]["unfinished"] == "retrain"
+    shutil.rmtree(folder)
+    assert "nothing to do" in project.run()
+    assert project.registry() == []
+    assert project.tip() == ""
+    project.finished()
+
+
+@pytest.mark.slow
+def test_of_two_triggers_one_retrains_and_one_reports(project: Project) -> None:
+    project.deliver("2026-11-20")
+    (project.root / "tiny.py").write_text(
+        TINY.replace("def evaluate():", "def evaluate():\n    import time; time.sleep(30)")
+    )
+    project.commit("slow")
+    first = project.start()
+    assert first.stdout
+    for line in first.stdout:
+        if "phase: evaluate" in line:
+            break
+    assert "another retrain is at work" in project.run()
+    assert "version 1" in first.communicate(timeout=300)[0]
+    assert len(project.registry()) == 1
+
+
+@pytest.mark.slow
+def test_a_failure_leaves_everything_as_it_was_and_the_next_run_goes_on(project: Project) -> None:
+    (project.root / "recipe").unlink()
+    project.commit("no recipe")
+    project.deliver("2026-11-20")
+    output = project.run(code=1)
+    assert "the next run goes on from there" in output
+    assert "Traceback" not in output
+    assert project.registry() == []
+    assert project.tip() == ""
+    (project.root / "recipe").write_text("again")
+    project.commit("the recipe")
+    assert "version 1" in project.run()
+    project.finished()
+
+
+@pytest.mark.slow
+def test_few_images_wait_and_are_not_looked_at_again(project: Project) -> None:
+    text = (project.root / "params.yaml").read_text()
+    (project.root / "params.yaml").write_text(text.replace("min_images: 1", "min_images: 5"))
+    (project.root / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    project.commit("five, and trained today")
+    project.deliver("2026-11-20")
+    assert "not due yet: 2 new training images" in project.run()
+    output = project.run()
+    assert "2026-11-20 (waits until retraining is due)" in output
+    assert "phase: prepare" not in output
+    project.deliver("2026-11-21", count=3)
+    assert "version 1" in project.run()
+    assert project.batches()[2:] == ["d-2026-11-20", "d-2026-11-21"]
+
+
+@pytest.mark.slow
+def test_a_batch_is_taken_back(project: Project) -> None:
+    for name in ("2026-11-20", "2026-11-21"):
+        project.deliver(name)
+        project.run()
+    project.alias(2, "serving")
+    output = project.run("--retract", "d-2026-11-20", "--reason", "a takedown")
+    assert "version 3" in output
+    assert "version 2 is in force and was trained on d-2026-11-20" in output
+    assert project.batches() == ["upstream", "target", "d-2026-11-21"]
+    marked = {each["number"]: each["tags"].get("retracted") for each in project.registry()}
+    assert marked == {1: "d-2026-11-20", 2: "d-2026-11-20", 3: None}
+    assert "a takedown" in project.git("log", "-1", "--format=%B", "retrain")
+    assert "2026-11-20 (its batch d-2026-11-20 was taken back)" in project.run()
+    assert "there is no batch d-9" in project.run("--retract", "d-9", code=1)
+    project.finished()
+
+
+@pytest.mark.slow
+def test_taking_back_goes_on_after_a_kill(project: Project) -> None:
+    for name in ("2026-11-20", "2026-11-21"):
+        project.deliver(name)
+    project.run()
+    project.kill_in("finetune", "--retract", "d-2026-11-20")
+    assert "d-2026-11-20" in project.batches()
+    project.kill_in("branch")
+    project.run()
+    assert project.batches() == ["upstream", "target", "d-2026-11-21"]
+    assert [each["tags"].get("retracted") for each in project.registry()] == [None, "d-2026-11-20"]
+    project.finished()
+
+
+@pytest.mark.slow
+def test_what_the_remote_lacks_is_pushed_by_the_next_run(project: Project) -> None:
+    store = project.root.parent / "store"
+    with (project.root / ".dvc/config").open("a") as file:
+        file.write("['remote \"store\"']\n    url = ../../store\n")
+    text = (project.root / ".dvc/config").read_text().replace("[core]\n", "[core]\n    remote = store\n")
+    (project.root / ".dvc/config").write_text(text)
+    project.commit("a remote")
+    store.write_text("no folder")
+    project.deliver("2026-11-20")
+    output = project.run()
+    assert "version 1" in output
+    assert "`dvc push` failed" in output
+    store.unlink()
+    assert "phase: push" in project.run()
+    assert list(store.rglob("*.dir"))
+    assert "phase: push" not in project.run()

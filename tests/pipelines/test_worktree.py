@@ -177,10 +177,12 @@ def test_a_kill_at_any_time_while_the_tree_is_made_is_repaired(root: Path, tree:
 
 def test_dvc_in_the_tree_has_the_cache_remotes_and_secrets_of_the_checkout(root: Path, tree: Path) -> None:
     with (root / ".dvc/config").open("a") as file:
-        file.write('    dir = ../../cache\n[core]\n    remote = store\n[\'remote "store"\']\n    url = ../../store\n')
+        file.write("    dir = ../../cache\n[core]\n    remote = store\n['remote \"store\"']\n    url = ../../store\n")
         file.write("    keyfile = keys/id\n['remote \"far\"']\n    url = s3://bucket/x\n")
     text = (root / ".dvc/config").read_text().replace("[core]\n    remote", "    remote", 1)
-    (root / ".dvc/config").write_text(text.replace("    remote = store\n", "").replace("[core]\n", "[core]\n    remote = store\n", 1))
+    (root / ".dvc/config").write_text(
+        text.replace("    remote = store\n", "").replace("[core]\n", "[core]\n    remote = store\n", 1)
+    )
     (root / ".dvc/config.local").write_text("['remote \"far\"']\n    secret_access_key = s3cr3t\n")
     start = commit(root, "remotes")
     open_tree(root, tree, start)
@@ -230,7 +232,9 @@ def test_a_retraining_is_one_commit_on_a_branch_that_moves_at_the_end(root: Path
 def test_the_base_is_merged_and_locks_and_reports_are_no_conflict(root: Path, tree: Path) -> None:
     retrained(root, tree)
     lock = yaml.safe_dump({"schema": "2.0", "stages": {"evaluate": {"cmd": "b"}, "scan@pets": {"cmd": "c"}}})
-    text = with_batch(params(root), "pets", {"role": "finetune", "source": "pets"}).replace("margin: 0.01", "margin: 0.02")
+    text = with_batch(params(root), "pets", {"role": "finetune", "source": "pets"}).replace(
+        "margin: 0.01", "margin: 0.02"
+    )
     (root / "reports/metrics.json").write_text("of main\n")
     base = commit(root, "pets", params_yaml=text, dvc_lock=lock)
     branches = read_branches(root, SETTINGS)
@@ -240,7 +244,10 @@ def test_the_base_is_merged_and_locks_and_reports_are_no_conflict(root: Path, tr
     found = text_at(root, made, "params.yaml")
     assert list(batches(found)) == ["upstream", "target", "d-1", "pets", "d-2"]
     assert "margin: 0.02" in found
-    assert yaml.safe_load(text_at(root, made, "dvc.lock"))["stages"] == {"evaluate": {"cmd": "b"}, "scan@pets": {"cmd": "c"}}
+    assert yaml.safe_load(text_at(root, made, "dvc.lock"))["stages"] == {
+        "evaluate": {"cmd": "b"},
+        "scan@pets": {"cmd": "c"},
+    }
     assert not read_branches(root, SETTINGS).ahead
     assert trailer(root, f"{made}^", "Model-SHA256") == ""
 
