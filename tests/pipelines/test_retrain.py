@@ -239,8 +239,9 @@ class Project:
     def registry(self) -> list[dict[str, Any]]:
         """All versions, newest first."""
         code = (
-            "import json; from stages import tracking; print(json.dumps([[v.number, v.aliases, v.tags, v.description, v.sha256]"
-            " for v in tracking.versions('synset-sample')]))"
+            "import json; from stages.tracking import versions\n"
+            "rows = [[v.number, v.aliases, v.tags, v.description, v.sha256] for v in versions('synset-sample')]\n"
+            "print(json.dumps(rows))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code],
