@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 CLASSES = ["bell", "cup|mug", "tent"]
 IMAGES = 48
-PARAMS = {
+PARAMS: dict[str, Any] = {
     "batches": {"target": {"role": "finetune", "source": "sample:target"}},
     "model": {"architecture": "shufflenet_v2_x0_5", "image_size": 64},
     "finetune": {"strategy": "head"},

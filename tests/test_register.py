@@ -258,7 +258,7 @@ def test_the_version_in_force_is_asked_about_images_that_it_has_not_seen(
 ) -> None:
     """By fresh processes: the last test here, as it adds a batch."""
     caplog.set_level("INFO")
-    set_name(tree, "grows", gate={**PARAMS["gate"], "min_n": 5})
+    set_name(tree, "grows", gate=PARAMS["gate"] | {"min_n": 5})
     write_model(tree)
     with asked_here():
         register.main()

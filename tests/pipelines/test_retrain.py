@@ -256,7 +256,8 @@ class Project:
 
     def alias(self, number: int, name: str) -> None:
         """Sets an alias, as a person would."""
-        code = f"from stages import tracking as t; t.set_alias([v for v in t.versions('synset-sample') if v.number == {number}][0], {name!r})"
+        chosen = f"[each for each in t.versions('synset-sample') if each.number == {number}][0]"
+        code = f"from stages import tracking as t; t.set_alias({chosen}, {name!r})"
         subprocess.run([sys.executable, "-c", code], cwd=self.root, env=self.environment, check=True)
 
     def tip(self) -> str:

@@ -163,7 +163,8 @@ def test_a_kill_at_any_time_while_the_tree_is_made_is_repaired(root: Path, tree:
     for number in range(200):
         (root / f"file{number}").write_text("x" * 1000)
     start = commit(root, "many files")
-    code = f"from pathlib import Path; from pipelines.worktree import *; open_tree(Path({str(root)!r}), Path({str(tree)!r}), {start!r})"
+    code = "from pathlib import Path; from pipelines.worktree import open_tree; "
+    code += f"open_tree(Path({str(root)!r}), Path({str(tree)!r}), {start!r})"
     for delay in (0.15, 0.2, 0.25, 0.3):
         shutil.rmtree(tree, ignore_errors=True)
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
