@@ -43,7 +43,8 @@ def with_promotion(description: str, name: str, promotion: Promotion) -> str:
 
     Where it would become longer than a description may be, the oldest lines go.
     """
-    if any((each.when, each.version) == (promotion.when, promotion.version) for each in promotions(description)):
+    same = (promotion.when, promotion.version, promotion.instead_of)
+    if any((each.when, each.version, each.instead_of) == same for each in promotions(description)):
         return description
     before, lines, after = _parts(description)
     lines = [_line(name, promotion), *lines]

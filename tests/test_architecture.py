@@ -96,7 +96,7 @@ def test_imports_go_downward_only(module: str) -> None:
 @pytest.mark.parametrize("module", modules("pipelines"))
 def test_flows_start_stages_as_processes(module: str) -> None:
     for name in project_imports(module):
-        allowed = ("stages.params.", "stages.tracking", "stages.command", "pipelines.")
+        allowed = ("stages.params.", "stages.tracking", "stages.command", "stages.files", "pipelines.")
         assert name.startswith(allowed), f"{module} imports {name}"
 
 

@@ -136,7 +136,8 @@ def test_what_versions_branches_tags_and_workspaces_name_stays_and_the_rest_goes
 
 def test_a_version_of_an_unknown_commit_stops_it(project: Path) -> None:
     commit("one")
-    Path("dvc.lock").touch()
+    for name in ("dvc.lock", "params.yaml"):
+        Path(name).touch()
     number = register("0" * 40).number
     tags = git("tag", "--list")
     with pytest.raises(StageError, match=rf"lacks the commit of version {number} .*nothing was removed"):
