@@ -200,7 +200,8 @@ def test_from_a_delivery_to_a_promotion_and_back(tmp_path: Path) -> None:
     workspace.repro()
     commit(workspace, "the first model")
     with running(workspace, sys.executable, "-m", "pipelines.schedule") as schedule, browser() as page:
-        server = schedule.says(r"MLflow\S* +(http://\S+)")[1]
+        server = schedule.says(r"MLflow at (http://[^;]+);")[1]
+        schedule.says("flows are started when they are due")
         registry = Registry(server)
         wait_for(lambda: registry.alias("challenger") == 1, "the first challenger")
 
