@@ -34,7 +34,7 @@ class Report:
     def line(self) -> str:
         """The whole in a sentence or two: the message of the flow's last state."""
         parts = [self._outcome()]
-        parts += [f"refused: {name} ({'; '.join(reasons)})" for name, reasons in self.refused.items()]
+        parts += [f"refused: {name} ({'; '.join(map(_brief, reasons))})" for name, reasons in self.refused.items()]
         parts += [f"left alone: {name} ({why})" for name, why in self.left_alone.items()]
         return ". ".join([*parts, *self.notes])
 
@@ -80,6 +80,11 @@ class Report:
             "to promote it": f"set the alias `champion` on version {self.version.number}",
         }
         return ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)]
+
+
+def _brief(reason: str) -> str:
+    """A reason of validation without the images that it names; the page has them."""
+    return reason.partition(" First: ")[0].rstrip(".")
 
 
 def _counts(batch: dict[str, Any]) -> str:

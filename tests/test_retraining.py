@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import urllib.request
@@ -212,8 +213,7 @@ def test_from_a_delivery_to_a_promotion_and_back(tmp_path: Path) -> None:
 
         with running(workspace, sys.executable, "-m", "pipelines.serve") as service:
             address = service.says(r"(http://127\.0\.0\.1:\d+)")[1]
-            image = next((workspace.root / "data/incoming").rglob("*.jpg"), None) or a_photo(workspace)
-            photo = image.read_bytes()
+            photo = a_photo(workspace)
             wait_for(lambda: answers(address, photo) == 1, "an answer of version 1")
 
             commit(workspace, "a better recipe", finetune={"epochs": 10, "batch_size": 32, "scratch": False})
@@ -267,16 +267,13 @@ def check_challenger(workspace: Workspace, registry: Registry, number: int, batc
     assert batch in version["description"]
 
 
-def a_photo(workspace: Workspace) -> Path:
-    """An image file of the sample."""
-    script = (
-        "from pathlib import Path; from stages.data.sample import draw\n"
-        "file = next(file for file in draw('target', 9, 2) if file.path.endswith('.jpg'))\n"
-        "Path('.synset/photo.jpg').write_bytes(file.data)\n"
-    )
-    done = workspace.run(sys.executable, "-c", script)
-    assert done.returncode == 0, done.stdout
-    return workspace.root / ".synset/photo.jpg"
+def a_photo(workspace: Workspace) -> bytes:
+    """An accepted image of the first batch."""
+    with tarfile.open(next((workspace.root / "data/shards/finetune/target").glob("test-*.tar"))) as tar:
+        name = next(name for name in tar.getnames() if name.endswith(".jpg"))
+        file = tar.extractfile(name)
+        assert file
+        return file.read()
 
 
 def answers(address: str, photo: bytes) -> int | None:
