@@ -35,7 +35,7 @@ class Report:
         """The whole in a sentence or two: the message of the flow's last state."""
         parts = [self._outcome()]
         parts += [f"refused: {name} ({'; '.join(map(_brief, reasons))})" for name, reasons in self.refused.items()]
-        parts += [f"left alone: {name} ({why})" for name, why in self.left_alone.items()]
+        parts += [f"left alone: {name} ({_brief(why)})" for name, why in self.left_alone.items()]
         return ". ".join([*parts, *self.notes])
 
     def page(self, server: str = "") -> str:
