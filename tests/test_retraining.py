@@ -220,6 +220,7 @@ def test_from_a_delivery_to_a_promotion_and_back(tmp_path: Path) -> None:
             before = git(workspace, "rev-parse", "HEAD"), git(workspace, "status", "--porcelain")
             deliver(workspace, "2026-11-23", seed=6)
             wait_for(lambda: registry.alias("challenger") == 2, "a challenger", lambda: "\n".join(schedule.lines[-90:]))
+            wait_for(lambda: branch_of(workspace) == registry.version(2)["tags"].get("git.commit"), "the branch")
             check_challenger(workspace, registry, 2, "d-2026-11-23")
             assert (git(workspace, "rev-parse", "HEAD"), git(workspace, "status", "--porcelain")) == before
 
@@ -254,13 +255,18 @@ def test_from_a_delivery_to_a_promotion_and_back(tmp_path: Path) -> None:
     assert not left_behind(workspace)
 
 
+def branch_of(workspace: Workspace) -> str:
+    """The commit of the branch `retrain`; empty where there is none."""
+    return workspace.run("git", "rev-parse", "--verify", "--quiet", "retrain").stdout.strip()
+
+
 def check_challenger(workspace: Workspace, registry: Registry, number: int, batch: str) -> None:
     """Registry, branch and card of a finished version agree."""
     version = registry.version(number)
     assert "unfinished" not in version["tags"]
     assert version["tags"]["gate"] == "passed"
     commit = version["tags"]["git.commit"]
-    assert git(workspace, "rev-parse", "retrain") == commit
+    assert branch_of(workspace) == commit
     assert f"Model-SHA256: {version['tags']['model.sha256']}" in git(workspace, "log", "-1", "--format=%B", "retrain")
     assert re.search(rf"{batch}:.*\bdigest: [0-9a-f]{{64}}", git(workspace, "show", "retrain:params.yaml"), re.DOTALL)
     assert commit in version["description"]
