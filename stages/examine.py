@@ -188,7 +188,8 @@ def main() -> None:
     with tracking.reachable():
         found = examine(version, held_against, against, load_section("gate", Gate))
     print(f"{version.name} version {version.number} is {'sound' if found.sound else 'NOT sound'}")
-    print(f"gate: {found.gate}" + (f", taken again against {arguments.against}" if found.retaken else ""))
+    held = f"against version {against.number}" if against else "by its floors alone"
+    print(f"gate: {found.gate}" + (f", taken again {held}" if found.retaken else ""))
     for reason in found.reasons:
         print(f"- {reason}")
     if arguments.json:

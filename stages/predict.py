@@ -168,11 +168,12 @@ def members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Python takes a tar that was cut within a header for a whole one."""
+    """Python takes a tar whose next header is cut or damaged for one that ends there: it must end, or have zeros."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
-    if 0 < len(tar.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("it is cut short")
+    end = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if end.strip(b"\0") or 0 < len(end) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"it is cut or damaged at byte {tar.offset}")
 
 
 def _member(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Found | None:

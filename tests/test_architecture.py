@@ -11,6 +11,8 @@ import yaml
 from tests.closure import ROOT, closure, code_deps, imports, locked, packages, sections
 
 STAGES = ["ingest", "scan", "validate", "shard", "pretrain", "finetune", "evaluate", "register"]
+COMMANDS = ["examine", "predict"]
+"""That compute, outside the graph."""
 HEAVY = ["torch", "torchvision", "mlflow", "great_expectations", "nvidia.dali", "prefect"]
 # Packages that decide no byte of an output: an upgrade reruns nothing.
 WITHOUT_EFFECT = {"mlflow", "pydantic", "pyyaml", "tqdm", "psutil", "fsspec"}
@@ -109,7 +111,7 @@ def test_no_stage_knows_prefect() -> None:
     assert not [stage for stage in STAGES if "prefect" in packages(f"stages.{stage}")]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *COMMANDS])
 def test_help_is_instant(stage: str) -> None:
     code = (
         "import runpy, sys\n"
@@ -125,5 +127,5 @@ def test_help_is_instant(stage: str) -> None:
 
 def test_the_closure_follows_imports_in_functions_and_named_templates() -> None:
     register = {path.as_posix() for path in closure("stages.register")}
-    assert {"stages/serving.py", "stages/model_card.md.j2", "stages/params/load.py", "stages/command.py"} <= register
+    assert {"stages/serving.py", "stages/model_card.md.j2", "stages/params/load.py", "stages/scoring.py"} <= register
     assert "stages/tracking.py" not in register

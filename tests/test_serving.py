@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+import struct
 import subprocess
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,7 @@ def test_the_file_stands_alone() -> None:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             names.add((node.module or "").split(".")[0])
-    standard = {"io", "json", "pathlib", "typing"}
+    standard = {"io", "json", "pathlib", "struct", "typing"}
     assert names - standard == {"mlflow", "numpy", "pandas", "torch", "torchvision", "PIL", "safetensors"}
 
 
@@ -169,6 +171,26 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytes
     monkeypatch.setattr("stages.serving.MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="101x80 is more than 1000 pixels"):
         read_pixels(FILES["JPEG"], 72, 64)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_what_pillow_does_not_expect_is_refused_too() -> None:
+    """A bomb by its header, and an EXIF tag of a kind that Pillow cannot write back: neither is an error of ours."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    with pytest.raises(ValueError, match="60000x60000 is more than 178956970 pixels"):
+        read_pixels(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(100))), 72, 64)
+    exif = orientation(6)
+    exif[0x010E] = "a"
+    turned = encoded(colours(100, 80), "JPEG", exif=exif)
+    for place in range(2, 80):
+        for value in (0, 2, 5, 7, 12, 255):
+            try:
+                read_pixels(turned[:place] + bytes([value]) + turned[place + 1 :], 72, 64)
+            except ValueError as error:
+                assert str(error)
 
 
 def test_the_readme_posts_a_photo_of_any_size(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Deriving registered versions again; the slow tests do it for real, on a small sample, and put a version in force."""
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -152,7 +153,7 @@ def test_a_version_of_two_commits_ago_comes_into_force_and_is_reproduced(trained
     assert code == 0, output
     assert version(1).tags["verify"].startswith("reproduced ")
     assert f"the same weights and figures, from commit {version(1).commit[:12]}" in output
-    ran = [line.split("'")[1] for line in output.splitlines() if "Running stage" in line]
+    ran = re.findall("Running stage '([^']+)'", output)
     stages = ["validate", "pretrain", "finetune", "evaluate"]
     assert [stage for stage in ran if "@" not in stage] == stages
     assert {stage for stage in ran if "@" in stage} == {

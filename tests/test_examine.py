@@ -1,0 +1,232 @@
+"""Examining registered versions: their weights, their answers, and whether their verdict is about what is in force."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stages import examine, register, scoring, tracking
+from stages.command import StageError
+from tests.bells import PARAMS, asked_here, set_name, tree_of_bells, write_model
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two versions, both registered while nothing was in force: each verdict is one of floors."""
+    with tree_of_bells(tmp_path_factory.mktemp("tree")) as folder, asked_here():
+        register.main()
+        write_model(folder, noise=0.01)
+        register.main()
+        yield folder
+
+
+def version(number: int) -> tracking.Version:
+    """As it is now."""
+    return scoring.find(f"models:/bells/{number}")
+
+
+def artifact(number: int, name: str) -> Path:
+    """A file of the version's run."""
+    root = Path(tracking.open_client().get_run(version(number).run_id).info.artifact_uri)
+    return root / name
+
+
+def look(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, object]:
+    """The command, and the file that it writes."""
+    monkeypatch.setattr("sys.argv", ["examine", "bells", *arguments, "--json", "found.json"])
+    examine.main()
+    return json.loads(Path("found.json").read_text())
+
+
+@contextmanager
+def kept(path: Path) -> Iterator[Path]:
+    """Whatever is done to a file or folder is undone."""
+    aside = path.with_name(f"kept-{path.name}")
+    (shutil.copytree if path.is_dir() else shutil.copy)(path, aside)
+    try:
+        yield path
+    finally:
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        aside.rename(path)
+
+
+@pytest.mark.usefixtures("tree")
+def test_what_was_registered_is_sound_and_its_verdict_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the fresh process itself, once."""
+    with pytest.MonkeyPatch.context() as real:
+        real.setattr(scoring, "_question", REAL_QUESTION)
+        real.setattr(scoring, "fresh_process", REAL_PROCESS)
+        found = look(monkeypatch, "1", "--against", "none")
+    assert found == {"sound": True, "gate": "passed", "retaken": False, "reasons": []}
+    assert "bells version 1 is sound\ngate: passed" in capsys.readouterr().out
+
+
+def test_a_verdict_against_other_weights_is_taken_again(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = version(2)
+    assert (before.tags["gate"], before.tags["gate.in_force"], before.tags["gate.decision"]) == ("passed", "none", "2")
+    found = look(monkeypatch, "2", "--against", "1")
+    assert (found["sound"], found["gate"], found["retaken"]) == (True, "inconclusive", True)
+    assert "better on test or on fresh: inconclusive" in str(found["reasons"])
+    after = version(2)
+    assert after.tags == before.tags | {
+        "gate": "inconclusive",
+        "gate.in_force": version(1).sha256,
+        "gate.decision": "3",
+    }
+    assert "version 1" in after.description and "version 1" not in before.description
+    assert "Reproduce" in after.description
+    gate = json.loads(artifact(2, "registered/bells/gate.json").read_text())
+    assert (gate["in_force"], gate["result"]) == (version(1).sha256, "inconclusive")
+    assert "version 1" in artifact(2, "registered/bells/review.html").read_text()
+    # Now it is about what is in force: it stands, with the same reasons.
+    assert look(monkeypatch, "2", "--against", "1") == found | {"retaken": False}
+    assert version(2) == after
+    # Without --against it is nobody's business.
+    assert look(monkeypatch, "2") == found | {"retaken": False}
+    # The parameters are those of now.
+    set_name(tree, "bells", gate=PARAMS["gate"] | {"min_top1": 1})
+    assert look(monkeypatch, "2", "--against", "none")["gate"] == "failed"
+    set_name(tree, "bells")
+
+
+def flip_a_byte(number: int) -> None:
+    path = next(model_folder(number).rglob("model.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+def model_folder(number: int) -> Path:
+    """Where the registry keeps the model."""
+    source = version(number).source.removeprefix("models:/")
+    return Path(tracking.open_client().get_logged_model(source).artifact_location)
+
+
+def answer_otherwise(number: int) -> None:
+    path = artifact(number, "registered/bells/canary.parquet")
+    canary = pd.read_parquet(path)
+    canary["probabilities"] = [np.roll(each, 1) for each in canary["probabilities"]]
+    canary.to_parquet(path)
+
+
+def lose_a_class(number: int) -> None:
+    path = artifact(number, "registered/bells/canary.parquet")
+    canary = pd.read_parquet(path)
+    canary["probabilities"] = [each[:2] for each in canary["probabilities"]]
+    canary.to_parquet(path)
+
+
+def lose_the_canary(number: int) -> None:
+    artifact(number, "registered/bells/canary.parquet").unlink()
+
+
+def damage_the_canary(number: int) -> None:
+    artifact(number, "registered/bells/canary.parquet").write_bytes(b"PAR1 and no more")
+
+
+def lose_the_code(number: int) -> None:
+    (model_folder(number) / "serving.py").unlink()
+
+
+def lose_the_weights(number: int) -> None:
+    next(model_folder(number).rglob("model.safetensors")).unlink()
+
+
+@pytest.mark.usefixtures("tree")
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (flip_a_byte, "its weights are not those registered"),
+        (answer_otherwise, "it does not answer as it did when it was registered: on 16 recorded images"),
+        (lose_a_class, "it answers with 3 classes, once it was 2"),
+        (lose_the_canary, "no images and answers are recorded with it"),
+        (damage_the_canary, "no images and answers are recorded with it"),
+        (lose_the_code, "does not load and answer"),
+        (lose_the_weights, "does not load and answer"),
+    ],
+)
+def test_a_version_that_is_not_what_was_registered_is_not_sound(
+    monkeypatch: pytest.MonkeyPatch, damage: Callable[[int], None], reason: str
+) -> None:
+    before = version(1)
+    with kept(model_folder(1)), kept(artifact(1, "registered")):
+        damage(1)
+        found = look(monkeypatch, "1", "--against", "2")
+    assert not found["sound"]
+    assert reason in str(found["reasons"])
+    assert (found["gate"], found["retaken"]) == ("passed", False)  # what is not put in force needs no verdict
+    assert version(1) == before
+
+
+@pytest.mark.usefixtures("tree")
+def test_versions_that_cannot_be_compared_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version in force answered other test images, or nothing that is left; or the candidate's own are gone."""
+    reports = "reports/predictions.parquet"
+    against = version(2).sha256
+    with kept(artifact(2, "reports")):
+        table = pd.read_parquet(artifact(2, reports))
+        table.assign(key=[f"{key}.other" for key in table["key"]]).to_parquet(artifact(2, reports))
+        found = look(monkeypatch, "1", "--against", "2")
+        assert (found["gate"], found["retaken"]) == ("inconclusive", True)
+        assert "test set" in str(found["reasons"])
+        look(monkeypatch, "1", "--against", "none")
+        artifact(2, reports).unlink()
+        found = look(monkeypatch, "1", "--against", "2")
+        assert (found["gate"], found["retaken"]) == ("inconclusive", True)
+    assert look(monkeypatch, "1", "--against", "none")["gate"] == "passed"
+    with kept(artifact(1, "reports")):
+        artifact(1, reports).unlink()
+        found = look(monkeypatch, "1", "--against", "2")
+    assert found["sound"]
+    assert (found["gate"], found["retaken"]) == ("inconclusive", False)
+    assert "cannot be taken again: its run" in str(found["reasons"])
+    assert version(1).tags["gate.in_force"] == "none" != against
+
+
+@pytest.mark.usefixtures("tree")
+def test_a_registry_that_is_down_is_no_fault_of_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    with kept(model_folder(1)):
+        lose_the_weights(1)
+        with pytest.MonkeyPatch.context() as patch:
+            looked = iter([[version(1)]])  # the registry answers once, and not again
+            patch.setattr(tracking, "versions", lambda name: next(looked, None) or broken())
+            with pytest.raises(StageError, match=r"MLflow at .* failed: gone"):
+                look(monkeypatch, "1")
+
+
+def broken() -> list[tracking.Version]:
+    """What MLflow does when its server has gone."""
+    from mlflow.exceptions import MlflowException
+
+    raise MlflowException("gone")
+
+
+@pytest.mark.usefixtures("tree")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("9",), "bells has no version 9; it has 2 @challenger, 1"),
+        (("1", "--against", "9"), "bells has no version 9"),
+        (("1", "--against", "1"), "cannot be held against itself"),
+        (("first",), "no registered model"),
+    ],
+)
+def test_what_is_not_there_cannot_be_examined(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    Path("found.json").unlink(missing_ok=True)
+    with pytest.raises(StageError, match=message):
+        look(monkeypatch, *arguments)
+    assert not Path("found.json").exists()
+
+
+REAL_QUESTION, REAL_PROCESS = scoring._question, scoring.fresh_process
