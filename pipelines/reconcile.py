@@ -61,8 +61,8 @@ def _tell(name: str, outcome: Outcome) -> None:
     uri = tracking.tracking_uri()
     link = tracking.version_link(name, outcome.version or 0, uri.rstrip("/")) if tracking.is_server(uri) else ""
     text = f"{outcome.message}\n\n[its page]({link})\n" if link else f"{outcome.message}\n"
-    create_markdown_artifact(key=NAME, markdown=text)
     tell(f"{name}: version {outcome.version} {outcome.kind}", text)
+    create_markdown_artifact(key=NAME, markdown=text)
 
 
 def _tell_failure(message: str) -> None:

@@ -11,6 +11,7 @@ import logging
 import lzma
 import os
 import tarfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -305,6 +306,7 @@ def written(out: Path, top_k: int) -> Iterator[Callable[[list[Row]], object]]:
 def main() -> None:
     """Finds the model, then the images."""
     arguments = _arguments()
+    warnings.filterwarnings("ignore", module="PIL")  # of a damaged image the row says what there is to say
     out: Path = arguments.out
     if out.suffix not in (".csv", ".parquet") or out.is_dir():
         raise StageError(f"--out {out}: expected the name of a file that ends in .csv or .parquet")

@@ -177,6 +177,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_pillow_does_not_expect_is_refused_too() -> None:
     """A bomb by its header, and an EXIF tag of a kind that Pillow cannot write back: neither is an error of ours."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
