@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.browser import Page, browser
 from tests.workspace import Workspace
@@ -268,7 +269,8 @@ def check_challenger(workspace: Workspace, registry: Registry, number: int, batc
     commit = version["tags"]["git.commit"]
     assert branch_of(workspace) == commit
     assert f"Model-SHA256: {version['tags']['model.sha256']}" in git(workspace, "log", "-1", "--format=%B", "retrain")
-    assert re.search(rf"{batch}:.*\bdigest: [0-9a-f]{{64}}", git(workspace, "show", "retrain:params.yaml"), re.DOTALL)
+    listed = yaml.safe_load(git(workspace, "show", "retrain:params.yaml"))["batches"]
+    assert re.fullmatch("[0-9a-f]{64}", listed[batch]["digest"])
     assert commit in version["description"]
     assert batch in version["description"]
 
