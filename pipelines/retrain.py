@@ -216,6 +216,10 @@ def _accept(
     except StageError:
         moved = [each for each in deliveries if listing(_incoming() / each.name) != each.listing]
         if not moved:
+            # Files may have changed without a trace in their sizes and times: next time, all are read.
+            for each in deliveries:
+                work.memory.digests.pop(each.name, None)
+            work.memory.save()
             raise
         work.report.left_alone |= {each.name: "still being copied: it changed while it was read" for each in moved}
         return _accept(work, branches, [each for each in deliveries if each not in moved], request)
@@ -247,8 +251,10 @@ def _judge(work: Work, branches: Branches, deliveries: list[Delivery], request: 
 def _validate(work: Work, branches: Branches, deliveries: list[Delivery], request: dict[str, str]) -> list[str]:
     """Every stage up to validation with these deliveries; returns why validation refuses them, if it does."""
     step("add", _list_batches, branches, deliveries, request)
-    shutil.rmtree(TREE / REFUSAL, ignore_errors=True)
-    for stage in _stages()[0]:
+    (TREE / REFUSAL / "validation.json").unlink(missing_ok=True)  # the page stays, for whom it refused
+    _run_stage(work, "ingest")
+    _ingest_again_what_changed(work, deliveries)
+    for stage in _stages()[0][1:]:
         try:
             _run_stage(work, stage)
         except StageError:
@@ -257,6 +263,15 @@ def _validate(work: Work, branches: Branches, deliveries: list[Delivery], reques
                 return list(json.loads(verdict.read_text(encoding="utf-8"))["stops"])
             raise
     return []
+
+
+def _ingest_again_what_changed(work: Work, deliveries: list[Delivery]) -> None:
+    """DVC knows a batch's raw data by its name and source only: it restores that of an earlier delivery of this name,
+    which was refused or waited, and has been mended or added to since."""
+    for each in deliveries:
+        if _digest(work, str(TREE / "data/raw/finetune" / each.batch), "--raw") != each.digest:
+            get_run_logger().info(f"{each.name} has changed since it was ingested; ingesting it again")
+            _run_stage(work, f"ingest@{each.batch}", force=True)
 
 
 def _list_batches(branches: Branches, deliveries: list[Delivery], request: dict[str, str]) -> None:
@@ -474,9 +489,10 @@ def _incoming() -> Path:
     return ROOT / os.environ.get("SYNSET_INCOMING", "data/incoming")
 
 
-def _digest(work: Work, delivery: str) -> str:
+def _digest(work: Work, *arguments: str) -> str:
+    """Of a delivery, or of raw data: reading it is a process's work."""
     lines: list[str] = []
-    command = [sys.executable, "-m", "stages.data.digests", delivery]
+    command = [sys.executable, "-m", "stages.data.digests", *arguments]
     code = run_streamed(command, lines.append, work.stop, cwd=ROOT, env=_environment())
     if work.stop.asked():
         raise StoppedError(work.stop.reason)

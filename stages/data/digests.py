@@ -1,4 +1,4 @@
-"""What a source holds, as one digest: `python -m stages.data.digests SOURCE` prints it.
+"""What a source holds, as one digest: `python -m stages.data.digests SOURCE` prints it; `--raw`: what was ingested.
 
 A batch that was delivered carries its digest in params.yaml, so that a source which was changed afterwards is known.
 """
@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stages.command import StageError, run
+from stages.data.raw import members, raw_tars, read_at
 from stages.data.sources import Group, read_source
 from stages.progress import progress, worker_count
 
@@ -35,6 +36,15 @@ def source_digest(source: str, incoming: Path) -> str:
     return digest(each for group in found for each in group)
 
 
+def raw_digest(folder: Path) -> str:
+    """The digest of a batch's raw tars: that of the source which they were made from."""
+    return digest(
+        (f"{tar.parent.name}/{tar.stem}/{name}", hashlib.sha256(read_at(tar, offset, size)).hexdigest())
+        for tar in raw_tars(folder)
+        for name, offset, size in members(tar)
+    )
+
+
 def _contents(group: Group) -> list[tuple[str, str]]:
     found = []
     for each in group.files:
@@ -45,10 +55,13 @@ def _contents(group: Group) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Prints the digest of one source."""
+    """Prints the digest of one source, or of the raw tars of one batch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="as in params.yaml; a relative path resolves against SYNSET_INCOMING")
-    print(source_digest(parser.parse_args().source, Path(os.environ.get("SYNSET_INCOMING", "data/incoming"))))
+    parser.add_argument("--raw", action="store_true", help="the source is a folder of raw tars, data/raw/ROLE/BATCH")
+    given = parser.parse_args()
+    incoming = Path(os.environ.get("SYNSET_INCOMING", "data/incoming"))
+    print(raw_digest(Path(given.source)) if given.raw else source_digest(given.source, incoming))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from stages.command import StageError
-from stages.data.digests import source_digest
+from stages.data.digests import raw_digest, source_digest
 from tests.closure import ROOT
 
 
@@ -64,6 +64,7 @@ def test_ingest_refuses_a_source_that_no_longer_has_its_digest(tmp_path: Path) -
     assert ingest(tmp_path).returncode == 0
     raw = tmp_path / "data/raw/finetune/new"
     assert sorted(path.name for path in raw.rglob("*.tar")) == ["cat.tar", "dog.tar"]
+    assert raw_digest(raw) == digest
 
     before = (raw / "all/cat.tar").read_bytes()
     put(tmp_path, a_cat_1="another")

@@ -384,6 +384,18 @@ def test_deliveries_good_and_bad(project: Project) -> None:
 
 
 @pytest.mark.slow
+def test_a_delivery_that_was_mended_is_read_again(project: Project) -> None:
+    folder = project.deliver("2026-11-20", bad=True)
+    assert "refused: 2026-11-20 (batch d-2026-11-20: a bad file)" in project.run()
+    assert (project.root / ".synset/retrain/refused/d-2026-11-20.html").exists()
+    shutil.rmtree(folder)
+    project.deliver("2026-11-20")
+    assert "version 1" in project.run()
+    assert project.batches() == ["upstream", "target", "d-2026-11-20"]
+    project.finished()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "phase", ["prepare", "ingest", "finetune", "register", "commit", "tag", "alias", "branch", "report"]
 )
