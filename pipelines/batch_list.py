@@ -77,13 +77,15 @@ def merge(ancestor: str, ours: str, theirs: str) -> str:
     """params.yaml of two branches as one: their batches united, the rest as git merges it.
 
     Ours come first, in our order, then what is new in theirs. What one side removed or changed since the ancestor is
-    removed or changed.
+    removed or changed. What was taken back stays away, also where the other side brings it as something new (a
+    squashed merge, say).
 
     Raises:
         StageError: both sides changed the same thing in different ways.
     """
     entries = _unite(ancestor, ours, theirs)
     names = _unite_names(retracted(ancestor), retracted(ours), retracted(theirs))
+    entries.texts = {name: text for name, text in entries.texts.items() if name not in names}
     same = [_rebuilt(text, entries, _entries(text)) if text else "" for text in (ours, ancestor, theirs)]
     return _merge_file(*(with_retracted(text, names) if text else "" for text in same))
 
