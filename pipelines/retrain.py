@@ -150,9 +150,10 @@ def _retrain(work: Work, retract: str, reason: str) -> None:
         if request:
             step("tag", _mark, work, request["batch"])
         _end(work)
-    except BaseException:
-        _forget(request)
-        raise
+    except StageError as error:
+        if not _forgotten(request):
+            raise
+        raise StageError(f"{error}\n{request['batch']} was not taken back; put that right and ask again") from error
 
 
 # --------------------------------------------------------------------------------------------------------- the steps
@@ -429,10 +430,12 @@ def _requested(work: Work, branches: Branches, retract: str, reason: str) -> dic
     return {}
 
 
-def _forget(request: dict[str, str]) -> None:
+def _forgotten(request: dict[str, str]) -> bool:
     """A request that could not be met is not tried again by itself; one that only lacks its end is."""
-    if request and REQUEST.exists() and request["batch"] not in retracted(text_at(ROOT, _tip(), "params.yaml")):
-        REQUEST.unlink()
+    if not request or request["batch"] in retracted(text_at(ROOT, _tip(), "params.yaml")):
+        return False
+    REQUEST.unlink(missing_ok=True)
+    return True
 
 
 # -------------------------------------------------------------------------------------------------------------- details
