@@ -101,6 +101,8 @@ def look(
             found.left_alone[name] = str(error)
         except StageError as error:
             found.unreadable[name] = str(error)
+        except PermissionError as error:  # who delivers is often another user; the others must not wait for that
+            found.unreadable[name] = f"{error.filename} cannot be read: {error.strerror}"
     return found
 
 

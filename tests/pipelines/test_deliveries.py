@@ -117,6 +117,24 @@ def test_one_that_is_no_folder_of_classes_is_unreadable_not_ready(incoming: Path
     assert [each.name for each in result.ready] == ["good"]
 
 
+def test_one_that_may_not_be_read_holds_up_no_other(
+    incoming: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver(incoming, "closed")
+    deliver(incoming, "open")
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:  # as of a folder of another user's, mode 0700; to root none is closed
+        if path.parent.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    result = found(incoming, memory)
+    assert "Permission denied" in result.unreadable["closed"]
+    assert [each.name for each in result.ready] == ["open"]
+
+
 def test_one_that_changes_while_it_is_read_is_left_alone(incoming: Path, memory: Memory) -> None:
     folder = deliver(incoming, "a")
 
