@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MARK = "SYNSET_HOLDER"
 """In the environment of every process that a holder starts, so that those it leaves behind are known."""
+PATIENCE = 5.0
+"""Seconds: who only clears away what a kill left (`reconcile`, every minute) has the lock for a moment, and because of
+that a nightly run must not be skipped."""
 GRACE = 20.0
 """Seconds between SIGTERM and SIGKILL."""
 
@@ -56,17 +60,18 @@ def folder(name: str, root: Path = ROOT) -> Path:
 
 
 @contextmanager
-def exclusive(name: str, flow_run_id: str = "", root: Path = ROOT) -> Iterator[None]:
+def exclusive(name: str, flow_run_id: str = "", root: Path = ROOT, patience: float = PATIENCE) -> Iterator[None]:
     """Holds the lock of `name` in this checkout.
 
     Args:
+        patience: how many seconds it waits for whoever holds the lock just now.
         flow_run_id: of the Prefect run that holds it, to be marked as crashed should it be killed; empty outside one.
 
     Raises:
         BusyError: another process holds it.
     """
     with _opened(folder(name, root) / "lock") as file:
-        _take(file, name)
+        _take(file, name, patience)
         mark = f"{name}:{root}"
         _end_leftovers(mark)
         # Written before anything is told to Prefect: whoever is killed in between leaves it to the next.
@@ -98,7 +103,7 @@ def clear_after_kill(name: str, root: Path = ROOT) -> None:
     """Clears away what a killed holder of `name` left; does nothing while somebody holds the lock."""
     if (folder(name, root) / "lock").exists():
         try:
-            with exclusive(name, root=root):
+            with exclusive(name, root=root, patience=0):
                 pass
         except BusyError:
             logger.debug("%s is at work", name)
@@ -110,12 +115,21 @@ def _opened(path: Path) -> IO[bytes]:
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
 
 
-def _take(file: IO[bytes], name: str) -> None:
+def _take(file: IO[bytes], name: str, patience: float) -> None:
+    until = time.monotonic() + patience
+    while not _taken(file):
+        if time.monotonic() >= until:
+            holder = _read(file).get("pid", "unknown")
+            raise BusyError(f"another {name} is at work in this checkout (process {holder}); nothing was done")
+        time.sleep(0.1)
+
+
+def _taken(file: IO[bytes]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = _read(file).get("pid", "unknown")
-        raise BusyError(f"another {name} is at work in this checkout (process {holder}); nothing was done") from None
+        return False
+    return True
 
 
 def _runs(file: IO[bytes]) -> "list[_Run]":

@@ -1,9 +1,11 @@
 """One at a time: also after a kill, of which nothing is left."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +62,16 @@ def test_a_second_holder_is_refused_and_told_by_whom(holder: tuple[subprocess.Po
     assert all(map(lives, [process.pid, *children]))  # nothing of a living holder is cleared away
     with exclusive("other", root=root):
         pass
+
+
+def test_who_has_the_lock_for_a_moment_only_is_waited_for(tmp_path: Path) -> None:
+    with exclusive("work", root=tmp_path):
+        pass
+    with (folder("work", tmp_path) / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.5, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        with exclusive("work", root=tmp_path):
+            pass
 
 
 def test_after_a_kill_the_next_ends_what_was_left(
