@@ -56,12 +56,15 @@ def drop(version: Version, commit: str) -> None:
 
 
 def mark_retracted(name: str, batch: str) -> list[Version]:
-    """Tags every version that was trained on the batch; returns them, newest first."""
+    """Tags every version that was trained on the batch, and none of them stays up for review; returns them, newest
+    first."""
     with tracking.reachable():
         found = [version for version in tracking.versions(name) if batch in _batches(version)]
         for version in found:
             earlier = [each for each in version.tags.get(RETRACTED, "").split(", ") if each and each != batch]
             tracking.set_tags(version, {RETRACTED: ", ".join([*earlier, batch])})
+            if "challenger" in version.aliases:
+                tracking.delete_alias(name, "challenger")
     return found
 
 

@@ -57,7 +57,8 @@ class Report:
             return f"{what}: {self.why}"
         about = f"{self.model} version {self.version.number}: gate {self.version.tags.get('gate', 'not taken')}"
         if not self.is_new:
-            return f"unchanged: the model made is {about}, registered before"
+            what = f"{self.taken_back} was taken back" if self.taken_back else "unchanged"
+            return f"{what}: the model made is {about}, registered before"
         back = f", without {self.taken_back}, which was taken back" if self.taken_back else ""
         return f"{about}, under review as challenger{back}"
 
@@ -74,7 +75,7 @@ class Report:
         where = f"[model card and registry]({page})" if server else f"`make ui`, then `{page}`"
         rows = {
             "review": where,
-            "run": f"{server}/#/experiments (run {self.version.run_id})" if server else self.version.run_id,
+            "run": f"[figures and curves]({server}/#/runs/{self.version.run_id})" if server else self.version.run_id,
             "trained because": self.why,
             "commit": f"`{self.commit[:12]}` on `{self.branch}`; `git merge {self.branch}` brings it to `{self.base}`",
             "to promote it": f"set the alias `champion` on version {self.version.number}",

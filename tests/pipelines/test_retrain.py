@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelines import retrain_registry
 from pipelines.batch_list import batches
 from pipelines.environment import settings
 from pipelines.retrain_due import drifted, due, new_images, not_due
 from pipelines.retrain_report import Report
 from pipelines.worktree import commit_of, git, text_at
+from stages import tracking
 from stages.params.retrain import Retrain
 from stages.tracking import Version
 from tests.closure import ROOT
@@ -68,10 +70,29 @@ def test_the_report_says_what_came_of_it_and_what_to_do() -> None:
     assert report.worth_telling()
     assert report.line().startswith("pets version 7: gate passed, under review as challenger. refused: bad (too much")
     page = report.page("http://127.0.0.1:5000")
-    for text in ("(http://127.0.0.1:5000/#/models/pets/versions/7)", "75 images accepted, 3 quarantined (3 decodes)",
+    for text in ("(http://127.0.0.1:5000/#/models/pets/versions/7)", "(http://127.0.0.1:5000/#/runs/run)",
+                 "75 images accepted, 3 quarantined (3 decodes)",
                  "- **d-2**: incomplete", "- **bad**: too much", "`git merge retrain`"):  # fmt: skip
         assert text in page
     assert "make ui" in report.page()
+
+
+def test_the_report_of_a_batch_taken_back_says_so_whatever_the_model() -> None:
+    report = Report("pets", "d-1 was taken back", version(1, gate="passed"), taken_back="d-1")
+    assert report.line() == "d-1 was taken back: the model made is pets version 1: gate passed, registered before"
+
+
+def test_what_was_trained_on_a_batch_taken_back_is_tagged_and_under_review_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[object] = []
+    both = [version(2, "challenger", retracted="d-0"), version(1, "serving")]
+    monkeypatch.setattr(retrain_registry, "_batches", lambda each: ["d-1"] if each.number == 2 else ["target"])
+    monkeypatch.setattr(tracking, "versions", lambda name: both)
+    monkeypatch.setattr(tracking, "set_tags", lambda each, tags: told.append((each.number, tags)))
+    monkeypatch.setattr(tracking, "delete_alias", lambda *which: told.append(which))
+    assert retrain_registry.mark_retracted("pets", "d-1") == both[:1]
+    assert told == [(2, {"retracted": "d-0, d-1"}), ("pets", "challenger")]
 
 
 def test_a_report_of_nothing_is_one_line_and_nobody_is_told() -> None:
