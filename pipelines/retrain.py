@@ -182,7 +182,8 @@ def _nothing_new(work: Work, branches: Branches, deliveries: list[Delivery], req
         return ""
     if not deliveries:
         ahead = f"; `{branches.base}` is ahead of `{branches.name}`, and waits for the next" if branches.ahead else ""
-        return f"no new delivery in {_shown(_incoming())}{ahead}"
+        where = _shown(_incoming())
+        return f"no new delivery in {where}{'' if _incoming().is_dir() else ', which is no folder'}{ahead}"
     # A decision that was taken on the same facts need not be taken from the images again.
     waiting = work.memory.waiting
     if waiting.get("for") != _facts(branches, deliveries):

@@ -355,6 +355,9 @@ def test_deliveries_good_and_bad(project: Project) -> None:
     assert "phase: prepare" not in output
     assert project.tip() == ""
 
+    project.incoming.rmdir()
+    assert "no new delivery in data/incoming, which is no folder" in project.run()
+
     project.deliver("2026-11-20")
     project.deliver("2026-11-21", bad=True)
     project.deliver("2026-11-22", ready=False)
