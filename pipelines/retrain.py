@@ -30,6 +30,7 @@ from pipelines.retrain_branch import (
     Branches,
     commit_retraining,
     interrupted,
+    model_of,
     prepare,
     read_branches,
     refuse_if_checked_out,
@@ -61,7 +62,7 @@ from pipelines.worktree import (
 )
 from stages import tracking
 from stages.command import StageError, run
-from stages.files import sha256, write_json
+from stages.files import sha256, write_json, write_text
 from stages.params.all import check_all
 from stages.params.load import load_section
 from stages.params.retrain import Retrain
@@ -80,7 +81,8 @@ TREE = folder(NAME) / "tree"
 MODEL = Path("models/finetuned/model.safetensors")
 REFUSAL = Path(".synset/validation-failed")
 UNDERWAY = folder(NAME) / "underway"
-"""There from the moment that a version may be registered until it is finished, and those that are not are gone."""
+"""There from the moment that a version may be registered until it is finished and told of, and those that are not are
+gone. It names the commit from before the branch moves to it."""
 UNPUSHED = folder(NAME) / "unpushed"
 """There while the branch holds what the DVC remote may lack."""
 REQUEST = folder(NAME) / "retract.json"
@@ -141,7 +143,7 @@ def _retrain(work: Work, retract: str, reason: str) -> None:
         deliveries, validation = _accept(work, branches, deliveries, request)
         if not step("decide", _decide, work, branches, deliveries, validation, request):
             return _end(work)
-        UNDERWAY.touch()
+        write_text(UNDERWAY, "")
         for stage in _stages()[1]:
             _run_stage(work, stage)
         model = _registered_model(work)
@@ -332,6 +334,7 @@ def _finish(work: Work, tip: str, commit: str, model: str) -> None:
     step("alias", propose, version, commit)
     if default_remote(ROOT):
         UNPUSHED.touch()
+    write_text(UNDERWAY, commit)
     step("branch", move_branch, ROOT, branch, commit, tip)
     report.version, report.commit, report.is_new = version, commit, is_of(version, commit)
     _push(work)
@@ -368,8 +371,8 @@ def _end(work: Work) -> None:
     if UNDERWAY.exists():
         for version in remove_unfinished(work.report.model):
             work.report.notes.append(f"version {version.number}, which a run that was killed had left, is removed")
-        UNDERWAY.unlink()
     step("report", _publish, work.report)
+    UNDERWAY.unlink(missing_ok=True)
 
 
 def _publish(report: Report) -> None:
@@ -385,13 +388,19 @@ def _publish(report: Report) -> None:
 
 
 def _complete_interrupted(work: Work) -> None:
-    """Finishes the retraining whose run was killed after its commit, or drops it where the branch has moved since."""
+    """Finishes the retraining whose run was killed after its commit, or drops it where the branch has moved since.
+
+    Of one that had finished, it only tells.
+    """
     if not is_tree(ROOT, TREE):
         return
     clear_locks(TREE)
     branch = work.settings.branch
     tip = commit_of(ROOT, f"refs/heads/{branch}")
-    left = interrupted(ROOT, TREE, tip) if UNDERWAY.exists() else None
+    start = tip or commit_of(ROOT, work.settings.base)
+    left = interrupted(TREE, start) if UNDERWAY.exists() else None
+    if tip and UNDERWAY.exists() and UNDERWAY.read_text(encoding="utf-8") == tip:
+        _tell_of(work, tip)
     if left:
         commit, model = left
         work.report.model = yaml.safe_load(text_at(TREE, commit, "params.yaml"))["register"]["name"]
@@ -404,10 +413,19 @@ def _complete_interrupted(work: Work) -> None:
         get_run_logger().info(f"dropping the commit {commit[:12]} of a run that was killed; `{branch}` moved since")
         if version:
             drop(version, commit)
-        open_tree(ROOT, TREE, tip or commit_of(ROOT, work.settings.base))
+        open_tree(ROOT, TREE, start)
     if UNPUSHED.exists() and tip:
         open_tree(ROOT, TREE, tip)
         _push(work)
+
+
+def _tell_of(work: Work, commit: str) -> None:
+    """The report of a retraining that was killed when all of it was done."""
+    report = work.report
+    report.model = yaml.safe_load(text_at(ROOT, commit, "params.yaml"))["register"]["name"]
+    if version := registered(report.model, model_of(ROOT, commit)):
+        report.version, report.commit, report.is_new = version, commit, is_of(version, commit)
+        report.why = "a run that was killed had made it"
 
 
 def _requested(work: Work, branches: Branches, retract: str, reason: str) -> dict[str, str]:

@@ -29,7 +29,6 @@ from stages.params.retrain import Retrain
 PARAMS, LOCK = "params.yaml", "dvc.lock"
 TRAILER = "Model-SHA256"
 """Names the weights in the commit of a retraining: by it, one that was interrupted finds its version again."""
-DAY = 86_400
 
 
 @dataclass(frozen=True)
@@ -116,13 +115,20 @@ def commit_retraining(tree: Path, message: str, model_sha256: str) -> str:
     return commit_all(tree, [PARAMS, LOCK, "reports"], f"{message.rstrip()}\n\n{TRAILER}: {model_sha256}\n")
 
 
-def interrupted(root: Path, tree: Path, tip: str) -> tuple[str, str] | None:
-    """The commit of a retraining that was killed before the branch moved, and the sha256 of its model."""
+def interrupted(tree: Path, start: str) -> tuple[str, str] | None:
+    """The commit of a retraining that was killed before the branch moved, and the sha256 of its model.
+
+    Args:
+        start: where a retraining begins now. It may be the commit of an earlier retraining itself.
+    """
     head = commit_of(tree, "HEAD")
-    model = trailer(tree, head, TRAILER) if head else ""
-    if not model or (tip and contains(root, tip, head)):
-        return None
-    return head, model
+    model = model_of(tree, head) if head else ""
+    return (head, model) if model and not (start and contains(tree, start, head)) else None
+
+
+def model_of(folder: Path, commit: str) -> str:
+    """sha256 of the model that a retraining committed; empty for any other commit."""
+    return trailer(folder, commit, TRAILER)
 
 
 # ------------------------------------------------------------------------------------------------------------ merging

@@ -291,11 +291,11 @@ def test_a_branch_that_moved_meanwhile_stays_where_it_is(root: Path, tree: Path)
 def test_a_commit_whose_branch_did_not_move_is_found_again(root: Path, tree: Path) -> None:
     branches = read_branches(root, SETTINGS)
     prepare(root, tree, branches)
-    assert interrupted(root, tree, "") is None
+    assert interrupted(tree, branches.start) is None
     made = commit_retraining(tree, "Retrain", "f" * 64)
-    assert interrupted(root, tree, "") == (made, "f" * 64)
+    assert interrupted(tree, branches.start) == (made, "f" * 64)
     move_branch(root, "retrain", made, "")
-    assert interrupted(root, tree, made) is None
+    assert interrupted(tree, made) is None
 
 
 def test_a_base_that_is_not_there_is_named(root: Path) -> None:
