@@ -83,9 +83,8 @@ def merge(ancestor: str, ours: str, theirs: str) -> str:
     Raises:
         StageError: both sides changed the same thing in different ways.
     """
-    entries = _unite(ancestor, ours, theirs)
     names = _unite_names(retracted(ancestor), retracted(ours), retracted(theirs))
-    entries.texts = {name: text for name, text in entries.texts.items() if name not in names}
+    entries = _unite(ancestor, ours, theirs, without=names)
     same = [_rebuilt(text, entries, _entries(text)) if text else "" for text in (ours, ancestor, theirs)]
     return _merge_file(*(with_retracted(text, names) if text else "" for text in same))
 
@@ -97,11 +96,13 @@ def three_way(ancestor: T, ours: T, theirs: T) -> T | None:
     return ours if theirs == ancestor else None
 
 
-def _unite(ancestor: str, ours: str, theirs: str) -> Entries:
+def _unite(ancestor: str, ours: str, theirs: str, without: list[str]) -> Entries:
     before, own, other = batches(ancestor), batches(ours), batches(theirs)
     own_entries, other_entries = _entries(ours), _entries(theirs)
     united: dict[str, str] = {}
     for name in dict.fromkeys([*own, *other]):
+        if name in without:
+            continue
         values = [each.get(name, _MISSING) for each in (before, own, other)]
         kept = three_way(*values)
         if kept is None:

@@ -107,7 +107,9 @@ def test_what_one_side_removed_or_changed_is() -> None:
     assert list(batches(united)) == ["upstream", "target", "d-2"]
     assert batches(united)["target"]["source"] == "pets"
     assert retracted(united) == ["d-1"]
-    # A squashed merge brings it as something new.
+    # A squashed merge brings it as something new; or it was changed there.
+    edited = with_source(ancestor, "d-1", "pets")
+    assert list(batches(merge(ancestor, ours, edited))) == ["upstream", "target", "d-2"]
     assert list(batches(merge(REAL, with_retracted(REAL, ["d-1"]), ancestor))) == ["upstream", "target", "d-2"]
     # Allowed again by hand, on the other side.
     assert retracted(merge(ours, with_batch(ours, "d-3", NEW), with_retracted(ours, []))) == []
