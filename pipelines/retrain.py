@@ -164,9 +164,8 @@ def _retrain(work: Work, retract: str, reason: str) -> None:
 def _find(work: Work, branches: Branches) -> list[Delivery]:
     """The deliveries that are new; in the report, why others are not taken."""
     log = get_run_logger()
-    rules = _rules(branches)
     listed, back = batches(branches.params), list(branches.policy.retracted)
-    found = look(_incoming(), listed, back, rules, work.memory, partial(_digest, work))
+    found = look(_incoming(), listed, back, branches.rules, work.memory, partial(_digest, work))
     for name, why in found.unreadable.items():
         if work.memory.refused.get(name, {}).get("reasons") == [why]:
             work.report.left_alone[name] = why
@@ -526,7 +525,7 @@ def _digest(work: Work, *arguments: str) -> str:
 def _refuse(work: Work, branches: Branches, name: str, reasons: list[str], delivery: Delivery | None = None) -> None:
     """Remembers why a delivery was refused, and keeps the page that shows it; unread ones are looked at every time."""
     known = {"listing": delivery.listing, "digest": delivery.digest} if delivery else {"listing": "", "digest": ""}
-    work.memory.refused[name] = {**known, "rules": _rules(branches), "reasons": reasons}
+    work.memory.refused[name] = {**known, "rules": branches.rules, "reasons": reasons}
     work.memory.save()
     work.report.refused[name] = reasons
     get_run_logger().warning(f"refused: {name}: {'; '.join(reasons)}")
@@ -540,16 +539,8 @@ def _refuse(work: Work, branches: Branches, name: str, reasons: list[str], deliv
 
 def _facts(branches: Branches, deliveries: list[Delivery]) -> str:
     """Stands for everything that a decision rests on, but the clock and the policy."""
-    return _short([branches.start, branches.base_tip, [[each.batch, each.digest] for each in deliveries]])
-
-
-def _rules(branches: Branches) -> str:
-    """Stands for what validation goes by."""
-    return _short([branches.section("validate"), branches.section("split")])
-
-
-def _short(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    facts = [branches.start, branches.base_tip, [[each.batch, each.digest] for each in deliveries]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _leave_waiting(work: Work, deliveries: list[Delivery]) -> None:

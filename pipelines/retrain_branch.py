@@ -3,6 +3,7 @@
 Everything happens in a worktree with a detached HEAD. The branch itself moves once, at the very end.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ class Branches:
     def policy(self) -> Retrain:
         """The section `retrain` of both, united: what is committed counts, not what lies in somebody's checkout."""
         return check("retrain", self.section("retrain"), Retrain, Path(f"{self.base}:{PARAMS}"))
+
+    @property
+    def rules(self) -> str:
+        """Stands for what a delivery is refused by: the limits, and what was taken back, which it may have repeated."""
+        sections = [self.section("validate"), self.section("split"), list(self.policy.retracted)]
+        return json.dumps(sections, sort_keys=True, default=str)
 
     def section(self, name: str) -> dict[str, Any]:
         """Plain values of a section of params.yaml."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.batch_list import batches, with_batch
+from pipelines.batch_list import batches, with_batch, with_retracted
 from pipelines.retrain_branch import (
     Branches,
     commit_retraining,
@@ -301,6 +301,15 @@ def test_a_commit_whose_branch_did_not_move_is_found_again(root: Path, tree: Pat
 def test_a_base_that_is_not_there_is_named(root: Path) -> None:
     with pytest.raises(StageError, match="no branch `nowhere`"):
         read_branches(root, Retrain(base="nowhere"))
+
+
+def test_after_a_batch_was_taken_back_refused_deliveries_are_judged_anew(root: Path) -> None:
+    before = read_branches(root, SETTINGS).rules
+    text = (root / "params.yaml").read_text()
+    commit(root, "no rule", params_yaml=text.replace("min_images: 1", "min_images: 2"))
+    assert read_branches(root, SETTINGS).rules == before
+    commit(root, "taken back", params_yaml=with_retracted(text, ["d-1"]))
+    assert read_branches(root, SETTINGS).rules != before
 
 
 def test_a_machine_without_a_name_for_git_can_commit(root: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
