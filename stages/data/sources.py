@@ -189,7 +189,10 @@ def _sample_groups(uri: SourceUri, subset: Subset) -> list[Group]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    found = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    for child in found:
+        _check_name(child, child.name)
+    return found
 
 
 def _files(folder: Path) -> list[SourceFile]:
@@ -214,9 +217,14 @@ def _refuse(error: OSError) -> None:
 
 def _source_file(path: Path, folder: Path) -> SourceFile:
     name = path.relative_to(folder).as_posix()
-    if not name.isprintable():
-        raise StageError(f"{os.fsencode(path)!r}: the name is not UTF-8, or has control characters; rename the file")
+    _check_name(path, name)
     return SourceFile(name, _opener(path))
+
+
+def _check_name(path: Path, name: str) -> None:
+    if not name.isprintable():
+        what = "folder" if path.is_dir() else "file"
+        raise StageError(f"{os.fsencode(path)!r}: the name is not UTF-8, or has control characters; rename the {what}")
 
 
 def _opener(path: Path) -> Callable[[], IO[bytes]]:

@@ -99,6 +99,11 @@ def test_what_cannot_be_read_or_named_is_said(tmp_path: Path) -> None:
     Path(os.fsdecode(bytes(tmp_path / "pets/cat") + b"/caf\xe9.jpg")).touch()
     with pytest.raises(StageError, match=r"caf\\xe9\.jpg.*not UTF-8"):
         read_source("pets", tmp_path)
+    for name in (b"caf\xe9", b"a\nb"):
+        (tmp_path / "birds" / os.fsdecode(name)).mkdir(parents=True)
+        with pytest.raises(StageError, match="rename the folder"):
+            read_source("birds", tmp_path)
+        (tmp_path / "birds" / os.fsdecode(name)).rmdir()
 
 
 def test_a_class_of_tiny_imagenet_without_images(tmp_path: Path) -> None:
