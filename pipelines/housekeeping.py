@@ -1,7 +1,8 @@
 """`python -m pipelines.housekeeping` (`make gc`): frees DVC's cache of what nothing names any more.
 
-What branches, tags and the workspaces of all worktrees name stays, and what registered versions name: each gets a git
-tag `model/<name>/<number>`, which also keeps git from forgetting the commit. DVC then goes by the tags.
+What branches, tags and the workspaces of all worktrees name stays, and what registered versions name, under whatever
+name of a model: each gets a git tag `model/<name>/<number>`, which also keeps git from forgetting the commit. DVC then
+goes by the tags.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from stages.params.register import Register
 
 logger = logging.getLogger(__name__)
 
+RECEIPT = Path("models/registered.json")
 RECORDED = ("dvc.lock", "params.yaml")
 """Files that a registration logged, and that name the version's data: the lock that its commit holds may be older."""
 
@@ -33,12 +35,21 @@ RECORDED = ("dvc.lock", "params.yaml")
 def keep_versions(name: str, root: Path = ROOT) -> list[str]:
     """Tags what each registered version was made from, and removes the tags of versions that are registered no more.
 
+    Args:
+        name: of the model that params.yaml registers. Presets register others, whose data is in the same cache.
+
     Returns:
         the tags.
 
     Raises:
-        StageError: a version's commit is not in this clone; nothing was changed.
+        StageError: a version's commit is not in this clone, or this is not the registry; nothing was changed.
     """
+    models = tracking.model_names()
+    if not models and (root / RECEIPT).exists():
+        raise StageError(
+            f"MLflow at {tracking.tracking_uri()} has no model, but this checkout has registered one ({RECEIPT}), so "
+            f"which data to keep is unknown; nothing was removed. Is MLFLOW_TRACKING_URI that of your registry?"
+        )
     found = tracking.versions(name)
     if missing := [each for each in found if each.commit and not commit_of(root, each.commit)]:
         which = ", ".join(f"version {each.number} ({each.commit[:12]})" for each in missing)
@@ -46,13 +57,28 @@ def keep_versions(name: str, root: Path = ROOT) -> list[str]:
             f"{name}: this clone lacks the commit of {which}, so which data to keep is unknown; nothing was removed. "
             f"`git fetch --all --tags` where it was pushed, or delete the version"
         )
-    wanted = {f"model/{name}/{each.number}": _snapshot(each, root) for each in found}
-    present = git(root, "for-each-ref", "--format=%(refname:strip=2)", f"refs/tags/model/{name}/").splitlines()
-    for tag in set(present) - set(wanted):
-        git(root, "update-ref", "-d", f"refs/tags/{tag}")
+    for other in set(models) - {name}:
+        found += [each for each in tracking.versions(other) if _is_ours(each, root)]
+    wanted = {f"model/{each.name}/{each.number}": _snapshot(each, root) for each in found}
+    _remove_tags(set(wanted), models, root)
     for tag, commit in wanted.items():
         git(root, "update-ref", f"refs/tags/{tag}", commit)
     return sorted(wanted)
+
+
+def _is_ours(version: tracking.Version, root: Path) -> bool:
+    """Whether this repository made a version of another model: a registry may be shared with other projects."""
+    return bool(version.sha256) and (not version.commit or bool(commit_of(root, version.commit)))
+
+
+def _remove_tags(wanted: set[str], models: list[str], root: Path) -> None:
+    """Those of models that this registry does not have stay: they may be another registry's."""
+    present = git(root, "for-each-ref", "--format=%(refname:strip=2)", "refs/tags/model/").splitlines()
+    for tag in sorted(set(present) - wanted):
+        if tag.split("/")[1] in models:
+            git(root, "update-ref", "-d", f"refs/tags/{tag}")
+        else:
+            logger.warning("warning: this registry has no model of the tag %s; it stays until `git tag -d`", tag)
 
 
 def _snapshot(version: tracking.Version, root: Path) -> str:

@@ -574,6 +574,16 @@ def versions(name: str) -> list[Version]:
     return sorted((_version(each, aliases) for each in found), key=lambda version: -version.number)
 
 
+def model_names() -> list[str]:
+    """All models of the registry, whoever registered them."""
+    client, names, token = open_client(), list[str](), None
+    while True:
+        page = client.search_registered_models(page_token=token)
+        names += [model.name for model in page]
+        if not (token := page.token):
+            return names
+
+
 def find_version(name: str, model_sha256: str) -> Version | None:
     """The version with these weights, by its tag `model.sha256`."""
     return next((version for version in versions(name) if version.sha256 == model_sha256), None)

@@ -60,7 +60,7 @@ def make(text: str) -> None:
     dvc("repro")
 
 
-def register(of: str) -> tracking.Version:
+def register(of: str, model_name: str = NAME) -> tracking.Version:
     """A version of that commit, with the files that a registration logs as they lie here."""
     client = tracking.open_client()
     found = client.get_experiment_by_name("e")
@@ -69,7 +69,7 @@ def register(of: str) -> tracking.Version:
         client.log_artifact(run.info.run_id, name)
     model = client.create_logged_model(run.info.experiment_id, "model", source_run_id=run.info.run_id)
     tags = {"git.commit": of} if of else {}
-    return tracking.create_version(NAME, "About", f"models:/{model.model_id}", run.info.run_id, tags, "Card")
+    return tracking.create_version(model_name, "About", f"models:/{model.model_id}", run.info.run_id, tags, "Card")
 
 
 def in_cache() -> set[str]:
@@ -143,3 +143,39 @@ def test_a_version_of_an_unknown_commit_stops_it(project: Path) -> None:
     with pytest.raises(StageError, match=rf"lacks the commit of version {number} .*nothing was removed"):
         housekeeping.keep_versions(NAME, project)
     assert git("tag", "--list") == tags
+
+
+@pytest.fixture
+def apart(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same repository with an empty registry, a commit, and the files that a registration logs."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    for name in ("dvc.lock", "params.yaml"):
+        Path(name).touch()
+    commit("apart")
+    return project
+
+
+def test_what_versions_of_other_models_were_made_from_is_kept_too(apart: Path) -> None:
+    """`cp presets/X.yaml params.yaml` registers under another name, with data in the same cache."""
+    for of in (git("rev-parse", "HEAD"), "0" * 40):  # the second is another project's
+        tracking.finish_version(register(of, "other"), "sha")
+    assert housekeeping.keep_versions(NAME, apart) == ["model/other/1"]
+    tracking.delete_version(tracking.versions("other")[-1])
+    assert housekeeping.keep_versions(NAME, apart) == []
+    assert "model/other/1" not in git("tag", "--list").split()
+
+
+def test_another_registry_costs_no_data(apart: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """MLFLOW_TRACKING_URI forgotten: an empty database takes the place of the team's."""
+    tag = f"model/{NAME}/1"
+    git("tag", "-f", tag)
+    assert housekeeping.keep_versions(NAME, apart) == []
+    assert tag in git("tag", "--list").split()
+    assert f"no model of the tag {tag}" in caplog.text
+    receipt = Path("models/registered.json")
+    receipt.parent.mkdir(exist_ok=True)
+    receipt.write_text("{}")
+    with pytest.raises(StageError, match="Is MLFLOW_TRACKING_URI that of your registry"):
+        housekeeping.keep_versions(NAME, apart)
+    receipt.unlink()
+    git("tag", "-d", tag)
