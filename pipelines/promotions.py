@@ -6,6 +6,7 @@ is its readers' own and stays as it is.
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 
 from stages import tracking
 
@@ -62,8 +63,10 @@ def _parts(description: str) -> tuple[list[str], list[str], list[str]]:
         return lines, [], []
     start = lines.index(HEADING)
     rest = lines[start + 1 :]
-    table = [line for line in rest if line.startswith("|") and line not in HEAD]
-    return lines[:start], table, [line for line in rest if not line.startswith("|")]
+    # Ours is the one with our head, up to its first other line: one further down is somebody else's.
+    begin = rest.index(HEAD[0]) if HEAD[0] in rest else len(rest)
+    table = list(takewhile(lambda line: line.startswith("|"), rest[begin:]))
+    return lines[:start], [line for line in table if line not in HEAD], rest[:begin] + rest[begin + len(table) :]
 
 
 def _joined(before: list[str], table: list[str], after: list[str]) -> str:

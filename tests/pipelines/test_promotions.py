@@ -30,6 +30,13 @@ def test_what_people_wrote_around_the_table_stays() -> None:
     assert [each.version for each in promotions(text)] == [7, 1]
 
 
+def test_a_table_of_somebody_else_further_down_stays_whole() -> None:
+    theirs = "## Owners\n\n| who | what |\n|---|---|\n| Ana | bells |\n"
+    text = with_promotion(with_promotion("", "bells", FIRST) + f"\n{theirs}", "bells", SECOND)
+    assert text.endswith(f"| passed |\n\n{theirs}")
+    assert [each.version for each in promotions(text.replace("\n\n| When", "\n\nAsk Ana.\n\n| When"))] == [7, 1]
+
+
 @pytest.mark.parametrize("lost", ["About", "## Promotions", "## Promotions\n\n| a | b |\n|---|---|\n| 1 | 2 |"])
 def test_a_table_that_somebody_spoilt_does_not_stop_the_next_line(lost: str) -> None:
     assert promotions(lost) == []
