@@ -4,11 +4,15 @@ MLflow knows where an alias points now, and not where it pointed before, since w
 is its readers' own and stays as it is.
 """
 
+import html
+import logging
 import re
 from dataclasses import dataclass
 from itertools import takewhile
 
 from stages import tracking
+
+logger = logging.getLogger(__name__)
 
 HEADING = "## Promotions"
 HEAD = ("| When (UTC) | Version | Instead of | Approved by | Verdict |", "|---|---|---|---|---|")
@@ -16,6 +20,7 @@ LONGEST = 5000
 """Characters that MLflow's databases hold of a description."""
 LEFT_OUT = "Older ones are left out; the tag `promoted` of a version says when it last came into force."
 _LINE = re.compile(r"\| (?P<when>[^|]+) \| \[(?P<version>\d+)\]\([^|]*\) \| (?P<instead_of>\d*) *\| (?P<rest>.*) \|")
+_SPECIAL = re.compile(r"[\\`*_\[\]|]")
 _CELLS = re.compile(r"(?<!\\)\|")
 
 
@@ -42,7 +47,8 @@ def promotions(description: str) -> list[Promotion]:
 def with_promotion(description: str, name: str, promotion: Promotion) -> str:
     """The description with a line for `promotion` on top of the table; unchanged where the table has it already.
 
-    Where it would become longer than a description may be, the oldest lines go.
+    Where it would become longer than a description may be, the oldest lines go; where what people wrote leaves no room
+    for a single one, nothing is written: a database that refuses it would stop every promotion after this one.
     """
     same = (promotion.when, promotion.version, promotion.instead_of)
     if any((each.when, each.version, each.instead_of) == same for each in promotions(description)):
@@ -53,6 +59,9 @@ def with_promotion(description: str, name: str, promotion: Promotion) -> str:
     while len(whole) > LONGEST and len(lines) > 1:
         lines.pop()
         whole = _joined(before, lines, [LEFT_OUT, *(line for line in after if line != LEFT_OUT)])
+    if len(whole) > LONGEST:
+        logger.warning("warning: the description of %s is too long for the table of promotions; shorten it", name)
+        return description
     return whole
 
 
@@ -82,9 +91,9 @@ def _line(name: str, promotion: Promotion) -> str:
 
 
 def _cell(text: str) -> str:
-    """A person's words as one cell: no end of line, no bar that would begin another."""
-    words = " ".join(text.split())[:300]
-    return words.replace("\\", "\\\\").replace("|", "\\|")
+    """A person's words as one cell, shown as they were written: no end of line, no bar, no Markdown, no HTML."""
+    words = html.escape(" ".join(text.split())[:300], quote=False)
+    return _SPECIAL.sub(r"\\\g<0>", words)
 
 
 def _read(line: str) -> Promotion | None:
@@ -92,7 +101,7 @@ def _read(line: str) -> Promotion | None:
     cells = _CELLS.split(match["rest"]) if match else []
     if not match or len(cells) != 2:
         return None
-    by, verdict = (re.sub(r"\\(.)", r"\1", cell).strip() for cell in cells)
+    by, verdict = (html.unescape(re.sub(r"\\(.)", r"\1", cell)).strip() for cell in cells)
     when = match["when"].replace(" ", "T") + "+00:00"
     instead_of = int(match["instead_of"]) if match["instead_of"] else None
     return Promotion(when, int(match["version"]), instead_of, by, verdict)

@@ -37,6 +37,19 @@ def test_a_table_of_somebody_else_further_down_stays_whole() -> None:
     assert [each.version for each in promotions(text.replace("\n\n| When", "\n\nAsk Ana.\n\n| When"))] == [7, 1]
 
 
+def test_what_a_person_writes_is_shown_and_is_no_markdown() -> None:
+    words = r"[a_b](javascript:x) <img src=x> *c* `d | \` & &lt; ![e](f)"
+    text = with_promotion("", "bells", replace(FIRST, by=words, verdict=f"override: {words}"))
+    assert r"\[a\_b\](javascript:x) &lt;img src=x&gt; \*c\* \`d \| \\\` &amp; &amp;lt; !\[e\](f) |" in text
+    assert promotions(text) == [replace(FIRST, by=words, verdict=f"override: {words}")]
+
+
+def test_a_description_without_room_for_a_line_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    full = "x" * (LONGEST - 100)
+    assert with_promotion(full, "bells", FIRST) == full
+    assert "too long for the table" in caplog.text
+
+
 @pytest.mark.parametrize("lost", ["About", "## Promotions", "## Promotions\n\n| a | b |\n|---|---|\n| 1 | 2 |"])
 def test_a_table_that_somebody_spoilt_does_not_stop_the_next_line(lost: str) -> None:
     assert promotions(lost) == []
