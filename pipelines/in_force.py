@@ -236,7 +236,9 @@ def _approver(version: Version) -> str:
     """The tag `approved_by`, unless it is still that of an earlier promotion: MLflow knows not who clicks."""
     by = version.tags.get(APPROVED_BY, "").strip()
     earlier = [each for each in promotions(tracking.model_description(version.name)) if each.version == version.number]
-    return "" if earlier and earlier[0].by == by else by
+    # The last that was signed: those after it were found not to be, with the same tag.
+    last = next((each.by for each in earlier if each.by), "")
+    return "" if last == by else by
 
 
 def _journalled(registry: Registry) -> Version | None:

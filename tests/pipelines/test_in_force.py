@@ -142,6 +142,15 @@ def test_the_next_champion_takes_its_place_and_an_older_one_can_come_back(root: 
     ]  # fmt: skip
 
 
+def test_a_signature_counts_once_however_often_a_version_comes_back(root: Path) -> None:
+    wish(1, approved_by="Ana")
+    tick(root)
+    for number in (2, 1, 2, 1):
+        wish(number)
+        tick(root)
+    assert [by for _, _, by, _ in table()] == ["", "", "", "", "Ana"]
+
+
 @pytest.mark.parametrize("gate", ["failed", "inconclusive"])
 def test_a_version_whose_gate_was_not_passed_goes_back_at_once(root: Path, gate: str) -> None:
     wish(1)
