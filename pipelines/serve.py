@@ -136,10 +136,18 @@ def _cause(lines: list[str]) -> str:
 
 async def _pass_on(process: asyncio.subprocess.Process, name: str, lines: list[str]) -> None:
     assert process.stdout is not None
-    while line := await process.stdout.readline():
+    while line := await _line(process.stdout):
         for shown in split_lines([line]):
             lines[:] = [*lines[-199:], shown]
             logger.info("%s | %s", name, shown)
+
+
+async def _line(stream: asyncio.StreamReader) -> bytes:
+    """Empty at the end. Whatever comes is read: a process whose output nobody reads stands still."""
+    try:
+        return await stream.readline()
+    except ValueError:  # longer than the reader's buffer, which asyncio has emptied
+        return b"(a line too long to be shown)\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- registry
@@ -290,7 +298,8 @@ class Front:
 
     async def _ask(self, backend: Backend, request: Request, body: bytes) -> Response:
         url = f"http://{HOST}:{backend.port}{request.url.path}" + (f"?{request.url.query}" if request.url.query else "")
-        headers = [(key, value) for key, value in request.headers.items() if key not in _HOP_BY_HOP]
+        # As bytes, as they came: httpx would take nothing but ASCII in text.
+        headers = [(key, value) for key, value in request.headers.raw if key.decode("latin-1") not in _HOP_BY_HOP]
         got = await self.client.request(request.method, url, content=body, headers=headers)
         kept = {key: value for key, value in got.headers.items() if key not in _HOP_BY_HOP}
         return Response(got.content, got.status_code, kept | {"X-Model-Version": str(backend.version)})
@@ -326,7 +335,7 @@ class Front:
             if version := self._due():
                 try:
                     await self._switch(version)
-                except StageError as error:
+                except Exception as error:  # a full disk, a database that is locked: whatever it is, it is tried again
                     self._count_failure(version.number, error)
 
     def _due(self) -> tracking.Version | None:
@@ -356,12 +365,13 @@ class Front:
             self.old.add(old)
             self._spawn(self._drain(old))
 
-    def _count_failure(self, number: int, error: StageError) -> None:
+    def _count_failure(self, number: int, error: Exception) -> None:
         times = self.failed.get(number, (0, 0.0))[0] + 1
         pause = min(2.0**times, LONGEST_PAUSE)
         self.failed[number] = (times, time.monotonic() + pause)
         on = f"version {self.backend.version} is served on" if self.backend else "NOTHING IS SERVED"
-        logger.error("error: %s; %s; trying again in %.0f s", error, on, pause)
+        why = error if isinstance(error, StageError) else f"version {number}: {type(error).__name__}: {error}"
+        logger.error("error: %s; %s; trying again in %.0f s", why, on, pause)
 
     async def _watch(self, backend: Backend) -> None:
         await backend.process.wait()

@@ -1,5 +1,6 @@
 """The version in force answers; whatever happens behind the front, no request is lost."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -17,9 +18,11 @@ import httpx
 import psutil
 import pytest
 import yaml
+from starlette.requests import Request
 
+from pipelines import serve
 from pipelines.environment import settings
-from pipelines.serve import InForce
+from pipelines.serve import Backend, Front, InForce
 from pipelines.servers import free_port
 from stages import tracking
 
@@ -81,6 +84,65 @@ def test_what_was_known_holds_while_the_registry_is_gone(
     assert in_force.version.number == 1
     assert "no version of tiny is in force any more" in in_force.said
     assert len(changes) == 5
+
+
+def test_whatever_keeps_a_version_from_starting_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = 0
+
+    def no_space(*_: object) -> Path:
+        nonlocal tries
+        tries += 1
+        raise OSError(28, "No space left on device")
+
+    async def follow() -> None:
+        front = Front(NAME, 1, tmp_path)
+        front.in_force.version = tracking.Version(NAME, 1, "", "", {}, (), "", 0)
+        following = asyncio.create_task(front._follow())
+        until = time.monotonic() + 20
+        while tries < 2 and not following.done() and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        following.cancel()
+        await front.close()
+
+    monkeypatch.setattr(serve, "fetch", no_space)
+    asyncio.run(follow())
+    assert tries == 2
+    assert "version 1: OSError: [Errno 28] No space left on device; NOTHING IS SERVED" in caplog.text
+
+
+def test_a_line_of_any_length_does_not_end_the_reading(caplog: pytest.LogCaptureFixture) -> None:
+    async def read() -> list[str]:
+        script = "print('x' * 300_000); print('after it')"
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+        lines: list[str] = []
+        await serve._pass_on(process, "a version", lines)
+        await process.wait()
+        return lines
+
+    assert asyncio.run(read())[-1] == "after it"
+
+
+def test_headers_are_passed_on_as_they_came(tmp_path: Path) -> None:
+    got: list[tuple[bytes, bytes]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        got.extend(request.headers.raw)
+        return httpx.Response(200, text="ding")
+
+    async def ask() -> None:
+        front = Front(NAME, 1, tmp_path)
+        front.client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        headers = [(b"x-user", "Zo\xeb".encode("latin-1")), (b"host", b"there")]
+        scope = {"type": "http", "method": "POST", "path": "/invocations", "query_string": b"", "headers": headers}
+        response = await front._ask(Backend(3, 1, None), Request(scope), b"{}")  # type: ignore[arg-type]
+        assert (response.status_code, response.headers["X-Model-Version"]) == (200, "3")
+        await front.close()
+
+    asyncio.run(ask())
+    assert (b"x-user", b"Zo\xeb") in got
+    assert b"there" not in dict(got).values()
 
 
 # --------------------------------------------------------------------------------------------------- real processes
