@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 DATABASE, ARTIFACTS, CONTENTS = "mlflow.db", "mlartifacts", "backup.json"
 """Names in the file."""
+_JOURNALS = ("-journal", "-wal", "-shm")
+"""Files beside a database in which SQLite keeps what is to be undone or done yet."""
 _LOCATIONS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -96,7 +98,8 @@ def restore(file: Path, database: Path, artifacts: Path) -> None:
     """
     work = database.parent / ".synset/restore"
     _undo_interrupted(work, database, artifacts)
-    for path in (database, artifacts):
+    # Journals too: SQLite would apply those of a database that was moved away to the one that takes its place.
+    for path in (database, artifacts, *(database.with_name(f"{database.name}{end}") for end in _JOURNALS)):
         if path.exists() and not _is_empty(path):
             raise StageError(f"{path} exists and is not overwritten; move it away, or restore in another checkout")
     if not file.exists():
@@ -137,11 +140,20 @@ def _unpack(file: Path, work: Path) -> None:
     (work / ARTIFACTS).mkdir()
     with tarfile.open(file) as tar:
         tar.extractall(work, filter="data")
+        _check_end(tar)
     with closing(sqlite3.connect(work / DATABASE)) as db:
         if (said := db.execute("pragma integrity_check").fetchone()[0]) != "ok":
             raise ValueError(f"its database is damaged: {said}")
     for path in work.rglob("*"):
         _sync(path)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raises ValueError where a tar, read to its end, was cut off between two files: tarfile takes that for the end."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise ValueError("it was cut off")
 
 
 def _rewrite(database: Path, before: str, now: str) -> None:

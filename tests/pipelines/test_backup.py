@@ -97,13 +97,26 @@ def test_nothing_is_overwritten(registry: Path, file: Path) -> None:
         backup.back_up(*place(registry), file)
 
 
-@pytest.mark.parametrize("damage", ["cut off", "empty", "another file", "no tar", "no file"])
+def test_the_journal_of_another_database_is_not_applied_to_the_restored_one(file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mlflow.db-wal").write_text("of the one that was moved away")
+    with pytest.raises(StageError, match=r"mlflow\.db-wal exists and is not overwritten; move it away"):
+        backup.restore(file, *place(target))
+
+
+@pytest.mark.parametrize("damage", ["cut off", "cut off between files", "empty", "another file", "no tar", "no file"])
 def test_what_is_no_whole_backup_leaves_nothing_behind(file: Path, tmp_path: Path, damage: str) -> None:
     target = tmp_path / "target"
     target.mkdir()
     if damage == "cut off":
         with file.open("r+b") as content:
             content.truncate(file.stat().st_size * 2 // 3)
+    elif damage == "cut off between files":
+        with tarfile.open(file) as tar:
+            last = tar.getmembers()[-1].offset
+        with file.open("r+b") as content:
+            content.truncate(last)
     elif damage == "empty":
         tarfile.open(file, "w").close()
     elif damage == "another file":
