@@ -100,13 +100,23 @@ def at_work(name: str, root: Path = ROOT) -> bool:
 
 
 def clear_after_kill(name: str, root: Path = ROOT) -> None:
-    """Clears away what a killed holder of `name` left; does nothing while somebody holds the lock."""
-    if (folder(name, root) / "lock").exists():
+    """Clears away what a killed holder of `name` left; does nothing while somebody holds the lock.
+
+    Called every minute: where nothing was left the lock is not touched, for who wants it at this moment must get it.
+    """
+    path = folder(name, root) / "lock"
+    if path.exists() and _left_something(path):
         try:
             with exclusive(name, root=root, patience=0):
                 pass
         except BusyError:
             logger.debug("%s is at work", name)
+
+
+def _left_something(path: Path) -> bool:
+    """Whether the last holder did not give the lock back, or Prefect may not know how a run ended."""
+    with _opened(path) as file:
+        return _read(file).get("pid") is not None or not all(run.process_lives() for run in _runs(file))
 
 
 def _opened(path: Path) -> IO[bytes]:

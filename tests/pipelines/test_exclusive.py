@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -95,6 +96,30 @@ def test_the_lock_is_given_back_also_after_an_error(tmp_path: Path) -> None:
     assert MARK not in os.environ
     with exclusive("work", root=tmp_path):
         pass
+
+
+def test_the_lock_is_taken_for_clearing_up_only_where_there_is_something_to_clear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes while reconcile looks, once a minute, would be told that another one is at work, and end."""
+    taken: list[str] = []
+    take = module._take
+
+    def noted(file: IO[bytes], name: str) -> None:
+        taken.append(name)
+        take(file, name)
+
+    monkeypatch.setattr(module, "_take", noted)
+    with exclusive("work", "a-run", root=tmp_path):
+        pass
+    clear_after_kill("work", tmp_path)
+    assert taken == ["work"]
+    path = folder("work", tmp_path) / "lock"
+    for content in ({"pid": 999_999_999, "runs": []}, {"pid": None, "runs": [["a-run", 999_999_999, 1.0]]}):
+        taken.clear()
+        path.write_text(json.dumps(content))
+        clear_after_kill("work", tmp_path)
+        assert taken == ["work"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "rubbish\n"])
