@@ -24,6 +24,7 @@ from pipelines import environment
 from pipelines.environment import ROOT, settings
 from pipelines.examination import examine, run_logged
 from pipelines.exclusive import BusyError, exclusive, folder
+from pipelines.notify import tell
 from pipelines.stage_process import Stop, signals_to
 from pipelines.worktree import commit_of, default_remote, git, open_tree, text_at
 from stages import tracking
@@ -81,15 +82,17 @@ def verify(version: int | None = None) -> State[Any]:
     except BusyError as error:
         return Completed(name="Skipped", message=str(error))
     except StageError as error:
-        return (Cancelled if stop.asked() else Failed)(message=str(error))
+        if stop.asked():
+            return Cancelled(message=str(error))
+        tell("verify failed", str(error))
+        return Failed(message=str(error))
     message = f"{chosen.name} version {chosen.number}: {finding.result}: {finding.detail}"
     create_markdown_artifact(key=NAME, markdown=f"{message}\n")
     # A version that differs is what an alarm is for; of one that cannot be compared, nothing is known.
-    return (
-        Failed(message=message)
-        if finding.result == DIFFERS
-        else Completed(name=finding.result.capitalize(), message=message)
-    )
+    if finding.result == DIFFERS:
+        tell(f"{chosen.name} version {chosen.number} {DIFFERS}", message)
+        return Failed(message=message)
+    return Completed(name=finding.result.capitalize(), message=message)
 
 
 def choose(name: str, number: int | None, root: Path = ROOT) -> tracking.Version:

@@ -4,11 +4,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from pipelines.verify import choose, different_figures
+from pipelines import verify
+from pipelines.verify import Finding, choose, different_figures
 from stages import tracking
 from stages.command import StageError
 from tests.workspace import Workspace
@@ -21,6 +23,39 @@ def test_figures_that_are_not_the_same_are_named() -> None:
     assert different_figures(before, before) == []
     now = {"test": {"top1": 0.9000001, "top5": None}, "fresh": {"d-1": {"top1": None}}}
     assert different_figures(before, now) == ["fresh.d-1.top1", "gone", "test.top1"]
+
+
+@pytest.mark.parametrize(
+    ("came_of_it", "told"),
+    [
+        (Finding("differs", "other weights"), [("bells version 7 differs", "bells version 7: differs: other weights")]),
+        (StageError("no space"), [("verify failed", "no space")]),
+        (Finding("not comparable", "another CPU"), []),
+        (Finding("reproduced", "the same"), []),
+    ],
+)
+def test_somebody_is_told_of_what_differs_and_of_a_failure(
+    monkeypatch: pytest.MonkeyPatch, came_of_it: Finding | StageError, told: list[tuple[str, str]]
+) -> None:
+    def derive(*_: object) -> Finding:
+        if isinstance(came_of_it, StageError):
+            raise came_of_it
+        return came_of_it
+
+    sent: list[tuple[str, str]] = []
+    chosen = tracking.Version("bells", 7, "", "", {}, (), "", 0)
+    for name, instead in {
+        "_derive": derive,
+        "choose": lambda *_: chosen,
+        "exclusive": lambda *_: nullcontext(),
+        "record": lambda *_: None,
+        "create_markdown_artifact": lambda **_: None,
+        "tell": lambda title, body: sent.append((title, body)),
+    }.items():
+        monkeypatch.setattr(verify, name, instead)
+    state = verify.verify.fn(7)
+    assert sent == told
+    assert state.is_failed() == bool(told)
 
 
 @pytest.fixture(scope="module")
