@@ -1,5 +1,6 @@
 """Deriving registered versions again; the slow tests do it for real, on a small sample, and put a version in force."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pipelines import verify
 from pipelines.verify import Finding, choose, different_figures
 from stages import tracking
 from stages.command import StageError
+from stages.files import sha256
 from tests.workspace import Workspace
 
 NAME = "synset-sample"
@@ -56,6 +58,37 @@ def test_somebody_is_told_of_what_differs_and_of_a_failure(
     state = verify.verify.fn(7)
     assert sent == told
     assert state.is_failed() == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("made", "machine", "installed", "result", "detail"),
+    [
+        ("as registered", "cpu A float32", [], "reproduced", "the same weights and figures"),
+        ("as registered", "cpu B float32", ["torch==2.14.0"], "reproduced", "the same weights and figures"),
+        ("others", "cpu A float32", [], "differs", "on the same kind of machine"),
+        ("others", "cpu B float32", [], "not comparable", "it was trained on cpu A float32, this is cpu B float32"),
+        ("others", "cpu A float32", ["torch==2.14.0"], "not comparable", "other versions than torch==2.14.0"),
+        ("other figures", "cpu A float32", [], "differs", "figures test.top1"),
+    ],
+)
+def test_what_differs_counts_only_where_machine_and_packages_are_the_same(
+    tmp_path: Path, made: str, machine: str, installed: list[str], result: str, detail: str
+) -> None:
+    (tmp_path / "models/finetuned").mkdir(parents=True)
+    (tmp_path / "reports").mkdir()
+    weights = tmp_path / verify.WEIGHTS
+    weights.write_text("as registered")
+    registered = sha256(weights)
+    if made == "others":
+        weights.write_text(made)
+    (tmp_path / verify.METRICS).write_text(json.dumps({"test": {"top1": 0.8 if made == "other figures" else 0.9}}))
+    (tmp_path / "recorded.json").write_text(json.dumps({"test": {"top1": 0.9}}))
+    tags = {"model.sha256": registered, "machine": "cpu A float32", "git.commit": "0" * 40}
+    version = tracking.Version("bells", 7, "", "", tags, (), "", 0)
+    recorded = {verify.METRICS.as_posix(): tmp_path / "recorded.json"}
+    found = verify._compared(version, tmp_path, recorded, lambda: ["a line", json.dumps([machine, installed])])
+    assert found.result == result
+    assert detail in found.detail
 
 
 @pytest.fixture(scope="module")
