@@ -2,8 +2,8 @@
 
 This file is copied into every registered version and runs there alone. It therefore imports nothing of `stages`: two
 versions loaded in one process would otherwise share the code of the first. It repeats stages.data.images (decoding) and
-stages.training.models (architecture, normalisation); a test compares the decoding pixel for pixel, and every
-registration compares the answers with those of the evaluation.
+stages.training.models (architecture, normalisation); tests compare the decoding, line by line and pixel for pixel, and
+every registration compares the answers with those of the evaluation.
 """
 
 import io
@@ -20,13 +20,27 @@ import torchvision
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from safetensors.torch import load_file
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 MAX_PIXELS = 178_956_970
 """A small file may claim to be a huge image: above this it is refused before it is decoded."""
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own check of the same would end as an error of the server
+DAMAGED = (
+    OSError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, AttributeError, struct.error,
+)  # fmt: skip
+"""What Pillow raises at a damaged image, besides ValueError."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation."""
 BATCH = 64
 
 
@@ -42,12 +56,19 @@ def read_pixels(data: bytes, resize: int, image_size: int) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-            upright = _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
+            upright = _eight_bit(_upright(image)).convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"not an image of a known format ({', '.join(FORMATS)})") from error
-    except (OSError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, struct.error) as error:
+    except DAMAGED as error:
         raise ValueError(f"a damaged image: {error}") from error
     return np.asarray(_centre(_resize_shorter(upright, resize), image_size))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its orientation says. Pillow's own function writes all other EXIF tags anew, and fails on odd ones."""
+    image.load()  # turns a TIFF, which then has no orientation any more
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import inspect
 import io
 import json
 import os
@@ -18,8 +19,10 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModelContext
-from PIL import Image
+from PIL import Image, ImageOps
 
+from stages import serving
+from stages.data import images
 from stages.data.images import resize_shorter, to_rgb
 from stages.serving import ImageClassifier, read_pixels
 from stages.training.models import build, load_classifier, save_classifier
@@ -50,12 +53,20 @@ def sixteen_bit(**options: Any) -> bytes:
     return encoded(Image.fromarray(grey), "PNG", **options)
 
 
+def odd_exif() -> bytes:
+    """Orientation 6, and a width that is a text: Pillow reads both, and cannot write the latter back."""
+    tags = struct.pack(">HHII", 0x0100, 2, 4, 0x61626300) + struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + tags + bytes(4)
+
+
 FILES = {
     "JPEG": encoded(colours(101, 80), "JPEG"),
     "tall JPEG": encoded(colours(75, 300), "JPEG"),
     "CMYK": encoded(colours(90, 80).convert("CMYK"), "JPEG"),
     "grey": encoded(colours(90, 80).convert("L"), "JPEG"),
     "turned": encoded(colours(100, 80), "JPEG", exif=orientation(6)),
+    "turned, with an odd tag": encoded(colours(100, 80), "JPEG", exif=odd_exif()),
+    "turned TIFF": encoded(colours(100, 80), "TIFF", tiffinfo={0x0112: 6}),
     "16 bits": sixteen_bit(),
     "16 bits, turned": sixteen_bit(exif=orientation(6)),
     "palette": encoded(colours(90, 80).convert("P"), "PNG"),
@@ -73,6 +84,26 @@ def test_pixels_are_those_of_sharding(kind: str) -> None:
     assert served.shape == (64, 64, 3)
     top, left = ((length - 64 + 1) // 2 for length in expected.shape[:2])
     np.testing.assert_array_equal(served, expected[top : top + 64, left : left + 64])
+
+
+@pytest.mark.parametrize("kind", ["turned", "turned, with an odd tag"])
+def test_an_orientation_is_applied_whatever_the_other_tags_are(kind: str) -> None:
+    as_stored = np.asarray(to_rgb(encoded(colours(100, 80), "JPEG")))
+    np.testing.assert_array_equal(np.asarray(to_rgb(FILES[kind])), np.rot90(as_stored, -1))
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_every_orientation_is_turned_as_pillow_does_it(number: int) -> None:
+    turned = encoded(colours(100, 80), "PNG", exif=orientation(number))
+    with Image.open(io.BytesIO(turned)) as image:
+        np.testing.assert_array_equal(np.asarray(to_rgb(turned)), np.asarray(ImageOps.exif_transpose(image)))
+
+
+@pytest.mark.parametrize("name", ["_upright", "_eight_bit"])
+def test_what_is_repeated_is_the_same_line_by_line(name: str) -> None:
+    assert inspect.getsource(getattr(serving, name)) == inspect.getsource(getattr(images, name))
+    assert serving.TURNS == images.TURNS
+    assert set(images.DAMAGED) - set(serving.DAMAGED) == {ValueError}  # which is what it raises itself
 
 
 def test_16_bits_are_turned_upright() -> None:
@@ -179,7 +210,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_pillow_does_not_expect_is_refused_too() -> None:
-    """A bomb by its header, and an EXIF tag of a kind that Pillow cannot write back: neither is an error of ours."""
+    """A bomb by its header, and EXIF with a byte that is another one: neither is an error of ours."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
     with pytest.raises(ValueError, match="60000x60000 is more than 178956970 pixels"):
         read_pixels(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(100))), 72, 64)

@@ -1,11 +1,12 @@
 """From bytes as they came to pixels: what an image is, and its conversion to upright 8-bit RGB."""
 
 import io
+import struct
 from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 # Above this nothing is decoded: a decompression bomb must not take the machine down (PIL's own limit).
 MAX_PIXELS = 178_956_970
@@ -13,6 +14,22 @@ Image.MAX_IMAGE_PIXELS = None
 
 # What is recognised at all. A closed list: some of PIL's plugins start other programs (EPS) or need them.
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
+
+# What Pillow raises at a damaged image; of some damage its decoders say only that Python cannot go on.
+DAMAGED = (
+    OSError, SyntaxError, EOFError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, struct.error,
+)  # fmt: skip
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation."""
 
 # A thumbnail with its shorter side at least this long is enough for hash, brightness and contrast.
 THUMBNAIL_SIDE = 32
@@ -42,7 +59,7 @@ def read_header(data: bytes) -> Header:
                 mode=image.mode,
                 orientation=orientation if orientation in range(1, 9) else 1,
             )
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+    except DAMAGED:
         return Header()
 
 
@@ -70,7 +87,7 @@ def decode_strictly(data: bytes, header: Header) -> np.ndarray:
             image.verify()
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return np.asarray(_eight_bit(image).convert("L"))
-    except (OSError, SyntaxError, EOFError) as error:
+    except DAMAGED as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
@@ -87,7 +104,7 @@ def difference_hash(luminance: np.ndarray) -> int:
 def to_rgb(data: bytes) -> Image.Image:
     """The image upright, 8 bits, RGB. CMYK, grey, palette and 16-bit are converted; transparency is dropped."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
+        return _eight_bit(_upright(image)).convert("RGB")
 
 
 def resize_shorter(image: Image.Image, side: int) -> Image.Image:
@@ -111,6 +128,13 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", optimize=False, progressive=False, exif=b"")
     return buffer.getvalue()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its orientation says. Pillow's own function writes all other EXIF tags anew, and fails on odd ones."""
+    image.load()  # turns a TIFF, which then has no orientation any more
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

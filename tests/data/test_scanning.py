@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import struct
 from functools import partial
 from pathlib import Path
 
@@ -85,6 +86,16 @@ def test_what_is_no_image(scene: Image.Image) -> None:
     assert image_facts(b"just a note")["error"] == "not an image"
     # A postscript file would start another program in a careless reader.
     assert read_header(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").format == ""
+
+
+def test_damage_that_pillow_does_not_expect_is_an_answer_too(scene: Image.Image) -> None:
+    """Strips that begin at a fraction of a byte: a TypeError, of all things."""
+    tiff = encoded(scene, "TIFF")
+    damaged = tiff.replace(struct.pack("<HHI", 0x0111, 4, 1), struct.pack("<HHI", 0x0111, 11, 1))
+    assert damaged != tiff
+    facts = image_facts(damaged)
+    assert (facts["format"], facts["decodes"]) == ("TIFF", False)
+    assert facts["error"]
 
 
 def test_a_bomb_is_not_decoded() -> None:
