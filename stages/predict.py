@@ -42,6 +42,8 @@ BATCH_BYTES = 64 * 2**20
 """A batch ends here, however few images it has, so that large photos do not fill the memory."""
 ROWS = 8192
 """Written at once."""
+OUT = Path("reports/predicted.csv")
+"""Where git does not look: a file beside params.yaml would count as a change that no commit has (`git.dirty`)."""
 
 
 @dataclass(frozen=True)
@@ -323,9 +325,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", help="models:/NAME@ALIAS or models:/NAME/VERSION; default: the one in force, of `register.name`"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("predictions.csv"), help="a .csv or .parquet file (%(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=OUT, help="a .csv or .parquet file (%(default)s)")
     parser.add_argument("--top-k", type=_positive, default=5, help="classes for each image, best first (%(default)s)")
     parser.add_argument("--batch-size", type=_positive, default=64, help="images asked about at once (%(default)s)")
     return parser.parse_args()

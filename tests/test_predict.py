@@ -1,6 +1,7 @@
 """Scoring files, folders and tars: a row an image whatever it is, the whole file or none, in bounded memory."""
 
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -200,6 +201,15 @@ def test_memory_holds_one_batch_and_no_list_of_files(tmp_path: Path, monkeypatch
         write(tmp_path / f"in/{i}.jpg", b"x")
     path = pack(tmp_path / "many.tar", tmp_path / "in")
     assert [len(tar.members) for tar, _ in predict.members(path)] == [0] * 300  # type: ignore[attr-defined]
+
+
+def test_what_is_written_by_default_is_no_change_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that is registered afterwards would otherwise be tagged `git.dirty`."""
+    monkeypatch.setattr("sys.argv", ["predict", "photo.jpg"])
+    out = predict._arguments().out
+    assert not out.is_absolute()
+    command = ["git", "check-ignore", "--quiet", "--no-index", str(out)]
+    assert subprocess.run(command, cwd=Path(predict.__file__).parents[1], check=False).returncode == 0
 
 
 def test_the_version_in_force_is_asked_unless_another_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
