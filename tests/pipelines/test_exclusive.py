@@ -105,9 +105,9 @@ def test_the_lock_is_taken_for_clearing_up_only_where_there_is_something_to_clea
     taken: list[str] = []
     take = module._take
 
-    def noted(file: IO[bytes], name: str) -> None:
+    def noted(file: IO[bytes], name: str, patience: float) -> None:
         taken.append(name)
-        take(file, name)
+        take(file, name, patience)
 
     monkeypatch.setattr(module, "_take", noted)
     with exclusive("work", "a-run", root=tmp_path):
