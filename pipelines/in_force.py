@@ -81,7 +81,8 @@ def settle(name: str, examine: Examine, tell: Tell, root: Path) -> Outcome:
         root: the repository whose tag `champion` follows.
 
     Raises:
-        StageError: the examination could not be done, or somebody keeps moving the aliases.
+        StageError: the examination could not be done, somebody keeps moving the aliases, or the version in force was
+            deleted, and nobody wishes for another.
     """
     for _ in range(_LOOKS):
         registry = look(name)
@@ -99,7 +100,7 @@ def _settle(registry: Registry, examine: Examine, tell: Tell, root: Path) -> Out
     """None where something changed meanwhile: judge again."""
     champion, serving = registry.at(CHAMPION), registry.at(SERVING)
     if champion == serving:
-        return _keep(registry.name, serving, tell, root)
+        return _keep(registry, tell, root)
     if champion is None:
         return _put_back(registry, tell)
     verdict, reason = "", _refusal(champion, serving)
@@ -116,13 +117,25 @@ def _settle(registry: Registry, examine: Examine, tell: Tell, root: Path) -> Out
     return _promote(registry, champion, verdict, tell, root)
 
 
-def _keep(name: str, serving: Version | None, tell: Tell, root: Path) -> Outcome:
+def _keep(registry: Registry, tell: Tell, root: Path) -> Outcome:
+    name, serving = registry.name, registry.at(SERVING)
     if serving is None:
+        _refuse_if_deleted(registry)
         return Outcome("unchanged", f"{name}: nothing is in force, and no version is `champion`")
     if PROMOTED not in serving.tags:
         return _complete(_begin(serving, None, None, SET_BY_HAND), tell, root)
     _tag_commit(serving, root)
     return Outcome("unchanged", f"{name}: version {serving.number} is in force, as it should be", serving.number)
+
+
+def _refuse_if_deleted(registry: Registry) -> None:
+    """Raises StageError where the version in force was deleted: with it went its aliases, and so what would say it."""
+    last = next(iter(promotions(tracking.model_description(registry.name))), None)
+    if last and last.version not in {version.number for version in registry.versions}:
+        raise StageError(
+            f"{registry.name}: version {last.version}, which was in force, was deleted. What serves it goes on until "
+            f"it is restarted; set `champion` on another version"
+        )
 
 
 def _put_back(registry: Registry, tell: Tell) -> Outcome | None:

@@ -240,6 +240,20 @@ def test_an_alias_that_was_taken_off_comes_back(root: Path) -> None:
     assert aliases() == {"champion": 1, "serving": 1}
 
 
+def test_the_version_in_force_deleted_is_an_error_until_another_is_wished_for(root: Path) -> None:
+    wish(1)
+    tick(root)
+    tracking.delete_version(version(1))
+    assert aliases() == {}
+    with pytest.raises(StageError, match="version 1, which was in force, was deleted"):
+        tick(root)
+    wish(2)
+    assert tick(root).kind == "promoted"
+    tracking.delete_alias(NAME, "serving")
+    tracking.delete_alias(NAME, "champion")
+    assert tick(root).kind == "unchanged"  # somebody wants nothing to be in force, and nothing is lost
+
+
 def test_serving_set_by_hand_is_undone_and_both_set_by_hand_is_written_down(root: Path) -> None:
     wish(1)
     tick(root)
