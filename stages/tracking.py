@@ -5,6 +5,7 @@ tracking switched off (SYNSET_TRACKING=off) and with a server that is down. MLfl
 it takes seconds.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,26 @@ def open_client() -> "MlflowClient":
         if not folder.is_dir():
             raise mlflow.MlflowException(f"there is no folder {folder} to keep the database in")
     mlflow.set_tracking_uri(uri)
-    return mlflow.MlflowClient(uri)
+    with _alone(uri):
+        return mlflow.MlflowClient(uri)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time opens a SQLite file: two that begin a new one would each migrate what the other had begun.
+
+    The lock is on the folder, so that no file more lies in it.
+    """
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    descriptor = os.open(Path(uri.removeprefix("sqlite:///")).absolute().parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system that knows no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def mlflow_errors() -> tuple[type[Exception], ...]:

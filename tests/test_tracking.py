@@ -1,10 +1,13 @@
 """Tracking on a real SQLite database: what a run holds, how it goes on, and that training never suffers from it."""
 
+import fcntl
 import json
 import logging
+import os
 import random
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,6 +212,25 @@ def test_a_wrong_folder_for_the_database_is_known_at_once(
     with tracking.training_run("finetune", {}, {"fingerprint": "nowhere"}):
         pass
     assert "there is no folder /nowhere/at/all" in caplog.text
+
+
+def test_who_opens_a_database_waits_for_who_is_making_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    opened: list[str] = []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(mlflow, "MlflowClient", opened.append)
+    monkeypatch.setattr(mlflow, "set_tracking_uri", lambda uri: None)
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    thread = threading.Thread(target=tracking.open_client)
+    thread.start()
+    thread.join(timeout=0.5)
+    assert thread.is_alive()
+    assert opened == []
+    os.close(other)
+    thread.join(timeout=10)
+    assert opened == [f"sqlite:///{tmp_path}/mlflow.db"]
 
 
 def test_versions_are_found_by_weights_alias_and_age() -> None:
