@@ -250,7 +250,7 @@ def checked_cron(expression: str) -> str:
 
 
 def put_in_order(flows: Sequence[str]) -> None:
-    """Marks as crashed what killed processes left unended, and of the runs that were missed keeps one a flow.
+    """Marks as crashed what killed processes left unended, and of the scheduled runs that were missed keeps one a flow.
 
     Only runs of our deployments: nobody else runs them, and everything that this checkout's schedule started has ended.
     """
@@ -266,7 +266,9 @@ def put_in_order(flows: Sequence[str]) -> None:
                 print(f"warning: the flow run {each.name} ({name}) was killed; marked as crashed", flush=True)
             now = datetime.now(UTC)
             late = [each for each in _runs(client, name, StateType.SCHEDULED) if each.expected_start_time < now]
-            for each in sorted(late, key=lambda run: run.expected_start_time)[:-1]:
+            missed = sorted((each for each in late if each.auto_scheduled), key=lambda run: run.expected_start_time)
+            # What a person asked for stays, with its parameters, and is not to find another one at work.
+            for each in missed if len(missed) < len(late) else missed[:-1]:
                 client.delete_flow_run(each.id)
 
 

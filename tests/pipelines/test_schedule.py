@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -87,6 +90,24 @@ def test_prefect_yaml_has_the_same_flows_as_params_has_them() -> None:
 def test_the_version_of_prefect_is_that_of_the_lock() -> None:
     found = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
     assert f"prefect=={found['prefect-version']}" in (ROOT / "requirements.lock").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("by_hand", "kept"), [((), "c"), (("b",), "b"), (("a", "b"), "ab")])
+def test_of_missed_runs_one_is_kept_and_whatever_a_person_asked_for(
+    monkeypatch: pytest.MonkeyPatch, by_hand: tuple[str, ...], kept: str
+) -> None:
+    """`retrain` with `retract`, say, started on its page in Prefect while nobody served the flows."""
+    then = datetime(2026, 11, 23, tzinfo=UTC)
+    runs = [
+        SimpleNamespace(id=name, auto_scheduled=name not in by_hand, expected_start_time=then + timedelta(days=day))
+        for day, name in enumerate("abc")
+    ]
+    left = {run.id for run in runs}
+    client = SimpleNamespace(delete_flow_run=left.remove)
+    monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: nullcontext(client))
+    monkeypatch.setattr(schedule, "_runs", lambda _, name, *states: runs if len(states) == 1 else [])
+    schedule.put_in_order(["retrain"])
+    assert left == set(kept)
 
 
 def test_a_wrong_cron_is_named() -> None:
