@@ -118,7 +118,8 @@ def retrain(retract: str = "", reason: str = "") -> State[Any]:
     except BusyError as error:
         return Completed(name="Skipped", message=str(error))
     except StoppedError as stopped:
-        return Cancelled(message=f"{stopped}; the next run goes on from here")
+        how = f" (to withdraw the request, delete {_shown(REQUEST)})" if REQUEST.exists() else ""
+        return Cancelled(message=f"{stopped}; the next run goes on from here{how}")
     except StageError as error:
         return _failed(str(error))
     except Exception as error:

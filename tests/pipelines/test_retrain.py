@@ -514,12 +514,12 @@ def test_a_batch_is_taken_back(project: Project) -> None:
     assert "a takedown" in project.git("log", "-1", "--format=%B", "retrain")
     assert "2026-11-20 (its batch d-2026-11-20 was taken back)" in project.run()
     assert "there is no batch d-9" in project.run("--retract", "d-9", code=1)
+    project.finished()
     (project.root / "recipe").unlink()
     project.commit("no recipe")
     output = project.run("--retract", "d-2026-11-21", code=1)
     assert "d-2026-11-21 was not taken back; put that right and ask again" in output
     assert not (project.root / ".synset/retrain/retract.json").exists()
-    project.finished()
 
 
 @pytest.mark.slow
@@ -531,10 +531,13 @@ def test_taking_back_goes_on_after_a_kill(project: Project) -> None:
     assert "d-2026-11-20" in project.batches()
     stopped = project.start()
     assert stopped.stdout
+    said = []
     for line in stopped.stdout:
+        said.append(line)
         if line.rstrip().endswith("phase: finetune"):
             stopped.terminate()
-    assert stopped.wait(timeout=300) == 130
+    assert stopped.wait() == 130
+    assert "to withdraw the request, delete .synset/retrain/retract.json" in "".join(said)
     project.kill_in("branch")
     project.run()
     assert project.batches() == ["upstream", "target", "d-2026-11-21"]
