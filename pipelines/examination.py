@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.exclusive import folder
 from pipelines.stage_process import Stop, run_streamed
 from stages import tracking
 from stages.command import StageError
@@ -64,7 +65,9 @@ def examine(version: tracking.Version, against: str, run: Callable[[Sequence[str
         found = Path(temporary, "found.json")
         command = [sys.executable, "-m", "stages.examine", version.name, str(version.number), "--json", str(found)]
         try:
-            run([*command, *(["--against", against] if against else [])])
+            # The newest version's data is where it was trained, and not yet in this checkout.
+            data = ["--data", str(folder("retrain") / "tree")]
+            run([*command, *(["--against", against, *data] if against else [])])
         except StageError as error:
             raise StageError(f"version {version.number} was not examined: {error}") from error
         content = json.loads(found.read_text(encoding="utf-8"))

@@ -2,7 +2,8 @@
 
 It is sound where its weights are those that were registered, and where it answers the images that were recorded with
 it as it did then, in a process of its own. With --against, its verdict is looked at too: one that was taken against
-other weights than those of that version is taken again, from what both have answered.
+other weights than those of that version is taken again, from what both have answered. The version in force is asked now
+about images that it has not seen, those of later deliveries, as far as their shards are at hand.
 
 Ends with 0 whatever it found, and with 1 and a message where it could not look.
 """
@@ -11,6 +12,7 @@ import argparse
 import json
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,12 +48,19 @@ class Examination:
     """Why it is not sound, and each condition of the gate that did not pass."""
 
 
-def examine(version: tracking.Version, held_against: str, against: tracking.Version | None, gate: Gate) -> Examination:
+def examine(
+    version: tracking.Version,
+    held_against: str,
+    against: tracking.Version | None,
+    gate: Gate,
+    checkouts: Sequence[Path] = (),
+) -> Examination:
     """Whether the version is what was registered, and whether its verdict holds.
 
     Args:
         held_against: sha256 of the weights in force, NOBODY where there are none; empty: the verdict stands as it is.
         against: the version in force, if any.
+        checkouts: where the shards may lie that the version was evaluated on.
 
     Raises:
         StageError: the version, or MLflow, cannot be asked at all.
@@ -63,7 +72,7 @@ def examine(version: tracking.Version, held_against: str, against: tracking.Vers
     if wrong or not said:
         return Examination(False, tagged, False, wrong)
     try:
-        verdict = take_again(version, said, against, gate)
+        verdict = take_again(version, said, against, gate, checkouts)
     except (StageError, KeyError, ValueError) as error:
         why = f"its gate was taken against other weights than those in force, and cannot be taken again: {error}"
         return Examination(True, "inconclusive", False, [why])
@@ -120,14 +129,22 @@ def _ask(version: tracking.Version, images: list[bytes]) -> "Said":
         return scoring.ask(process, version.source, images)
 
 
-def take_again(version: tracking.Version, said: "Said", against: tracking.Version | None, gate: Gate) -> "Verdict":
+def take_again(
+    version: tracking.Version,
+    said: "Said",
+    against: tracking.Version | None,
+    gate: Gate,
+    checkouts: Sequence[Path],
+) -> "Verdict":
     """Takes the gate from what was recorded with both versions, and replaces verdict, card and tags.
+
+    Images that the version in force has not answered, those of later deliveries, are looked for in `checkouts`.
 
     Raises:
         StageError: something is not recorded.
         KeyError, ValueError: what is recorded does not go together.
     """
-    from stages.evaluation.gate import answers_of, no_answers
+    from stages.evaluation.gate import answers_of
     from stages.model_card import with_verdict
 
     run, predicted = reviewing.find_run(version.run_id), reviewing.recorded_predictions(version)
@@ -136,8 +153,9 @@ def take_again(version: tracking.Version, said: "Said", against: tracking.Versio
         raise StageError(f"its run {version.run_id} is gone, or holds no {PREDICTIONS} or {METRICS}")
     other = None
     if against:
-        theirs = reviewing.recorded_predictions(against)
-        other = against, no_answers(against.sha256) if theirs is None else answers_of(against.sha256, theirs)
+        at_hand = [each.folder for checkout in checkouts for each in tracking.shard_sets_of(run, checkout)]
+        shards = list({folder.name: folder for folder in at_hand}.values())
+        other = against, reviewing.answers(against, predicted, said.classes, shards)
     latency = version.tags.get("latency.median_ms")
     weights = said.size, float(latency) if latency else None
     answers = answers_of(version.sha256, predicted)
@@ -186,7 +204,7 @@ def main() -> None:
     if against and against.number == version.number:
         raise StageError(f"version {version.number} cannot be held against itself; leave out --against")
     with tracking.reachable():
-        found = examine(version, held_against, against, load_section("gate", Gate))
+        found = examine(version, held_against, against, load_section("gate", Gate), [Path(), *arguments.data])
     print(f"{version.name} version {version.number} is {'sound' if found.sound else 'NOT sound'}")
     held = f"against version {against.number}" if against else "by its floors alone"
     print(f"gate: {found.gate}" + (f", taken again {held}" if found.retaken else ""))
@@ -201,6 +219,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("name", help="of the registered model")
     parser.add_argument("version", help="its number")
     parser.add_argument("--against", metavar="VERSION|none", help="the version in force, or none")
+    parser.add_argument(
+        "--data", type=Path, action="append", default=[], metavar="CHECKOUT",
+        help="another one whose shards may be those of the version; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was found")
     return parser.parse_args()
 

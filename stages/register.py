@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from numpy.typing import NDArray
 
-    from stages.evaluation.gate import Answers
     from stages.model_card import Candidate, Review
 
 logger = logging.getLogger(__name__)
@@ -229,48 +228,14 @@ def _review(name: str, candidate: "Candidate", gate: Gate, run: "Run") -> "Revie
     try:
         predicted = _predictions()
         answers = answers_of(candidate.sha256, predicted)
-        against = (in_force, _answers(in_force, predicted, classes)) if in_force else None
+        against = None
+        if in_force:
+            shards = [each.folder for each in tracking.shard_sets("finetune")]
+            against = in_force, reviewing.answers(in_force, predicted, classes, shards)
         figures = candidate.metrics["test"]
         return reviewing.review(name, answers, figures, weights, against, classes, gate, run.info.run_id)
     except (KeyError, ValueError) as error:
         raise StageError(f"{METRICS}, {PREDICTIONS}: {error}; `dvc repro -f evaluate` makes both") from error
-
-
-def _answers(version: tracking.Version, asked: "pd.DataFrame", classes: list[str]) -> "Answers":
-    """What a version says to the images that the candidate was asked; to those it has not seen yet, it is asked now."""
-    import pandas as pd
-
-    from stages.evaluation.gate import answers_of, no_answers
-
-    recorded = reviewing.recorded_predictions(version)
-    images = asked.drop(columns="logits")
-    known = images.merge(_of_same_labels(recorded, asked), on="key")
-    if missing := sorted(set(images["key"]) - set(known["key"])):
-        logger.info("asking version %d about %d images that it has not answered yet", version.number, len(missing))
-        try:
-            known = pd.concat([known, images.merge(_scored(version, missing, classes), on="key")])
-        except StageError as error:
-            # Without test images the gate then says `inconclusive`: what cannot be compared is no reason to pass.
-            logger.warning("warning: version %d cannot be asked: %s", version.number, error)
-    return answers_of(version.sha256, known) if (known["split"] == "test").any() else no_answers(version.sha256)
-
-
-def _scored(version: tracking.Version, keys: list[str], classes: list[str]) -> "pd.DataFrame":
-    scored, its_classes = scoring.score(version.source, keys)
-    if its_classes != classes[: len(its_classes)]:
-        raise StageError("its classes are not the first ones of data/classes/finetune.json, so it answers in others")
-    return scored
-
-
-def _of_same_labels(recorded: "pd.DataFrame | None", asked: "pd.DataFrame") -> "pd.DataFrame":
-    """Recorded answers, key and logits; none where a label has changed, so that a class id meant another class."""
-    import pandas as pd
-
-    if recorded is None or recorded["key"].duplicated().any():
-        return pd.DataFrame({"key": pd.Series(dtype=str), "logits": pd.Series(dtype=object)})
-    both = recorded.merge(asked[["key", "label"]], on="key", suffixes=("", "_now"))
-    same = bool((both["label"] == both["label_now"]).all())
-    return (recorded if same else recorded.iloc[:0])[["key", "logits"]]
 
 
 def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "Review") -> tracking.Version:

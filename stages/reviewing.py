@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages import tracking
+from stages import scoring, tracking
+from stages.command import StageError
 from stages.files import write_json, write_text
 from stages.params.gate import Gate
 
@@ -46,6 +47,58 @@ def recorded_predictions(version: tracking.Version) -> "pd.DataFrame | None":
             why = f"those of its run cannot be read: {error}"
     logger.warning("warning: no predictions of version %d are recorded (%s)", version.number, why)
     return None
+
+
+def answers(
+    version: tracking.Version, asked: "pd.DataFrame", classes: Sequence[str], shards: Sequence[Path]
+) -> "Answers":
+    """What a version says to the images that a candidate was asked; to those it has not seen yet, it is asked now.
+
+    Args:
+        asked: the candidate's reports/predictions.parquet.
+        classes: names of the candidate's classes by label.
+        shards: sets of role finetune, in which those images are looked for.
+
+    Raises:
+        KeyError, ValueError: the two do not go together.
+    """
+    import pandas as pd
+
+    from stages.evaluation.gate import answers_of, no_answers
+
+    recorded = recorded_predictions(version)
+    images = asked.drop(columns="logits")
+    known = images.merge(_of_same_labels(recorded, asked), on="key")
+    if missing := sorted(set(images["key"]) - set(known["key"])):
+        logger.info("asking version %d about %d images that it has not answered yet", version.number, len(missing))
+        try:
+            known = pd.concat([known, images.merge(_scored(version, missing, classes, shards), on="key")])
+        except StageError as error:
+            # Without test images the gate then says `inconclusive`: what cannot be compared is no reason to pass.
+            logger.warning("warning: version %d cannot be asked: %s", version.number, error)
+    return answers_of(version.sha256, known) if (known["split"] == "test").any() else no_answers(version.sha256)
+
+
+def _scored(
+    version: tracking.Version, keys: Sequence[str], classes: Sequence[str], shards: Sequence[Path]
+) -> "pd.DataFrame":
+    if not shards:
+        raise StageError("the shards with these images are not here")
+    scored, its_classes = scoring.score(version.source, keys, shards)
+    if its_classes != list(classes[: len(its_classes)]):
+        raise StageError("its classes are not the first ones of data/classes/finetune.json, so it answers in others")
+    return scored
+
+
+def _of_same_labels(recorded: "pd.DataFrame | None", asked: "pd.DataFrame") -> "pd.DataFrame":
+    """Recorded answers, key and logits; none where a label has changed, so that a class id meant another class."""
+    import pandas as pd
+
+    if recorded is None or recorded["key"].duplicated().any():
+        return pd.DataFrame({"key": pd.Series(dtype=str), "logits": pd.Series(dtype=object)})
+    both = recorded.merge(asked[["key", "label"]], on="key", suffixes=("", "_now"))
+    same = bool((both["label"] == both["label_now"]).all())
+    return (recorded if same else recorded.iloc[:0])[["key", "logits"]]
 
 
 def review(

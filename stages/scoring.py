@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages import tracking
 from stages.command import StageError, run
-from stages.files import sha256
+from stages.files import sha256, write_json
 from stages.progress import progress, worker_count
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ ALL_CLASSES = 1_000_000
 """As `top_k`."""
 BATCH = 64
 ERROR = "error.txt"
+SHARDS = "shards.json"
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def ask(process: "subprocess.Popen[str]", source: str, images: Sequence[bytes], 
     return Said(np.stack(answers["probabilities"].to_list()), **facts)
 
 
-def score(source: str, keys: Iterable[str]) -> "tuple[pd.DataFrame, list[str]]":
-    """What the model says to labelled images of the shards of role finetune.
+def score(source: str, keys: Iterable[str], shards: Iterable[Path]) -> "tuple[pd.DataFrame, list[str]]":
+    """What the model says to labelled images of shard sets of role finetune.
 
     Returns:
         a row for each of `keys` that the splits test and fresh hold: key, logits; and its classes.
@@ -134,6 +135,7 @@ def score(source: str, keys: Iterable[str]) -> "tuple[pd.DataFrame, list[str]]":
     with fresh_process(worker_count()) as process, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pd.DataFrame({"key": list(keys)}).to_parquet(folder / "keys.parquet")
+        write_json(folder / SHARDS, [str(each) for each in shards])
         _question(process, source, folder)
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         return pd.read_parquet(folder / "answers.parquet", columns=["key", "logits"]), facts["classes"]
@@ -216,11 +218,11 @@ def _score_shards(model: Any, keys: set[str], folder: Path) -> list[str]:
     import pyarrow.parquet as pq
 
     from stages.data.loading import read_samples
-    from stages.data.shard_sets import shard_sets
 
     classes: list[str] = []
     schema = pa.schema([("key", pa.string()), ("logits", pa.list_(pa.float32()))])
-    splits = [read_samples(list(shard_sets("finetune")), split).labelled() for split in ("test", "fresh")]
+    shards = [Path(each) for each in json.loads((folder / SHARDS).read_text(encoding="utf-8"))]
+    splits = [read_samples(shards, split).labelled() for split in ("test", "fresh")]
     wanted = [(samples, i) for samples in splits for i, key in enumerate(samples.key) if key in keys]
     batches = [wanted[start : start + BATCH] for start in range(0, len(wanted), BATCH)]
     with pq.ParquetWriter(folder / "answers.parquet", schema) as writer:

@@ -381,15 +381,22 @@ class ShardSet:
     counts: dict[str, int]
 
 
-def shard_sets(role: str) -> list[ShardSet]:
+def shard_sets(role: str, checkout: Path = Path()) -> list[ShardSet]:
     """All shard sets of a role that lie under data/shards/, by name of batch."""
     found = []
-    for index in sorted(Path("data/shards", role).glob("[!.]*/index.json")):  # dot: half-made
+    for index in sorted((checkout / "data/shards" / role).glob("[!.]*/index.json")):  # dot: half-made
         content = index.read_bytes()
         splits = json.loads(content).get("splits", {})
         counts = {split: int(facts["count"]) for split, facts in splits.items()}
         found.append(ShardSet(index.parent.name, index.parent, hashlib.sha256(content).hexdigest(), counts))
     return found
+
+
+def shard_sets_of(run: "Run", checkout: Path) -> list[ShardSet]:
+    """Those shard sets in a checkout that a run of `finetune` was made from: the same images, written the same way."""
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    digests = {each.dataset.name: each.dataset.digest for each in inputs}
+    return [each for each in shard_sets("finetune", checkout) if digests.get(each.batch) == _digest(each)]
 
 
 def data_fingerprint() -> str:
@@ -405,7 +412,7 @@ def _log_inputs(client: "MlflowClient", run_id: str, role: str) -> None:
         DatasetInput(
             Dataset(
                 name=each.batch,
-                digest=each.sha256[:36],  # as long as MLflow takes it; the whole is in the profile
+                digest=_digest(each),
                 source_type="local",
                 source=json.dumps({"uri": str(each.folder)}),
                 profile=json.dumps({"sha256": each.sha256, **each.counts}),
@@ -416,6 +423,10 @@ def _log_inputs(client: "MlflowClient", run_id: str, role: str) -> None:
     ]
     if inputs:
         client.log_inputs(run_id, inputs)
+
+
+def _digest(shard_set: ShardSet) -> str:
+    return shard_set.sha256[:36]  # as long as MLflow takes it; the whole is in the profile
 
 
 def git_tags() -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 
 from stages import examine, register, scoring, tracking
 from stages.command import StageError
-from tests.bells import PARAMS, asked_here, set_name, tree_of_bells, write_model
+from tests.bells import PARAMS, asked_here, set_name, tree_of_bells, write_model, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,8 @@ def test_versions_that_cannot_be_compared_do_not_pass(monkeypatch: pytest.Monkey
     """The version in force answered other test images, or nothing that is left; or the candidate's own are gone."""
     reports = "reports/predictions.parquet"
     against = version(2).sha256
-    with kept(artifact(2, "reports")):
+    with kept(artifact(2, "reports")), kept(Path("data/shards/finetune")):
+        shutil.rmtree("data/shards/finetune/target")  # nor can it be asked now
         table = pd.read_parquet(artifact(2, reports))
         table.assign(key=[f"{key}.other" for key in table["key"]]).to_parquet(artifact(2, reports))
         found = look(monkeypatch, "1", "--against", "2")
@@ -227,6 +228,36 @@ def test_what_is_not_there_cannot_be_examined(
     with pytest.raises(StageError, match=message):
         look(monkeypatch, *arguments)
     assert not Path("found.json").exists()
+
+
+def test_the_version_in_force_is_asked_about_a_later_delivery_when_the_gate_is_taken_again(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shards are where the candidate was trained; here others have their name. The last test: it adds a version."""
+    here, there = Path("data/shards/finetune"), Path("elsewhere/data/shards/finetune")
+    write_shards(tree, "later", "fresh", 12)
+    write_model(tree, noise=0.02)
+    register.main()
+    there.mkdir(parents=True)
+    (here / "later").rename(there / "later")
+    shutil.copytree(there / "later", here / "later")
+    index = json.loads((here / "later/index.json").read_text())
+    (here / "later/index.json").write_text(json.dumps(index | {"resize": 7}))
+    try:
+        look(monkeypatch, "3", "--against", "1")
+        assert fresh_images(3) == 0
+        found = look(monkeypatch, "3", "--against", "2", "--data", "elsewhere")
+        assert found["retaken"]
+        assert fresh_images(3) == 12
+    finally:
+        shutil.rmtree(here / "later")
+        write_model(tree, noise=0.01)
+
+
+def fresh_images(number: int) -> int:
+    """How many both versions answered when the gate was taken last."""
+    gate = json.loads(artifact(number, "registered/bells/gate.json").read_text())
+    return next(each["images"] for each in gate["comparisons"] if each["kind"] == "fresh")
 
 
 REAL_QUESTION, REAL_PROCESS = scoring._question, scoring.fresh_process

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stages import register, scoring, tracking
+from stages import register, reviewing, scoring, tracking
 from stages.command import StageError
 from stages.files import sha256
 from stages.model_card import Batch, render_card
@@ -281,15 +281,17 @@ def test_the_version_in_force_is_asked_about_images_that_it_has_not_seen(
 def test_recorded_answers_count_only_where_a_label_still_means_the_same_class() -> None:
     asked = pd.DataFrame({"key": ["a", "b", "c"], "label": [0, 1, 2]})
     recorded = pd.DataFrame({"key": ["a", "b", "old"], "label": [0, 1, 1], "logits": [[1.0], [2.0], [3.0]]})
-    assert register._of_same_labels(recorded, asked)["key"].tolist() == ["a", "b", "old"]
-    assert register._of_same_labels(recorded.assign(label=[1, 0, 1]), asked).empty
-    assert register._of_same_labels(pd.concat([recorded, recorded]), asked).empty
-    assert register._of_same_labels(None, asked).empty
+    assert reviewing._of_same_labels(recorded, asked)["key"].tolist() == ["a", "b", "old"]
+    assert reviewing._of_same_labels(recorded.assign(label=[1, 0, 1]), asked).empty
+    assert reviewing._of_same_labels(pd.concat([recorded, recorded]), asked).empty
+    assert reviewing._of_same_labels(None, asked).empty
 
 
 def test_a_version_with_other_classes_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     version = tracking.Version("bells", 1, "", "models:/m-1", {}, (), "", 0.0)
-    monkeypatch.setattr(scoring, "score", lambda source, keys: (pd.DataFrame({"key": keys}), ["tent", "bell"]))
-    assert register._scored(version, ["a"], ["tent", "bell", "new"])["key"].tolist() == ["a"]
+    monkeypatch.setattr(scoring, "score", lambda source, keys, shards: (pd.DataFrame({"key": keys}), ["tent", "bell"]))
+    assert reviewing._scored(version, ["a"], ["tent", "bell", "new"], [Path("d")])["key"].tolist() == ["a"]
     with pytest.raises(StageError, match="it answers in others"):
-        register._scored(version, ["a"], CLASSES)
+        reviewing._scored(version, ["a"], CLASSES, [Path("d")])
+    with pytest.raises(StageError, match="the shards with these images are not here"):
+        reviewing._scored(version, ["a"], CLASSES, [])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import reconcile
+from pipelines.environment import ROOT
 from pipelines.examination import Examination, examine
 from pipelines.in_force import Outcome
 from stages import tracking
@@ -57,7 +58,8 @@ def test_the_examination_is_asked_in_a_process_of_its_own(against: str) -> None:
     assert examine(VERSION, against, run) == Examination(False, "failed", ("damaged",))
     (command,) = asked
     assert command[:5] == [sys.executable, "-m", "stages.examine", "bells", "7"]
-    assert command[7:] == (["--against", against] if against else [])
+    data = ["--data", str(ROOT / ".synset/retrain/tree")]  # where the newest version's shards are
+    assert command[7:] == (["--against", against, *data] if against else [])
 
 
 def test_an_examination_that_cannot_be_done_is_no_refusal() -> None:
