@@ -86,6 +86,8 @@ class Review:
         """What the verdict means."""
         if not self.against:
             return "The first model has only floors to clear. The next is held against the version then in force."
+        if not self.verdict.comparisons:
+            return f"{self.against.capitalize()} could not be compared with; the conditions say why."
         return (
             f"Compared with {self.against}, `{(self.verdict.in_force or '')[:12]}`, on the same images. An equally "
             f"good model passes in at most {percent(self.verdict.alpha, 0)} of cases, an identical one never."
@@ -97,6 +99,8 @@ class Review:
         count, test_set = self.verdict.decisions, self.verdict.test_set[:12]
         if count < 2:
             return f"The first decision on this test set, `{test_set}`."
+        if not self.against:
+            return f"Decision number {count:,} on this test set, `{test_set}`."
         return (
             f"Decision number {count:,} on this test set, `{test_set}`. The more it decides, the likelier one is luck: "
             f"of {count:,} equally good models at least one passes with a chance of up to "

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.evaluation.gate import Answers, judge
+from stages.evaluation.gate import Answers, judge, no_answers
 from stages.model_card import (
     MOST_CHARACTERS,
     ROOM_FOR_COMMIT,
@@ -115,8 +115,23 @@ def test_the_first_model_has_a_card_too() -> None:
     assert card.startswith("**Gate: passed (floors only: no version was in force)**")
     assert "Weakest classes" in card
     assert "gained" not in card
+    assert "The first decision on this test set" in card
+    later = replace(review, verdict=replace(review.verdict, decisions=2))
+    assert "Decision number 2 on this test set" in render_card(candidate_of(later), later, LINKS)
+    assert "luck" not in render_card(candidate_of(later), later, LINKS)
     page = render_review(review)
     assert "no version to compare with" in page
+
+
+def test_a_card_without_a_comparison_does_not_claim_one() -> None:
+    review = review_of(1000, 0, CLASSES)
+    figures = {"top1": float(review.candidate.correct.mean()), "worst_class_recall": 1, "ece": 0}
+    verdict = judge(review.candidate, figures, 1, 1.0, no_answers("cd" * 32), Gate())
+    review = replace(review, verdict=verdict, in_force=no_answers("cd" * 32))
+    for page in (render_card(candidate_of(review), review, LINKS), render_review(review)):
+        assert "Version 3 could not be compared with" in page
+        assert "test set differs" in page
+        assert "on the same images" not in page
 
 
 @pytest.mark.parametrize("git", [{}, {"git.commit": "f" * 40, "git.dirty": "true"}, {"git.commit": COMMIT_TO_COME}])
