@@ -2,8 +2,8 @@
 
 Absolute floors first. Then, against the version in force, image by image: not inferior on `test` by more than a margin,
 better on `test` or on the pooled `fresh` holdouts, and no class and no slice significantly worse. Each of the three is
-an exact test, and `alpha` is the error rate of the whole: a version that is not better anywhere, or inferior on `test`,
-passes with probability at most `alpha`, an identical one never.
+an exact test. A version that is better nowhere passes with probability at most `alpha`, an identical one never; one
+that is worse on `test` by the whole margin, but better on `fresh`, with at most `alpha_inferior`.
 """
 
 import hashlib
@@ -204,7 +204,7 @@ def judge(
             conditions.append(Condition(NOT_INFERIOR, None, params.alpha_inferior, "inconclusive", differs))
         else:
             comparisons = _comparisons(candidate, in_force, params, classes)
-            conditions += _compared(comparisons, params)
+            conditions += _compared(comparisons, int((~candidate.test).sum()), params)
     return Verdict(
         result=_worst([condition.result for condition in conditions]),
         conditions=tuple(conditions),
@@ -322,9 +322,9 @@ def _worse(counts: Sequence[Sequence[int]], params: Gate) -> list[float | None]:
 NOT_INFERIOR = "not inferior on test"
 
 
-def _compared(comparisons: Sequence[Comparison], params: Gate) -> list[Condition]:
+def _compared(comparisons: Sequence[Comparison], of_fresh: int, params: Gate) -> list[Condition]:
     test, fresh, *slices = comparisons
-    return [_not_inferior(test, params), _better(test, fresh, params.alpha), _no_slice_worse(slices, params)]
+    return [_not_inferior(test, params), _better(test, fresh, of_fresh, params.alpha), _no_slice_worse(slices, params)]
 
 
 def _not_inferior(test: Comparison, params: Gate) -> Condition:
@@ -356,8 +356,11 @@ def _images_needed(test: Comparison, params: Gate) -> str:
     )
 
 
-def _better(test: Comparison, fresh: Comparison, alpha: float) -> Condition:
-    """Exact McNemar tests on test and, where both answered fresh images, on fresh; Holm over the two."""
+def _better(test: Comparison, fresh: Comparison, of_fresh: int, alpha: float) -> Condition:
+    """Exact McNemar tests on test and, where both answered fresh images, on fresh; Holm over the two.
+
+    `of_fresh` is how many fresh images the candidate has answered.
+    """
     asked = [test, fresh] if fresh.images else [test]
     p_values = [_mcnemar(each) for each in asked]
     adjusted = holm(p_values)
@@ -366,8 +369,11 @@ def _better(test: Comparison, fresh: Comparison, alpha: float) -> Condition:
         + (f" (Holm {a:.2g})" if len(asked) > 1 else "")
         for each, p, a in zip(asked, p_values, adjusted.tolist(), strict=True)
     ]
-    if not fresh.images:
-        parts.append("no fresh image was answered by both")
+    if not of_fresh:
+        parts.append("there are no fresh images")
+    elif fresh.images < of_fresh:
+        answered = f"{fresh.images:,} were" if fresh.images else "none was"
+        parts.append(f"of {of_fresh:,} fresh images {answered} answered by both")
     smallest = float(adjusted.min())
     passed: Result = "passed" if smallest <= alpha else "inconclusive"
     return Condition("better on test or on fresh", smallest, alpha, passed, "; ".join(parts))

@@ -137,7 +137,7 @@ def test_better_on_one_of_the_two_is_asked_of_both_p_values_together() -> None:
     assert "Holm" in _condition(_judge(candidate, in_force), NAMES[1]).detail
     without_fresh = _judge(replace_count(candidate, TEST), replace_count(in_force, TEST))
     assert _condition(without_fresh, NAMES[1]).result == "passed"
-    assert "no fresh image was answered by both" in _condition(without_fresh, NAMES[1]).detail
+    assert "there are no fresh images" in _condition(without_fresh, NAMES[1]).detail
 
 
 def replace_count(answers: Answers, count: int) -> Answers:
@@ -207,6 +207,15 @@ def test_of_fresh_images_those_count_that_both_answered_alike_labelled() -> None
     for candidate, in_force in ((_answers(RIGHT), fewer), (replace(fewer, sha256="a"), _answers(RIGHT, "b"))):
         fresh = _judge(candidate, in_force).comparisons[1]
         assert (fresh.kind, fresh.images, fresh.now, fresh.before) == ("fresh", 499, 446, 446)
+
+
+def test_fresh_images_that_the_version_in_force_has_not_answered_are_said() -> None:
+    """They do not count; a reviewer should know that there are more than those that did."""
+    some = _judge(_answers(RIGHT), replace_count(_answers(RIGHT, "b"), N - 100))
+    assert _condition(some, NAMES[1]).detail.endswith("of 600 fresh images 500 were answered by both")
+    none = _judge(_answers(RIGHT), replace_count(_answers(RIGHT, "b"), TEST))
+    assert _condition(none, NAMES[1]).detail.endswith("of 600 fresh images none was answered by both")
+    assert "answered by both" not in _condition(_judge(_answers(RIGHT), _answers(RIGHT, "b")), NAMES[1]).detail
 
 
 def test_a_class_that_the_version_in_force_does_not_know_is_one_that_it_gets_wrong() -> None:
