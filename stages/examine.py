@@ -179,10 +179,10 @@ def _recorded_json(version: tracking.Version, path: str) -> dict[str, Any] | Non
 def _recorded_verdict(version: tracking.Version) -> "Verdict | None":
     from stages.evaluation.gate import Verdict
 
-    values = _recorded_json(version, f"{own_folder(version.name)}/gate.json")
     try:
+        values = _recorded_json(version, f"{own_folder(version.name)}/gate.json")
         return Verdict.from_dict(values) if values else None
-    except (KeyError, TypeError):  # of an older form: its reasons are in the card
+    except (KeyError, TypeError, ValueError):  # of an older form, or damaged: its reasons are in the card
         return None
 
 
@@ -201,6 +201,8 @@ def main() -> None:
     elif arguments.against:
         against = scoring.find(f"models:/{arguments.name}/{arguments.against}")
         held_against = against.sha256
+    if against and not against.sha256:
+        raise StageError(f"version {against.number} has no tag {tracking.SHA256}, so nothing can be held against it")
     if against and against.number == version.number:
         raise StageError(f"version {version.number} cannot be held against itself; leave out --against")
     with tracking.reachable():

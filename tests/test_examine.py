@@ -194,6 +194,25 @@ def test_versions_that_cannot_be_compared_do_not_pass(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("tree")
+def test_a_verdict_that_cannot_be_read_is_no_fault_of_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    with kept(artifact(1, "registered/bells/gate.json")) as path:
+        path.write_text('{"result": "pas')
+        assert look(monkeypatch, "1") == {"sound": True, "gate": "passed", "retaken": False, "reasons": []}
+
+
+@pytest.mark.usefixtures("tree")
+def test_against_a_version_whose_weights_are_not_known_no_verdict_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody took its tag away: an empty one would have meant that the gate does not matter."""
+    weights = version(1).sha256
+    tracking.delete_tag(version(1), tracking.SHA256)
+    try:
+        with pytest.raises(StageError, match=r"version 1 has no tag model\.sha256"):
+            look(monkeypatch, "2", "--against", "1")
+    finally:
+        tracking.set_tags(version(1), {tracking.SHA256: weights})
+
+
+@pytest.mark.usefixtures("tree")
 def test_a_registry_that_is_down_is_no_fault_of_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     with kept(model_folder(1)):
         lose_the_weights(1)
