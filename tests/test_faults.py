@@ -99,9 +99,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, server: str) -> Workspace:
-    """A checkout with a first version and a delivery that waits."""
+    """A checkout with a DVC remote, a first version and a delivery that waits."""
     workspace = Workspace(tmp_path_factory.mktemp("faults"), PREFECT_API_URL=server)
     git(workspace, "branch", "-M", "main")
+    added = workspace.run("dvc", "remote", "add", "--default", "store", str(tmp_path_factory.mktemp("remote")))
+    assert added.returncode == 0, added.stdout
     workspace.repro()
     commit(workspace, "the first model")
     deliver(workspace, "2026-11-23", seed=6)
