@@ -50,8 +50,9 @@ def with_promotion(description: str, name: str, promotion: Promotion) -> str:
     Where it would become longer than a description may be, the oldest lines go; where what people wrote leaves no room
     for a single one, nothing is written: a database that refuses it would stop every promotion after this one.
     """
+    # Only the newest can be this one, from a run that was killed: an older line may be of the same second.
     same = (promotion.when, promotion.version, promotion.instead_of)
-    if any((each.when, each.version, each.instead_of) == same for each in promotions(description)):
+    if [(each.when, each.version, each.instead_of) for each in promotions(description)[:1]] == [same]:
         return description
     before, lines, after = _parts(description)
     lines = [_line(name, promotion), *lines]

@@ -22,6 +22,14 @@ def test_a_promotion_is_written_once() -> None:
     assert with_promotion(text, "bells", FIRST) == text
 
 
+def test_a_version_that_comes_back_within_a_second_has_a_line_of_its_own() -> None:
+    text = ""
+    back = [replace(SECOND, when=FIRST.when), replace(FIRST, instead_of=7), replace(SECOND, when=FIRST.when)]
+    for each in [FIRST, *back]:
+        text = with_promotion(text, "bells", each)
+    assert [each.version for each in promotions(text)] == [7, 1, 7, 1]
+
+
 def test_what_people_wrote_around_the_table_stays() -> None:
     text = with_promotion("About bells.\n\n- one\n- two", "bells", FIRST) + "\nAsk the *bell team*.\n"
     text = with_promotion(text, "bells", SECOND)
