@@ -242,15 +242,20 @@ def _taken_for(predicted: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def changed_images(review: Review) -> dict[str, list[dict[str, str]]]:
-    """Images that only the candidate has right (`won`), and that only the version in force has (`lost`), by key."""
+    """Images that only the candidate has right (`won`), and that only the version in force has (`lost`), by key.
+
+    Under the same label, as the gate counts them.
+    """
     changed: dict[str, list[dict[str, str]]] = {"won": [], "lost": []}
     if review.in_force is None or not review.verdict.comparisons:
         return changed
-    before = dict(zip(review.in_force.keys, review.in_force.predicted.tolist(), strict=True))
+    asked = zip(review.in_force.keys, review.in_force.labels.tolist(), strict=True)
+    before = dict(zip(asked, review.in_force.predicted.tolist(), strict=True))
     now = zip(review.candidate.keys, review.candidate.labels.tolist(), review.candidate.predicted.tolist(), strict=True)
     for key, label, predicted in now:
-        if key in before and (predicted == label) != (before[key] == label):
-            said = {"key": key, "is": label, "before": before[key], "now": predicted}
+        was = before.get((key, label))
+        if was is not None and (predicted == label) != (was == label):
+            said = {"key": key, "is": label, "before": was, "now": predicted}
             changed["won" if predicted == label else "lost"].append(
                 {
                     name: value if isinstance(value, str) else _name(review.classes, value)

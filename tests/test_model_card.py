@@ -197,6 +197,19 @@ def test_the_comparison_page_shows_both_versions_image_by_image_and_nothing_from
     assert row["now"] == row["is"] != row["before"]
 
 
+def test_fresh_images_under_another_label_are_not_among_those_that_changed() -> None:
+    review = review_of(1000, 400, CLASSES)
+    assert review.in_force
+    labels = np.where(review.in_force.test, review.in_force.labels, (review.in_force.labels + 1) % len(CLASSES))
+    in_force = replace(review.in_force, labels=labels)
+    figures = {"top1": float(review.candidate.correct[review.candidate.test].mean())}
+    verdict = judge(review.candidate, figures, 1, 1.0, in_force, Gate())
+    test, fresh = verdict.comparisons[:2]
+    changed = changed_images(replace(review, verdict=verdict, in_force=in_force))
+    assert fresh.images == 0
+    assert (len(changed["won"]), len(changed["lost"])) == (test.won, test.lost)
+
+
 def test_a_class_that_the_candidate_does_not_know_has_a_number() -> None:
     review = review_of(1000, 0, CLASSES)
     assert review.in_force
