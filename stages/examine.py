@@ -22,7 +22,7 @@ from stages.command import StageError, run
 from stages.files import write_json
 from stages.params.gate import Gate
 from stages.params.load import load_section
-from stages.reviewing import METRICS, NOBODY, PREDICTIONS, own_folder
+from stages.reviewing import IN_FORCE, METRICS, NOBODY, PREDICTIONS, own_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +67,7 @@ def examine(
     """
     wrong, said = soundness(version)
     tagged = version.tags.get("gate", "inconclusive")
-    if held_against in ("", version.tags.get("gate.in_force")):
+    if held_against in ("", version.tags.get(IN_FORCE)):
         return Examination(not wrong, tagged, False, wrong + _not_passed(_recorded_verdict(version)))
     if wrong or not said:
         return Examination(False, tagged, False, wrong)
@@ -162,6 +162,9 @@ def take_again(
     review = reviewing.review(
         version.name, answers, metrics["test"], weights, other, said.classes, gate, version.run_id
     )
+    if IN_FORCE in version.tags:
+        # First, and set again last: a kill in between must not leave the new result beside the old opponent.
+        tracking.delete_tag(version, IN_FORCE)
     with tempfile.TemporaryDirectory() as folder:
         reviewing.write_verdict(review, Path(folder, own_folder(version.name)))
         tracking.log_files(run, Path(folder))

@@ -223,6 +223,11 @@ def _review(name: str, candidate: "Candidate", gate: Gate, run: "Run") -> "Revie
     from stages.evaluation.gate import answers_of
 
     in_force = tracking.version_by_alias(name, "serving") or tracking.version_by_alias(name, "champion")
+    if in_force and not in_force.sha256:
+        raise StageError(
+            f"version {in_force.number} of {name}, which is in force, has no tag {tracking.SHA256}, so no verdict can "
+            f"name it. Set the tag again (its run has it); nothing was registered"
+        )
     weights = (MODEL / "model.safetensors").stat().st_size, candidate.latency_ms[0]
     classes = candidate.config["classes"]
     try:

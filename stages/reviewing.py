@@ -24,8 +24,10 @@ PREDICTIONS = Path("reports/predictions.parquet")
 METRICS = Path("reports/metrics.json")
 DECISION = "gate.decision"
 """The tag that says the how-manyth decision on its test set a verdict was."""
+IN_FORCE = "gate.in_force"
+"""The tag that says whom a verdict was taken against, by sha256 of the weights. Without it no verdict holds."""
 NOBODY = "none"
-"""In the tag `gate.in_force`: no version was in force, and the floors decided alone."""
+"""In the tag IN_FORCE: no version was in force, and the floors decided alone."""
 
 
 def own_folder(name: str) -> str:
@@ -168,10 +170,10 @@ def write_verdict(review: "Review", folder: Path) -> None:
 
 
 def verdict_tags(verdict: "Verdict") -> dict[str, str]:
-    """What a version is tagged with; against whom comes last, so that of half of them none is taken for current."""
+    """What a version is tagged with; against whom comes last: without it, half of them are taken for no verdict."""
     return {
         "gate": verdict.result,
         "test.set": verdict.test_set,
         DECISION: str(verdict.decisions),
-        "gate.in_force": verdict.in_force or NOBODY,
+        IN_FORCE: NOBODY if verdict.in_force is None else verdict.in_force,
     }

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,6 +97,33 @@ def test_a_verdict_against_other_weights_is_taken_again(tree: Path, monkeypatch:
     set_name(tree, "bells", gate=PARAMS["gate"] | {"min_top1": 1})
     assert look(monkeypatch, "2", "--against", "none")["gate"] == "failed"
     set_name(tree, "bells")
+
+
+@pytest.mark.usefixtures("tree")
+@pytest.mark.parametrize("written", [1, 4])  # of 7: the fourth is the tag `gate`
+def test_a_verdict_that_was_half_written_is_taken_again(monkeypatch: pytest.MonkeyPatch, written: int) -> None:
+    """Killed behind any of its writes: the new result never stands beside whom the old one was taken against."""
+    look(monkeypatch, "2", "--against", "none")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        client = type(tracking.open_client())
+        writes = iter(range(1, written + 1))
+        for name in ("delete_model_version_tag", "log_artifacts", "update_model_version", "set_model_version_tag"):
+            patch.setattr(client, name, _dying_behind(getattr(client, name), writes, written))
+        look(monkeypatch, "2", "--against", "1")
+        pytest.fail("it has fewer writes")
+    assert version(2).tags.get("gate.in_force") in (None, version(1).sha256)
+    found = look(monkeypatch, "2", "--against", "none")
+    assert (found["gate"], found["retaken"], version(2).tags["gate.in_force"]) == ("passed", True, "none")
+
+
+def _dying_behind(write: Callable[..., Any], writes: Iterator[int], last: int) -> Callable[..., Any]:
+    def done(*arguments: Any, **named: Any) -> Any:
+        result = write(*arguments, **named)
+        if next(writes) == last:
+            raise KeyboardInterrupt
+        return result
+
+    return done
 
 
 def flip_a_byte(number: int) -> None:

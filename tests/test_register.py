@@ -141,6 +141,25 @@ def test_the_next_model_is_held_against_the_one_in_force(tree: Path) -> None:
 
 
 @pytest.mark.usefixtures("asked")
+def test_against_a_version_whose_weights_are_not_known_nothing_is_registered(tree: Path) -> None:
+    """Somebody took its tag away: the verdict would read as one of floors only."""
+    set_name(tree, "tagless")
+    write_model(tree, noise=0.07)
+    register.main()
+    (first,) = tracking.versions("tagless")
+    tracking.set_alias(first, "serving")
+    tracking.delete_tag(first, tracking.SHA256)
+    write_model(tree, noise=0.08)
+    with pytest.raises(StageError, match=r"version 1 of tagless, which is in force, has no tag model\.sha256"):
+        register.main()
+    assert len(tracking.versions("tagless")) == 1
+    run = tracking.open_client().get_run(first.run_id)  # what the message advises
+    tracking.set_tags(first, {tracking.SHA256: run.data.tags[tracking.SHA256]})
+    register.main()
+    assert tracking.versions("tagless")[0].tags["gate.in_force"] == first.sha256
+
+
+@pytest.mark.usefixtures("asked")
 def test_under_another_name_the_first_version_keeps_its_model_and_its_verdict(tree: Path) -> None:
     set_name(tree, "first-name")
     write_model(tree, noise=0.02)
