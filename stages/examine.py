@@ -170,6 +170,7 @@ def take_again(
         tracking.log_files(run, Path(folder))
     tracking.describe_version(version, with_verdict(version.description, review))
     tracking.set_tags(version, reviewing.verdict_tags(review.verdict))
+    reviewing.count_decision(version.name, review.verdict)
     return review.verdict
 
 

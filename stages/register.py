@@ -257,6 +257,7 @@ def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "
     version = tracking.create_version(
         name, _about(name), source, run.info.run_id, tags | {"registering": candidate.sha256}, card
     )
+    reviewing.count_decision(name, review.verdict)
     if not _unfinished():
         tracking.set_alias(version, "challenger")
     tracking.finish_version(version, candidate.sha256)

@@ -24,6 +24,8 @@ PREDICTIONS = Path("reports/predictions.parquet")
 METRICS = Path("reports/metrics.json")
 DECISION = "gate.decision"
 """The tag that says the how-manyth decision on its test set a verdict was."""
+DECISIONS = "gate.decisions.{test_set}"
+"""The tag of the registered model that says how many a test set has taken: versions may be deleted."""
 IN_FORCE = "gate.in_force"
 """The tag that says whom a verdict was taken against, by sha256 of the weights. Without it no verdict holds."""
 NOBODY = "none"
@@ -139,9 +141,16 @@ def review(
 
 
 def _decisions(name: str, test_set: str) -> int:
-    """How many decisions were taken on a test set. Each carries its number, so that those of deleted ones count too."""
+    """How many decisions were taken on a test set, those of deleted versions included."""
     tags = [version.tags for version in tracking.versions(name) if version.tags.get("test.set") == test_set]
-    return max((int(each.get(DECISION, 1)) for each in tags), default=0)
+    counted = int(tracking.model_tags(name).get(DECISIONS.format(test_set=test_set), 0))
+    # Of the versions too: one that died before it was counted has its number.
+    return max([counted, *(int(each.get(DECISION, 1)) for each in tags)])
+
+
+def count_decision(name: str, verdict: "Verdict") -> None:
+    """Keeps the number of a verdict with the registered model, where it outlives its version."""
+    tracking.set_model_tag(name, DECISIONS.format(test_set=verdict.test_set), str(verdict.decisions))
 
 
 def _comparison(*run_ids: str) -> str:

@@ -699,6 +699,17 @@ def model_description(name: str) -> str:
     return (found[0].description or "") if found else ""
 
 
+def model_tags(name: str) -> dict[str, str]:
+    """The tags of a registered model; none where there is no such model."""
+    found = open_client().search_registered_models(f"name = '{name}'")
+    return dict(found[0].tags) if found else {}
+
+
+def set_model_tag(name: str, key: str, value: str) -> None:
+    """Sets a tag of a registered model; a later value replaces an earlier one."""
+    open_client().set_registered_model_tag(name, key, value)
+
+
 def describe_model(name: str, text: str) -> None:
     """Replaces the description of a registered model."""
     open_client().update_registered_model(name, description=text)

@@ -160,6 +160,20 @@ def test_against_a_version_whose_weights_are_not_known_nothing_is_registered(tre
 
 
 @pytest.mark.usefixtures("asked")
+def test_a_decision_counts_also_when_its_version_is_deleted(tree: Path) -> None:
+    set_name(tree, "counts")
+    for noise in (0.0, 0.01):
+        write_model(tree, noise=noise)
+        register.main()
+    tracking.delete_version(tracking.versions("counts")[0])  # a challenger that failed
+    write_model(tree, noise=0.02)
+    register.main()
+    newest, first = tracking.versions("counts")
+    assert (first.tags["gate.decision"], newest.tags["gate.decision"]) == ("1", "3")
+    assert "Decision number 3 on this test set" in newest.description
+
+
+@pytest.mark.usefixtures("asked")
 def test_under_another_name_the_first_version_keeps_its_model_and_its_verdict(tree: Path) -> None:
     set_name(tree, "first-name")
     write_model(tree, noise=0.02)
