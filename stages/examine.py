@@ -34,6 +34,11 @@ logger = logging.getLogger(__name__)
 
 MOST_DIFFERENT = 1e-3
 """Of any probability: more than the arithmetic of another CPU changes, less than other weights or pixels do."""
+NO_CANARY = (
+    "no images and answers are recorded with it, so nothing shows that it still answers as it did, which no tag "
+    "`override` replaces. Register the same weights anew, which records them: delete this version, check out its "
+    "commit with its data (`dvc pull`), and there `dvc repro -f -s register`"
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def soundness(version: tracking.Version) -> "tuple[list[str], Said | None]":
 
     canary = _canary(version)
     if canary is None:
-        return ["no images and answers are recorded with it, so nothing shows that it still answers as it did"], None
+        return [NO_CANARY], None
     try:
         said = _ask(version, list(canary["image"]))
     except StageError as error:

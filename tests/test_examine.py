@@ -195,6 +195,24 @@ def test_a_version_that_is_not_what_was_registered_is_not_sound(
     assert version(1) == before
 
 
+def test_a_version_without_recorded_images_is_sound_when_it_is_registered_anew(tree: Path) -> None:
+    """As the refusal advises; while it is there, its weights end as `unchanged`."""
+    set_name(tree, "anew")
+    register.main()
+    (before,) = tracking.versions("anew")
+    Path(tracking.open_client().get_run(before.run_id).info.artifact_uri, "registered/anew/canary.parquet").unlink()
+    (reason,), _ = examine.soundness(before)
+    assert "delete this version" in reason and "`dvc repro -f -s register`" in reason
+    register.main()
+    assert examine.soundness(before)[0] == [reason]
+    tracking.delete_version(before)
+    register.main()
+    (after,) = tracking.versions("anew")
+    assert (after.number, after.sha256) == (2, before.sha256)
+    assert examine.soundness(after)[0] == []
+    set_name(tree, "bells")
+
+
 @pytest.mark.usefixtures("tree")
 def test_versions_that_cannot_be_compared_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """The version in force answered other test images, or nothing that is left; or the candidate's own are gone."""
