@@ -4,6 +4,7 @@ JSON from stdin, and puts what the model said into the folder that the question 
 """
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 ALL_CLASSES = 1_000_000
 """As `top_k`."""
@@ -125,7 +128,8 @@ def score(source: str, keys: Iterable[str], shards: Iterable[Path]) -> "tuple[pd
     """What the model says to labelled images of shard sets of role finetune.
 
     Returns:
-        a row for each of `keys` that the splits test and fresh hold: key, logits; and its classes.
+        a row for each of `keys` that the splits test and fresh hold, in images as large as those that it was trained
+        on: key, logits; and its classes, none where it was asked nothing.
 
     Raises:
         StageError: it does not load, or does not answer.
@@ -184,7 +188,9 @@ def _answer(source: str, folder: Path, timed: int) -> None:
         pd.DataFrame({"probabilities": list(probabilities)}).to_parquet(folder / "answers.parquet")
         facts["milliseconds"] = _milliseconds(model, images, timed)
     else:
-        facts["classes"] = _score_shards(model, set(pd.read_parquet(folder / "keys.parquet")["key"]), folder)
+        trained_on = json.loads(weights.with_name("config.json").read_text(encoding="utf-8"))["resize"]
+        shards = _large_enough(json.loads((folder / SHARDS).read_text(encoding="utf-8")), trained_on)
+        facts["classes"] = _score_shards(model, set(pd.read_parquet(folder / "keys.parquet")["key"]), shards, folder)
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -210,7 +216,23 @@ def _milliseconds(model: Any, images: "pd.DataFrame", timed: int) -> list[float]
     return milliseconds[3:]
 
 
-def _score_shards(model: Any, keys: set[str], folder: Path) -> list[str]:
+def _large_enough(folders: Iterable[str], resize: int) -> list[Path]:
+    """Shard sets written at least as large as the model is used to: it would see others enlarged, and lose by that."""
+    from stages.data.shard_sets import read_index
+
+    kept = []
+    for shard_set in map(Path, folders):
+        if (written := read_index(shard_set)["resize"]) >= resize:
+            kept.append(shard_set)
+        else:
+            logger.warning(
+                "warning: %s is left out: its images have %d px, the model was trained with %d",
+                shard_set, written, resize,
+            )  # fmt: skip
+    return kept
+
+
+def _score_shards(model: Any, keys: set[str], shards: Sequence[Path], folder: Path) -> list[str]:
     """Writes answers.parquet a batch at a time; returns the model's classes."""
     import numpy as np
     import pandas as pd
@@ -221,7 +243,6 @@ def _score_shards(model: Any, keys: set[str], folder: Path) -> list[str]:
 
     classes: list[str] = []
     schema = pa.schema([("key", pa.string()), ("logits", pa.list_(pa.float32()))])
-    shards = [Path(each) for each in json.loads((folder / SHARDS).read_text(encoding="utf-8"))]
     splits = [read_samples(shards, split).labelled() for split in ("test", "fresh")]
     wanted = [(samples, i) for samples in splits for i, key in enumerate(samples.key) if key in keys]
     batches = [wanted[start : start + BATCH] for start in range(0, len(wanted), BATCH)]

@@ -91,7 +91,7 @@ def make_tree(folder: Path) -> None:
     write_model(folder)
 
 
-def write_shards(folder: Path, batch: str, split: str, images: int) -> None:
+def write_shards(folder: Path, batch: str, split: str, images: int, resize: int = 72) -> None:
     """The shard set of a batch that has one split only."""
     raw, out = folder / "raw" / batch, folder / "data/shards/finetune" / batch
     raw.mkdir(parents=True)
@@ -107,7 +107,7 @@ def write_shards(folder: Path, batch: str, split: str, images: int) -> None:
             digest = hashlib.sha256(data).hexdigest()
             rows.append((f"{batch}/{split}/x/{number}.jpg", "all.tar", offset, len(data), digest, number % 3, split))
     columns = ["key", "tar", "offset", "bytes", "sha256", "label", "split"]
-    write_shard_set(pd.DataFrame(rows, columns=columns), raw, out, Shard(resize=72), "finetune", batch)
+    write_shard_set(pd.DataFrame(rows, columns=columns), raw, out, Shard(resize=resize), "finetune", batch)
 
 
 def picture(seed: int, width: int, height: int) -> bytes:

@@ -311,6 +311,26 @@ def test_the_version_in_force_is_asked_about_images_that_it_has_not_seen(
     assert next(iter(compared.values()))["images"] == 48
 
 
+@pytest.mark.usefixtures("asked")
+def test_the_version_in_force_is_not_asked_about_images_smaller_than_its_own(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would see them enlarged, and its errors would be those of the candidate's shards. It adds a batch."""
+    set_name(tree, "shrinks")
+    write_model(tree)
+    register.main()
+    (first,) = tracking.versions("shrinks")
+    tracking.set_alias(first, "serving")
+    write_shards(tree, "small", "fresh", 15, resize=66)
+    write_model(tree, noise=0.04)
+    register.main()
+    second, _ = tracking.versions("shrinks")
+    assert "data/shards/finetune/small is left out: its images have 66 px, the model was trained with 72" in caplog.text
+    asked = int((pd.read_parquet(tree / "reports/predictions.parquet")["split"] == "fresh").sum())
+    left = f"{asked - 15} were" if asked > 15 else "none was"
+    assert f"of {asked} fresh images {left} answered by both" in second.description
+
+
 def test_recorded_answers_count_only_where_a_label_still_means_the_same_class() -> None:
     asked = pd.DataFrame({"key": ["a", "b", "c"], "label": [0, 1, 2]})
     recorded = pd.DataFrame({"key": ["a", "b", "old"], "label": [0, 1, 1], "logits": [[1.0], [2.0], [3.0]]})
