@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from stages.command import StageError
+from stages.files import sha256
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -556,6 +557,29 @@ def download(run_id: str, path: str, folder: Path) -> Path | None:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
+
+
+def download_model(version: "Version", folder: Path) -> None:
+    """Copies the files of a registered model into `folder`, which exists. Nothing of them is loaded.
+
+    Raises:
+        StageError: they cannot be had.
+    """
+    open_client()
+    import mlflow
+
+    try:
+        mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.number}", dst_path=str(folder))
+    except Exception as error:  # MLflow's, the object store's, the disk's
+        raise StageError(f"version {version.number} cannot be downloaded: {type(error).__name__}: {error}") from error
+    if not any(folder.iterdir()):  # MLflow only logs that there was nothing
+        raise StageError(f"version {version.number} cannot be downloaded: the registry holds no file of it")
+
+
+def weights_sha256(model: Path) -> str:
+    """sha256 of the weights in the folder of a downloaded model; empty where it holds none."""
+    found = sorted(model.rglob("model.safetensors"))
+    return sha256(found[0]) if found else ""
 
 
 # -------------------------------------------------------------------------------------------------------- registry

@@ -139,6 +139,60 @@ def test_without_a_number_it_is_the_one_in_force_else_the_newest(registry: str) 
         choose("nothing-of-this-name", None, Path.cwd())
 
 
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[tracking.Version, Path]:
+    """A version without recorded images, of a model that loads nowhere, and its weights in the registry."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors").write_bytes(b"weights")
+    client = tracking.open_client()
+    run = client.create_run(client.create_experiment("synset/finetune"))
+    source = tracking.log_model(
+        run, Path(__file__).with_name("tiny_model.py"), Path("model"), {"name": "string"}, [], {}
+    )
+    created = tracking.create_version(NAME, "About", source, run.info.run_id, {"git.commit": "0" * 40}, "Card")
+    tracking.finish_version(created, sha256(tmp_path / "model/model.safetensors"))
+    (weights,) = (tmp_path / "mlartifacts").rglob("model.safetensors")
+    return tracking.versions(NAME)[0], weights
+
+
+def nothing(*_: object, **__: object) -> list[str]:
+    """A command that must not be run."""
+    raise AssertionError("a process was started")
+
+
+class DerivedError(Exception):
+    """The derivation began."""
+
+
+def test_only_other_weights_in_the_registry_are_a_difference(
+    stored: tuple[tracking.Version, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(*_: object) -> None:
+        raise DerivedError
+
+    version, weights = stored
+    monkeypatch.setattr(verify, "folder", lambda name: Path("synset", name))
+    monkeypatch.setattr(verify, "open_tree", begin)
+    with pytest.raises(DerivedError):  # no recorded images, and a model that does not load, are none
+        verify._derive(version, nothing)
+    weights.write_bytes(b"Weights")
+    found = verify._derive(version, nothing)
+    assert found.result == "differs"
+    assert f"its weights have sha256 {sha256(weights)}, by its tag {version.sha256}" in found.detail
+
+
+def test_weights_that_cannot_be_had_are_no_difference(stored: tuple[tracking.Version, Path]) -> None:
+    version, weights = stored
+    weights.unlink()
+    with pytest.raises(StageError, match="version 1 cannot be verified: the registry holds no weights of it"):
+        verify._derive(version, nothing)
+    shutil.rmtree("mlartifacts")
+    with pytest.raises(StageError, match="version 1 cannot be downloaded"):
+        verify._derive(version, nothing)
+
+
 # ------------------------------------------------------------------------------------------------------------- for real
 
 
@@ -202,7 +256,7 @@ def test_a_damaged_model_is_neither_promoted_nor_reproduced(trained: Workspace, 
     code, output = flow(trained, "pipelines.verify", "1")
     assert code == 1, output
     assert version(1).tags["verify"].startswith("differs ")
-    assert "its weights are not those registered" in version(1).tags["verify.detail"]
+    assert "what the registry holds is not what was registered" in version(1).tags["verify.detail"]
 
 
 @pytest.mark.slow
