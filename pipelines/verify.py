@@ -182,11 +182,19 @@ def _recorded(version: tracking.Version, into: Path) -> dict[str, Path]:
 
 def _python(tree: Path, commit: str, command: Command) -> str:
     """The Python with the packages that the commit locks: this one, or one that the commit's own Makefile sets up."""
-    if text_at(ROOT, commit, LOCK) == (ROOT / LOCK).read_text(encoding="utf-8"):
+    locked = text_at(ROOT, commit, LOCK)
+    if not locked:
+        raise StageError(f"its commit {commit[:12]} has no {LOCK}, so which packages it was made with is unknown")
+    if locked == (ROOT / LOCK).read_text(encoding="utf-8"):
         return sys.executable
     own = ROOT / ".synset/uv/bin/uv"
-    command(["make", "setup", *([f"UV={own}"] if own.exists() else [])], cwd=tree, env=_environment(tree, None))
-    return str(tree / ".venv/bin/python")
+    # With the Python that runs here: the Makefile would take the newest on PATH, which may be another or none.
+    chosen = [f"PYTHON={sys.executable}", *([f"UV={own}"] if own.exists() else [])]
+    command(["make", "setup", *chosen], cwd=tree, env=_environment(tree, None))
+    python = tree / ".venv/bin/python"
+    if not python.exists():
+        raise StageError(f"`make setup` of its commit {commit[:12]} made no {python.relative_to(tree)}")
+    return str(python)
 
 
 def _environment(tree: Path, python: str | None) -> dict[str, str]:

@@ -4,14 +4,18 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from pipelines import verify
+from pipelines.reproduce import last_error
+from pipelines.stage_process import Stop, run_streamed
 from pipelines.verify import Finding, choose, different_figures
+from pipelines.worktree import git, open_tree, record
 from stages import tracking
 from stages.command import StageError
 from stages.files import sha256
@@ -191,6 +195,67 @@ def test_weights_that_cannot_be_had_are_no_difference(stored: tuple[tracking.Ver
     shutil.rmtree("mlartifacts")
     with pytest.raises(StageError, match="version 1 cannot be downloaded"):
         verify._derive(version, nothing)
+
+
+MAKEFILE = """
+setup:
+	@test -z "$$PYTHONPATH$$VIRTUAL_ENV$$SYNSET_PARAMS" || { echo "error: it hears of another checkout"; exit 1; }
+	@grep -q broken requirements.lock && echo "error: no such package" && exit 1; true
+	@mkdir -p .venv/bin
+	@printf '#!/bin/sh\\necho %s of %s\\n' "$$(cat requirements.lock)" "$(PYTHON)" > .venv/bin/python
+	@chmod +x .venv/bin/python
+"""
+
+
+def make_setup(command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> list[str]:
+    """Runs a command as the flow does."""
+    lines: list[str] = []
+    if run_streamed(command, lines.append, Stop(), cwd=cwd, env=env):
+        raise StageError(last_error(lines))
+    return lines
+
+
+@pytest.fixture
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """A checkout with a small Makefile; makes a commit with another lock, empty for none, and returns it."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "Makefile").write_text(MAKEFILE)
+    (root / "environment.mk").write_text("export HERE ?= $(CURDIR)\n")
+    git(root, "init", "-q")
+    monkeypatch.setattr(verify, "ROOT", root)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setenv("SYNSET_PARAMS", "elsewhere")
+
+    def locked(text: str) -> str:
+        (root / verify.LOCK).write_text(f"{text}\n")
+        if not text:
+            (root / verify.LOCK).unlink()
+        git(root, "add", "-A")
+        return record(root, text or "none", "--allow-empty")
+
+    return locked
+
+
+def test_the_packages_are_those_that_the_commit_locks(locks: Callable[[str], str], tmp_path: Path) -> None:
+    then, now = locks("torch==1"), locks("torch==2")
+    tree = tmp_path / "tree"
+    open_tree(verify.ROOT, tree, then)
+    assert verify._python(tree, now, nothing) == sys.executable
+    python = verify._python(tree, then, make_setup)
+    assert Path(python).is_relative_to(tree)
+    assert make_setup([python], tree, verify._environment(tree, python)) == [f"torch==1 of {sys.executable}"]
+
+
+@pytest.mark.parametrize(("lock", "reason"), [("", "has no requirements.lock"), ("broken", "no such package")])
+def test_packages_that_cannot_be_had_are_named(
+    locks: Callable[[str], str], tmp_path: Path, lock: str, reason: str
+) -> None:
+    then = locks(lock)
+    locks("torch==2")
+    open_tree(verify.ROOT, tmp_path / "tree", then)
+    with pytest.raises(StageError, match=reason):
+        verify._python(tmp_path / "tree", then, make_setup)
 
 
 # ------------------------------------------------------------------------------------------------------------- for real
