@@ -27,7 +27,6 @@ PROMOTING = "promoting"
 PROMOTED, REFUSED = "promoted", "promotion.refused"
 APPROVED_BY, OVERRIDE, RETRACTED = "approved_by", "override", "retracted"
 GIT_TAG = "champion"
-SET_BY_HAND = "not examined: `serving` was set by hand"
 _DECISIVE = (OVERRIDE, RETRACTED, tracking.UNFINISHED)
 """Tags that others may set while a version is examined, and that change the verdict."""
 _LOOKS = 10
@@ -90,6 +89,8 @@ def settle(name: str, examine: Examine, tell: Tell, root: Path) -> Outcome:
             if begun == registry.at(SERVING):
                 return _complete(begun, tell, root)
             _take_back(registry, begun)
+        elif _set_by_hand(registry):
+            _undo(registry, tell)
         elif outcome := _settle(registry, examine, tell, root):
             return outcome
         # Otherwise the registry is no longer what it was when we looked.
@@ -122,20 +123,53 @@ def _keep(registry: Registry, tell: Tell, root: Path) -> Outcome:
     if serving is None:
         _refuse_if_deleted(registry)
         return Outcome("unchanged", f"{name}: nothing is in force, and no version is `champion`")
-    if PROMOTED not in serving.tags:
-        return _complete(_begin(serving, None, None, SET_BY_HAND), tell, root)
     _tag_commit(serving, root)
     return Outcome("unchanged", f"{name}: version {serving.number} is in force, as it should be", serving.number)
 
 
 def _refuse_if_deleted(registry: Registry) -> None:
     """Raises StageError where the version in force was deleted: with it went its aliases, and so what would say it."""
-    last = next(iter(promotions(tracking.model_description(registry.name))), None)
+    last = _last_promotion(registry)
     if last and last.version not in {version.number for version in registry.versions}:
         raise StageError(
             f"{registry.name}: version {last.version}, which was in force, was deleted. What serves it goes on until "
             f"it is restarted; set `champion` on another version"
         )
+
+
+def _set_by_hand(registry: Registry) -> bool:
+    """Whether somebody else than `_promote` has set `serving`: then nobody has judged that version."""
+    serving, last = registry.at(SERVING), _last_promotion(registry)
+    if serving is None:
+        return False
+    if last is None:
+        return PROMOTED not in serving.tags
+    # Its own tag too: a description that is too long takes no more lines.
+    return last.version != serving.number and serving.tags.get(PROMOTED, "") < last.when
+
+
+def _undo(registry: Registry, tell: Tell) -> None:
+    """What was in force before is so again. A champion is judged after that, as any other."""
+    serving, previous, last = registry.at(SERVING), registry.at(PREVIOUS), _last_promotion(registry)
+    assert serving is not None
+    before = next((each for each in registry.versions if last and each.number == last.version), None)
+    if before is None and previous != serving:
+        before = previous
+    if not _still(registry):
+        return
+    if before:
+        tracking.set_alias(before, SERVING)
+        now = f"version {before.number} is in force again"
+    else:
+        tracking.delete_alias(registry.name, SERVING)
+        now = "nothing is in force"
+    what = f"`serving` was set on version {serving.number} by hand; {now}"
+    message = f"{registry.name}: {what}. Only a promotion sets that alias: set `champion`"
+    tell(Outcome("put back", message, serving.number))
+
+
+def _last_promotion(registry: Registry) -> Promotion | None:
+    return next(iter(promotions(tracking.model_description(registry.name))), None)
 
 
 def _put_back(registry: Registry, tell: Tell) -> Outcome | None:

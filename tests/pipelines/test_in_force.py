@@ -254,16 +254,80 @@ def test_the_version_in_force_deleted_is_an_error_until_another_is_wished_for(ro
     assert tick(root).kind == "unchanged"  # somebody wants nothing to be in force, and nothing is lost
 
 
-def test_serving_set_by_hand_is_undone_and_both_set_by_hand_is_written_down(root: Path) -> None:
+def both_by_hand(number: int, **tags: str) -> None:
+    """What a person does who takes `serving` for the alias to set."""
+    wish(number, **tags)
+    tracking.set_alias(version(number), "serving")
+
+
+def test_serving_set_by_hand_is_undone(root: Path) -> None:
     wish(1)
     tick(root)
     tracking.set_alias(version(2), "serving")
+    told: list[Outcome] = []
+    assert tick(root, told=told).kind == "unchanged"
+    assert [each.message for each in told] == [
+        "bells: `serving` was set on version 2 by hand; version 1 is in force again. Only a promotion sets that alias: "
+        "set `champion`"
+    ]
+    assert aliases() == {"champion": 1, "serving": 1}
+    tracking.delete_alias(NAME, "champion")
+    tracking.set_alias(version(2), "serving")
     tick(root)
-    assert aliases() == {"champion": 1, "serving": 1, "previous": 2}
-    wish(3)
-    tracking.set_alias(version(3), "serving")
+    assert aliases() == {"champion": 1, "serving": 1}
+
+
+def test_both_set_by_hand_is_a_wish_like_any_other(root: Path) -> None:
+    both_by_hand(1)
+    examine = Examiner()
+    tick(root, examine)
+    assert table() == [(1, None, "", "passed")]
+    both_by_hand(2)
+    tick(root, examine)
+    assert examine.asked == [(1, "none"), (2, "1")]
+    assert table()[0] == (2, 1, "", "passed")
+    assert aliases() == {"champion": 2, "serving": 2, "previous": 1}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("tags", "sound"),
+    [
+        ({"unfinished": "retrain"}, True),
+        ({"retracted": "d-2026-11-23"}, True),
+        ({"gate": "failed", "gate.in_force": "sha-1"}, True),
+        ({}, False),
+    ],
+)
+def test_what_may_not_come_into_force_does_not_by_hand_either(
+    root: Path, tags: dict[str, str], sound: bool, first: bool
+) -> None:
+    if not first:
+        wish(1)
+        tick(root)
+    both_by_hand(2, **tags)
+    assert tick(root, Examiner("failed", sound)).kind == "refused"
+    assert aliases() == ({} if first else {"champion": 1, "serving": 1})
+    assert "promoted" not in version(2).tags
+
+
+def test_an_older_version_set_by_hand_is_examined_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        monkeypatch.setattr(in_force, "_now", lambda day=number: f"2026-11-0{day}T00:00:00+00:00")
+        wish(number)
+        tick(root)
+    both_by_hand(1)
+    assert tick(root, Examiner(sound=False)).kind == "refused"
+    assert aliases() == {"champion": 2, "serving": 2, "previous": 1}
+
+
+def test_of_a_description_that_takes_no_line_the_tag_says_what_was_promoted(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "describe_model", lambda *_: None)
+    wish(1)
     tick(root)
-    assert table()[0] == (3, None, "", in_force.SET_BY_HAND)
+    assert (tick(root).kind, table()) == ("unchanged", [])
 
 
 def test_a_wish_that_changes_during_the_examination_is_what_counts(root: Path) -> None:
@@ -372,6 +436,9 @@ def begin(case: str) -> Examiner:
     if case == "rollback":
         wish(3)
         return Examiner("failed")
+    if case == "by hand":
+        both_by_hand(2)
+        return Examiner()
     if case == "removed":
         tracking.delete_alias(NAME, "champion")
         return Examiner()
@@ -386,6 +453,7 @@ def begin(case: str) -> Examiner:
         ("refusal", False),
         ("removed", False),
         pytest.param("promotion", True, marks=pytest.mark.slow),
+        pytest.param("by hand", False, marks=pytest.mark.slow),
         pytest.param("rollback", False, marks=pytest.mark.slow),
     ],
 )
@@ -422,7 +490,7 @@ def test_death_after_any_write_ends_in_the_state_before_or_the_state_after(
             assert state(root) == expected, f"killed after write {deaths}"
         assert tick(root).kind == "unchanged"
         examine = start_over()
-    assert deaths == {"promotion": 8, "rollback": 7, "refusal": 2, "removed": 1}[case]
+    assert deaths == {"promotion": 8, "by hand": 8, "rollback": 7, "refusal": 2, "removed": 1}[case]
 
 
 def test_a_kill_during_the_notification_repeats_it_and_nothing_else(root: Path) -> None:
