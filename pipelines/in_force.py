@@ -9,13 +9,13 @@ Each step may be repeated.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipelines.examination import Examination
-from pipelines.promotions import Promotion, promotions, with_promotion
+from pipelines.promotions import Promotion, one_line, promotions, with_promotion
 from pipelines.worktree import GitError, commit_of, git
 from stages import tracking
 from stages.command import StageError
@@ -62,6 +62,17 @@ class Outcome:
     version: int | None = None
 
 
+@dataclass(frozen=True)
+class _Journal:
+    """What a promotion is about to do; the versions are numbers."""
+
+    when: str
+    instead_of: int | None
+    previous: int | None
+    by: str
+    verdict: str
+
+
 Examine = Callable[[Version, str], Examination]
 """A version, and what its gate must have been taken against: a version's number, `none`, or empty for no gate."""
 Tell = Callable[[Outcome], None]
@@ -86,9 +97,12 @@ def settle(name: str, examine: Examine, tell: Tell, root: Path) -> Outcome:
     for _ in range(_LOOKS):
         registry = look(name)
         if (begun := _journalled(registry)) is not None:
-            if begun == registry.at(SERVING):
-                return _complete(begun, tell, root)
-            _take_back(registry, begun)
+            if (journal := _journal(begun)) is None:
+                tracking.delete_tag(begun, PROMOTING)  # not ours: it says nothing of what was begun
+            elif begun == registry.at(SERVING):
+                return _complete(begun, journal, tell, root)
+            else:
+                _take_back(registry, begun, journal)
         elif _set_by_hand(registry):
             _undo(registry, tell)
         elif outcome := _settle(registry, examine, tell, root):
@@ -122,6 +136,8 @@ def _keep(registry: Registry, tell: Tell, root: Path) -> Outcome:
     name, serving = registry.name, registry.at(SERVING)
     if serving is None:
         _refuse_if_deleted(registry)
+        if registry.versions:  # none at all: another registry, perhaps
+            _tag_commit(None, root)
         return Outcome("unchanged", f"{name}: nothing is in force, and no version is `champion`")
     _tag_commit(serving, root)
     return Outcome("unchanged", f"{name}: version {serving.number} is in force, as it should be", serving.number)
@@ -256,32 +272,39 @@ def _refuse(registry: Registry, champion: Version, reason: str, tell: Tell) -> O
 
 def _promote(registry: Registry, champion: Version, verdict: str, tell: Tell, root: Path) -> Outcome | None:
     serving = registry.at(SERVING)
-    begun = _begin(champion, serving, registry.at(PREVIOUS), verdict)
+    journal = _begin(champion, serving, registry.at(PREVIOUS), verdict)
     for version, alias in ((serving, PREVIOUS), (champion, SERVING)):
         if not _still(registry):
             return None  # the next look finds the journal and takes it back
         if version:
             tracking.set_alias(version, alias)
-    return _complete(begun, tell, root)
+    return _complete(champion, journal, tell, root)
 
 
-def _begin(version: Version, serving: Version | None, previous: Version | None, verdict: str) -> Version:
-    """Writes the journal; returns the version with it."""
-    journal = {
-        "when": _now(),
-        "instead_of": serving.number if serving else None,
-        "previous": previous.number if previous else None,
-        "by": _approver(version),
-        "verdict": verdict,
-    }
-    tags = {PROMOTING: json.dumps(journal)}
-    tracking.set_tags(version, tags)
-    return replace(version, tags=version.tags | tags)
+def _begin(version: Version, serving: Version | None, previous: Version | None, verdict: str) -> _Journal:
+    """Writes the journal."""
+    journal = _Journal(
+        when=_now(),
+        instead_of=serving.number if serving else None,
+        previous=previous.number if previous else None,
+        by=_approver(version),
+        verdict=verdict,
+    )
+    tracking.set_tags(version, {PROMOTING: json.dumps(asdict(journal))})
+    return journal
+
+
+def _journal(version: Version) -> _Journal | None:
+    """None where the tag is none of ours: anybody may set one."""
+    try:
+        return _Journal(**json.loads(version.tags[PROMOTING]))
+    except (ValueError, TypeError):
+        return None
 
 
 def _approver(version: Version) -> str:
     """The tag `approved_by`, unless it is still that of an earlier promotion: MLflow knows not who clicks."""
-    by = version.tags.get(APPROVED_BY, "").strip()
+    by = one_line(version.tags.get(APPROVED_BY, ""))  # as the table has it, to be compared with it
     earlier = [each for each in promotions(tracking.model_description(version.name)) if each.version == version.number]
     # The last that was signed: those after it were found not to be, with the same tag.
     last = next((each.by for each in earlier if each.by), "")
@@ -294,10 +317,9 @@ def _journalled(registry: Registry) -> Version | None:
     return next((version for version in begun if SERVING not in version.aliases), begun[0] if begun else None)
 
 
-def _take_back(registry: Registry, version: Version) -> None:
+def _take_back(registry: Registry, version: Version, journal: _Journal) -> None:
     """Before `serving` was written, `previous` at most was."""
-    number = json.loads(version.tags[PROMOTING])["previous"]
-    before = next((each for each in registry.versions if each.number == number), None)
+    before = next((each for each in registry.versions if each.number == journal.previous), None)
     if before:
         tracking.set_alias(before, PREVIOUS)
     elif registry.at(PREVIOUS):
@@ -305,14 +327,13 @@ def _take_back(registry: Registry, version: Version) -> None:
     tracking.delete_tag(version, PROMOTING)
 
 
-def _complete(version: Version, tell: Tell, root: Path) -> Outcome:
+def _complete(version: Version, journal: _Journal, tell: Tell, root: Path) -> Outcome:
     """Everything that follows from `serving`."""
-    journal = json.loads(version.tags[PROMOTING])
-    tracking.set_tags(version, {PROMOTED: journal["when"]})
+    tracking.set_tags(version, {PROMOTED: journal.when})
     if REFUSED in version.tags:
         tracking.delete_tag(version, REFUSED)
     problem = _tag_commit(version, root)
-    entry = Promotion(journal["when"], version.number, journal["instead_of"], journal["by"], journal["verdict"])
+    entry = Promotion(journal.when, version.number, journal.instead_of, journal.by, journal.verdict)
     description = tracking.model_description(version.name)
     if (text := with_promotion(description, version.name, entry)) != description:
         tracking.describe_model(version.name, text)
@@ -324,13 +345,13 @@ def _complete(version: Version, tell: Tell, root: Path) -> Outcome:
     return outcome
 
 
-def _tag_commit(version: Version, root: Path) -> str:
+def _tag_commit(version: Version | None, root: Path) -> str:
     """Sets the git tag `champion` on the commit of the version in force; returns what is wrong with that, if anything.
 
-    No reason to end: the tag is a convenience, and the next look tries again. Where the commit is unknown, there is no
-    such tag, rather than one that lies.
+    No reason to end: the tag is a convenience, and the next look tries again. Where nothing is in force, or the commit
+    is unknown, there is no such tag, rather than one that lies.
     """
-    commit, problem = version.commit, ""
+    commit, problem = version.commit if version else "", ""
     tag = f"refs/tags/{GIT_TAG}"
     try:
         if not commit:

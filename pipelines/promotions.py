@@ -39,6 +39,11 @@ class Promotion:
     """Why it could: what the gate said, or what stood in for it."""
 
 
+def one_line(text: str) -> str:
+    """A person's words as the table keeps them: on one line, and not more than fit in a cell."""
+    return " ".join(text.split())[:300].strip()
+
+
 def promotions(description: str) -> list[Promotion]:
     """What the table holds, newest first; lines that are none of ours are passed over."""
     return [found for line in _parts(description)[1] if (found := _read(line))]
@@ -93,7 +98,7 @@ def _line(name: str, promotion: Promotion) -> str:
 
 def _cell(text: str) -> str:
     """A person's words as one cell, shown as they were written: no end of line, no bar, no Markdown, no HTML."""
-    words = html.escape(" ".join(text.split())[:300], quote=False)
+    words = html.escape(one_line(text), quote=False)
     return _SPECIAL.sub(r"\\\g<0>", words)
 
 

@@ -386,6 +386,35 @@ def test_a_git_tag_that_was_moved_is_set_again(root: Path) -> None:
     assert commit(root, "refs/tags/champion") == version(1).commit
 
 
+def test_nothing_in_force_any_more_has_no_git_tag(root: Path) -> None:
+    wish(1)
+    tick(root)
+    for alias in ("serving", "champion"):
+        tracking.delete_alias(NAME, alias)
+    assert tick(root).kind == "unchanged"
+    assert commit(root, "refs/tags/champion") == ""
+
+
+@pytest.mark.parametrize("journal", ["yes", "5", '{"when": "now"}'])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_journal_that_is_none_of_ours_is_removed(root: Path, journal: str, number: int) -> None:
+    wish(1)
+    tick(root)
+    tracking.set_tags(version(number), {in_force.PROMOTING: journal})
+    assert tick(root).kind == "unchanged"
+    assert in_force.PROMOTING not in version(number).tags
+    assert aliases() == {"champion": 1, "serving": 1}
+
+
+def test_a_signature_that_the_table_holds_in_other_words_is_still_an_earlier_one(root: Path) -> None:
+    wish(1, approved_by="Ana  Banana\n| of <QA> " + "x" * 300)
+    tick(root)
+    for number in (2, 1):
+        wish(number)
+        tick(root)
+    assert [by[:18] for _, _, by, _ in table()] == ["", "", "Ana Banana | of <Q"]
+
+
 # ------------------------------------------------------------------------------------------------------ death anywhere
 
 
