@@ -37,8 +37,8 @@ def reconcile() -> State[Any]:
     """One look at the registry, and whatever follows from it."""
     logger = get_run_logger()
     stop = Stop()
-    clear_after_kill("retrain")
     try:
+        clear_after_kill("retrain")
         name = load_section("register", Register).name
         with exclusive(NAME, str(runtime.flow_run.id)), signals_to(stop), tracking.reachable():
             examined = partial(examine, run=partial(run_logged, stop=stop))

@@ -33,6 +33,19 @@ def test_a_failure_is_told_once_and_again_when_it_is_another(told: list[tuple[st
     assert [body.splitlines()[0] for _, body in told] == ["refused", "no space"]
 
 
+def test_a_disk_that_fails_before_anything_else_is_told_too(
+    told: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reconcile, "clear_after_kill", full)
+    monkeypatch.setattr(reconcile, "get_run_logger", lambda: None)
+    with pytest.raises(OSError, match="No space"):
+        reconcile.reconcile.fn()
+    assert [title for title, _ in told] == ["reconcile failed"]
+
+
 def test_an_outcome_is_told_with_a_link_where_there_is_a_server(
     told: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
