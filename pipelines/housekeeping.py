@@ -128,16 +128,26 @@ def _plumb(root: Path, env: dict[str, str], *arguments: str, text: str | None = 
     return done.stdout.strip()
 
 
-def collect(root: Path = ROOT, dry: bool = False) -> str:
+def collect(root: Path = ROOT, dry: bool = False, own_cache: bool = False) -> str:
     """Runs `dvc gc`; returns what it freed, in words.
 
+    Args:
+        own_cache: also where the cache lies outside the repository's checkouts, because no other clone uses it.
+
     Raises:
-        StageError: DVC failed, most likely because it is at work in this checkout.
+        StageError: the cache may be others' too, a worktree is not there, or DVC failed, most likely because it is at
+            work in this checkout. Nothing was removed.
     """
     cache = Path(_dvc(root, "cache", "dir")[-1])
+    trees = _worktrees(root)
+    if not (own_cache or dry or any(cache.resolve().is_relative_to(tree.resolve()) for tree in (root, *trees))):
+        raise StageError(
+            f"DVC's cache {cache} lies outside this checkout: other clones may use it, and what only they name would "
+            f"be removed; nothing was. If none does: `python -m pipelines.housekeeping --cache-of-our-own`"
+        )
     before = _sizes(cache)
     keep = ["--workspace", "--all-branches", "--all-tags"]
-    others = [str(tree) for tree in _worktrees(root) if tree.resolve() != root.resolve()]
+    others = [str(tree) for tree in trees if tree.resolve() != root.resolve()]
     lines = _dvc(
         root, "gc", "--force", *keep, *(["--projects", *others] if others else []), *(["--dry"] if dry else [])
     )
@@ -152,10 +162,21 @@ def collect(root: Path = ROOT, dry: bool = False) -> str:
 
 
 def _worktrees(root: Path) -> list[Path]:
-    """Checkouts of this repository that DVC works in, this one first."""
-    listed = git(root, "worktree", "list", "--porcelain").splitlines()
-    paths = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
-    return [path for path in paths if (path / ".dvc").is_dir()]
+    """Checkouts of this repository that DVC works in, this one first.
+
+    Raises:
+        StageError: one is not there, so what its workspace names is unknown.
+    """
+    entries = [entry.splitlines() for entry in git(root, "worktree", "list", "--porcelain").split("\n\n")]
+    paths = [Path(lines[0].removeprefix("worktree ")) for lines in entries if "bare" not in lines]
+    # Our own trees go with `make clean`, for good.
+    kept = [path for path in paths if (path / ".git").exists() or not path.is_relative_to(root.resolve() / ".synset")]
+    if missing := [str(path) for path in kept if not (path / ".git").exists()]:
+        raise StageError(
+            f"the worktree {', '.join(missing)} is not there, so which data it names is unknown; nothing was removed. "
+            f"Mount it, or, if it is gone for good, `git worktree prune`"
+        )
+    return [path for path in kept if (path / ".dvc").is_dir()]
 
 
 def _dvc(root: Path, *arguments: str) -> list[str]:
@@ -181,7 +202,11 @@ def main() -> None:
     parser.add_argument(
         "--dry", action="store_true", help="only say what would go (versions get their tags all the same)"
     )
-    dry = parser.parse_args().dry
+    parser.add_argument(
+        "--cache-of-our-own", action="store_true",
+        help="the cache lies outside this checkout, and no other clone uses it: collect all the same",
+    )  # fmt: skip
+    arguments = parser.parse_args()
     environment.apply()
     name = load_section("register", Register).name
     check_root(ROOT)
@@ -190,7 +215,7 @@ def main() -> None:
         with tracking.reachable():
             tags = keep_versions(name)
         print(f"kept for registered versions: {', '.join(tags) or 'nothing, there are none'}")
-        print(collect(dry=dry))
+        print(collect(dry=arguments.dry, own_cache=arguments.cache_of_our_own))
 
 
 if __name__ == "__main__":

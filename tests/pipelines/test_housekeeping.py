@@ -165,6 +165,59 @@ def test_what_versions_of_other_models_were_made_from_is_kept_too(apart: Path) -
     assert "model/other/1" not in git("tag", "--list").split()
 
 
+@pytest.fixture
+def elsewhere(apart: Path, tmp_path: Path) -> Iterator[Path]:
+    """An object that another clone made, in a cache outside of the checkout that both use."""
+    cached = tmp_path / "cache/files/md5/d4/1d8cd98f00b204e9800998ecf8427e"
+    cached.parent.mkdir(parents=True)
+    cached.write_text("")
+    local = apart / ".dvc/config.local"
+    local.write_text(f"[cache]\n    dir = {tmp_path}/cache\n")
+    yield cached
+    local.unlink()
+
+
+def test_a_cache_that_other_clones_may_use_is_left_alone_unless_it_is_said_that_none_does(
+    apart: Path, elsewhere: Path
+) -> None:
+    with pytest.raises(StageError, match=r"other clones may use it.*housekeeping --cache-of-our-own"):
+        housekeeping.collect(apart)
+    assert elsewhere.exists()
+    assert housekeeping.collect(apart, own_cache=True).startswith("freed 0.0 MB in 1 files")
+    assert not elsewhere.exists()
+
+
+@pytest.fixture
+def worktree(apart: Path, tmp_path: Path) -> Iterator[Path]:
+    """A worktree of the repository, with the cache of the checkout."""
+    tree = tmp_path / "worktree"
+    git("worktree", "add", "-q", "--detach", str(tree))
+    (tree / ".dvc/config.local").write_text(f"[cache]\n    dir = {apart}/.dvc/cache\n")
+    yield tree
+    git("worktree", "remove", "--force", "--force", str(tree))
+
+
+def test_the_cache_of_a_repository_is_that_of_its_worktrees_too(worktree: Path) -> None:
+    assert housekeeping.collect(worktree).startswith("freed ")
+
+
+def test_a_worktree_that_is_not_there_just_now_stops_it(apart: Path, worktree: Path) -> None:
+    hidden = worktree.rename(worktree.with_name("unmounted"))
+    worktree.mkdir()  # where it is mounted
+    with pytest.raises(StageError, match=rf"the worktree {worktree} is not there.*`git worktree prune`"):
+        housekeeping.collect(apart)
+    assert str(worktree) in git("worktree", "list")
+    worktree.rmdir()
+    hidden.rename(worktree)
+
+
+def test_a_tree_of_our_own_that_went_with_make_clean_does_not(apart: Path) -> None:
+    git("worktree", "add", "-q", "--detach", ".synset/retrain/tree")
+    shutil.rmtree(".synset")
+    assert housekeeping.collect(apart).startswith("freed ")
+    assert ".synset" not in git("worktree", "list")
+
+
 def test_another_registry_costs_no_data(apart: Path, caplog: pytest.LogCaptureFixture) -> None:
     """MLFLOW_TRACKING_URI forgotten: an empty database takes the place of the team's."""
     tag = f"model/{NAME}/1"
