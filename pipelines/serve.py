@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -122,10 +123,21 @@ async def _wait_until_ready(backend: Backend, client: httpx.AsyncClient, lines: 
             await asyncio.wait({backend.reader}, timeout=5)
             raise StageError(f"version {backend.version} does not start: {_cause(lines)}")
         with suppress(httpx.TransportError):
-            if (await client.get(f"http://{HOST}:{backend.port}/ping")).is_success:
+            answers = (await client.get(f"http://{HOST}:{backend.port}/ping")).is_success
+            # The port was free when it was chosen; by now another process may have it, and another model answer.
+            if answers and _listens(backend):
                 return
         await asyncio.sleep(0.2)
     raise StageError(f"version {backend.version} did not answer within {START_WITHIN:.0f} s")
+
+
+def _listens(backend: Backend) -> bool:
+    """Whether it is our process, or one that it started, that has the port."""
+    with suppress(psutil.Error):
+        own = psutil.Process(backend.process.pid)
+        connections = [each for process in (own, *own.children(True)) for each in process.net_connections("tcp")]
+        return any(each.status == psutil.CONN_LISTEN and each.laddr.port == backend.port for each in connections)
+    return False  # one of them has ended
 
 
 def _cause(lines: list[str]) -> str:

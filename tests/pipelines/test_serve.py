@@ -25,6 +25,7 @@ from pipelines.environment import settings
 from pipelines.serve import Backend, Front, InForce
 from pipelines.servers import free_port
 from stages import tracking
+from stages.command import StageError
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "tiny"
@@ -143,6 +144,50 @@ def test_headers_are_passed_on_as_they_came(tmp_path: Path) -> None:
     asyncio.run(ask())
     assert (b"x-user", b"Zo\xeb") in got
     assert b"there" not in dict(got).values()
+
+
+SERVER = """
+import http.server, sys, time
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+time.sleep(0.5)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("foreign", [True, False])
+def test_another_process_that_takes_the_port_is_not_taken_for_the_model(foreign: bool) -> None:
+    port = free_port(5800)
+
+    async def start() -> asyncio.subprocess.Process:
+        # As mlflow does it: the server is a child of the process that is started.
+        launch = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SERVER!r}, '{port}'], check=True)"
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-c", launch, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+    async def wait() -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            other = Backend(1, port, await start()) if foreign else None
+            if other:
+                await serve._wait_until_ready(other, client, [])
+            backend = Backend(2, port, await start())
+            lines: list[str] = []
+            backend.reader = asyncio.create_task(serve._pass_on(backend.process, "version 2", lines))
+            try:
+                await serve._wait_until_ready(backend, client, lines)
+            finally:
+                for each in filter(None, (backend, other)):
+                    await each.stop()
+
+    if foreign:
+        with pytest.raises(StageError, match=r"version 2 does not start: OSError.*Address already in use"):
+            asyncio.run(wait())
+    else:
+        asyncio.run(wait())
 
 
 # --------------------------------------------------------------------------------------------------- real processes
