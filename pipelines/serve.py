@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -37,6 +36,7 @@ from pipelines.servers import HOST, START_WITHIN, free_port, listening_socket
 from pipelines.stage_process import split_lines
 from stages import tracking
 from stages.command import StageError, run
+from stages.files import replaced_directory
 from stages.params.all import check_all
 from stages.params.load import load_section
 from stages.params.register import Register
@@ -208,29 +208,26 @@ class InForce:
 
 
 def fetch(version: tracking.Version, store: Path) -> Path:
-    """The model of a version in a folder of its own below `store`, downloaded where it is not there.
+    """The model of a version in a folder of its own below `store`, downloaded where it is not there as registered.
 
     A process that dies can so be started again while the registry is gone.
 
     Raises:
-        StageError: it cannot be downloaded.
+        StageError: it cannot be downloaded, or the registry holds other weights than those registered.
     """
     model = store / f"{version.name}-{version.number}-{version.source.rpartition('/')[2]}"
-    if model.exists():
+    if model.exists() and _is_registered(version, model):
         return model
-    store.mkdir(parents=True, exist_ok=True)
-    tracking.open_client()
-    import mlflow
-
-    with tempfile.TemporaryDirectory(dir=store, prefix=".") as aside:
-        try:
-            found = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.number}", dst_path=aside)
-        except Exception as error:  # MLflow's, the object store's, the disk's
-            raise StageError(
-                f"version {version.number} cannot be downloaded: {type(error).__name__}: {error}"
-            ) from error
-        Path(found).rename(model)
+    with replaced_directory(model) as aside:
+        tracking.download_model(version, aside)
+        if not _is_registered(version, aside):
+            raise StageError(f"version {version.number}: the registry holds other weights than those registered")
     return model
+
+
+def _is_registered(version: tracking.Version, model: Path) -> bool:
+    """By its weights, where the version says which; a copy may be cut short by a power cut, or damaged later."""
+    return not version.sha256 or tracking.weights_sha256(model) == version.sha256
 
 
 def _forget(store: Path, keep: Path) -> None:

@@ -26,6 +26,7 @@ from pipelines.serve import Backend, Front, InForce
 from pipelines.servers import free_port
 from stages import tracking
 from stages.command import StageError
+from stages.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "tiny"
@@ -144,6 +145,30 @@ def test_headers_are_passed_on_as_they_came(tmp_path: Path) -> None:
     asyncio.run(ask())
     assert (b"x-user", b"Zo\xeb") in got
     assert b"there" not in dict(got).values()
+
+
+def test_a_damaged_copy_of_a_model_is_downloaded_again(registry: Path) -> None:
+    Path("model").mkdir()
+    weights = Path("model/model.safetensors")
+    weights.write_bytes(b"weights" * 100)
+    version = registered("one")
+    tracking.finish_version(version, sha256(weights))
+    version = tracking.versions(NAME)[0]
+    model = serve.fetch(version, registry / "store")
+    (copy,) = model.rglob("model.safetensors")
+    with copy.open("r+b") as content:
+        content.truncate(10)
+    assert serve.fetch(version, registry / "store") == model
+    assert sha256(copy) == version.sha256
+    assert (model / "MLmodel").exists()
+    assert [path.name for path in (registry / "store").iterdir()] == [model.name]
+
+    (held,) = (registry / "mlartifacts").rglob("model.safetensors")
+    held.write_bytes(b"others")
+    assert serve.fetch(version, registry / "store") == model  # the copy is sound
+    copy.unlink()
+    with pytest.raises(StageError, match="the registry holds other weights than those registered"):
+        serve.fetch(version, registry / "store")
 
 
 SERVER = """
