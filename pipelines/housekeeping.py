@@ -28,8 +28,8 @@ from stages.params.register import Register
 logger = logging.getLogger(__name__)
 
 RECEIPT = Path("models/registered.json")
-RECORDED = ("dvc.lock", "params.yaml")
-"""Files that a registration logged, and that name the version's data: the lock that its commit holds may be older."""
+RECORDED = ("dvc.lock", "dvc.yaml", "params.yaml")
+"""Files that a registration logged, and that name the version's data: those that its commit holds may be older."""
 
 
 def keep_versions(name: str, root: Path = ROOT) -> list[str]:

@@ -292,7 +292,13 @@ def _log_files(name: str, run: "Run", review: "Review", answered: Answered) -> N
         own.mkdir(parents=True)
         reviewing.write_verdict(review, own)
         answered.canary.to_parquet(own / "canary.parquet")
-        for path in (params_path(), Path("dvc.lock"), REPORTS / "report.html", REPORTS / "validation.html"):
+        for path in (
+            params_path(),
+            Path("dvc.yaml"),
+            Path("dvc.lock"),
+            REPORTS / "report.html",
+            REPORTS / "validation.html",
+        ):
             if path.exists():
                 shutil.copyfile(path, folder / path.name)
         for path in (PREDICTIONS, *REPORTS.rglob("*.json")):

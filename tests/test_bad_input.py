@@ -13,6 +13,8 @@ import yaml
 from PIL import Image
 
 from stages.data.facts import ACCEPTED, read_table, write_table
+from stages.params.load import ParamsError, load_section
+from stages.params.register import Register
 from tests.workspace import ROOT, SMALL
 
 PYTHON = sys.executable
@@ -80,6 +82,20 @@ def test_a_class_folder_with_no_file(folder: Path) -> None:
     write_params(folder, batch("pets"))
     assert "train/dog has no file" in run(folder, "stages.ingest", "mine")
     assert not (folder / "data/raw").exists() or not any((folder / "data/raw").rglob("*.tar"))
+
+
+@pytest.mark.parametrize("name", ["a..b", "x.lock", "x.", ".x", "x y", "x/y", "x\n", ""])
+def test_a_name_of_which_git_makes_no_tag(folder: Path, name: str) -> None:
+    write_params(folder, {"register": {"name": name}})
+    with pytest.raises(ParamsError, match=r"`register\.name`: expected letters, digits.*, got"):
+        load_section("register", Register, folder / "params.yaml")
+
+
+def test_names_of_which_git_makes_a_tag(folder: Path) -> None:
+    for name in ("x", "Imagenette-64px_v1.2", "a.lock.b"):
+        write_params(folder, {"register": {"name": name}})
+        assert load_section("register", Register, folder / "params.yaml").name == name
+        subprocess.run(["git", "check-ref-format", f"refs/tags/model/{name}/1"], check=True)
 
 
 def scanned(folder: Path) -> None:

@@ -23,6 +23,7 @@ from tests.bells import CLASSES, PARAMS, asked_here, set_name, tree_of_bells, wr
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A tree in which the stage ran once, for real: a fresh process loaded the logged model and answered."""
     with tree_of_bells(tmp_path_factory.mktemp("tree")) as folder:
+        (folder / "dvc.yaml").write_text("stages: {}\n")
         register.main()
         yield folder
 
@@ -59,12 +60,12 @@ def test_everything_for_a_review_is_with_the_run_and_nothing_else_is_written(tre
     artifacts = Path(run.info.artifact_uri)
     assert artifacts.is_relative_to(tree / "mlartifacts")
     own = tuple(f"registered/bells/{name}" for name in ("gate.json", "review.html", "canary.parquet"))
-    for name in (*own, "params.yaml", "reports/predictions.parquet", "reports/metrics.json"):
+    for name in (*own, "params.yaml", "dvc.yaml", "reports/predictions.parquet", "reports/metrics.json"):
         assert (artifacts / name).is_file()
     assert run.data.metrics["test.top1"] == pytest.approx(38 / 48)
     assert run.data.metrics["latency.p95_ms"] >= run.data.metrics["latency.median_ms"] > 0
     made = {path.name for path in tree.iterdir()}
-    assert made == {"params.yaml", "raw", "data", "models", "reports", "mlflow.db", "mlartifacts"}
+    assert made == {"params.yaml", "dvc.yaml", "raw", "data", "models", "reports", "mlflow.db", "mlartifacts"}
 
 
 def test_sixteen_images_are_kept_with_what_the_served_model_said(tree: Path) -> None:

@@ -1,13 +1,23 @@
 """The section `register`: the model's name in the MLflow registry."""
 
+import re
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator
 
 from stages.params.load import Section
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+
+
+def _as_git_takes_it(name: str) -> str:
+    """`make gc` keeps versions by git tags `model/<name>/<number>`."""
+    if not _NAME.fullmatch(name) or name.endswith(".lock"):
+        raise ValueError("expected letters, digits, `-`, `_` and single dots between them, and no `.lock` at the end")
+    return name
 
 
 class Register(Section):
     """One name a product; versions are counted by MLflow."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, AfterValidator(_as_git_takes_it)]

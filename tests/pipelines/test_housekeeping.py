@@ -65,7 +65,7 @@ def register(of: str, model_name: str = NAME) -> tracking.Version:
     client = tracking.open_client()
     found = client.get_experiment_by_name("e")
     run = client.create_run(found.experiment_id if found else client.create_experiment("e"))
-    for name in ("dvc.lock", "params.yaml"):
+    for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
         client.log_artifact(run.info.run_id, name)
     model = client.create_logged_model(run.info.experiment_id, "model", source_run_id=run.info.run_id)
     tags = {"git.commit": of} if of else {}
@@ -149,8 +149,8 @@ def test_a_version_of_an_unknown_commit_stops_it(project: Path) -> None:
 def apart(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same repository with an empty registry, a commit, and the files that a registration logs."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    for name in ("dvc.lock", "params.yaml"):
-        Path(name).touch()
+    Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    Path("params.yaml").touch()
     commit("apart")
     return project
 
@@ -163,6 +163,20 @@ def test_what_versions_of_other_models_were_made_from_is_kept_too(apart: Path) -
     tracking.delete_version(tracking.versions("other")[-1])
     assert housekeeping.keep_versions(NAME, apart) == []
     assert "model/other/1" not in git("tag", "--list").split()
+
+
+def test_what_was_made_by_an_edited_graph_is_kept_with_that_graph(apart: Path) -> None:
+    """DVC keeps of a commit what its dvc.yaml names."""
+    graph, edited = Path("dvc.yaml").read_text(), {"stages": {"copy": STAGE | {"outs": ["other"]}}}
+    Path("dvc.yaml").write_text(json.dumps(edited))
+    out = {"path": "other", "md5": "d41d8cd98f00b204e9800998ecf8427e"}
+    Path("dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"copy": {"cmd": "", "outs": [out]}}}))
+    register(git("rev-parse", "HEAD"))
+    git("checkout", "-q", "dvc.yaml", "dvc.lock")
+    assert housekeeping.keep_versions(NAME, apart) == [f"model/{NAME}/1"]
+    assert json.loads(git("show", f"model/{NAME}/1:dvc.yaml")) == edited
+    assert Path("dvc.yaml").read_text() == graph
+    git("tag", "-d", f"model/{NAME}/1")
 
 
 @pytest.fixture
