@@ -40,18 +40,22 @@ def back_up(database: Path, artifacts: Path, file: Path) -> None:
     """Writes `file`, whole or not at all.
 
     Raises:
-        StageError: there is no database, or there is such a file.
+        StageError: there is no database, there is such a file, or it would be among what it holds.
     """
     if not database.exists():
         raise StageError(f"there is no {database} to back up; `make repro` begins one")
     if file.exists():
         raise StageError(f"{file} exists and is not overwritten; give another name")
+    if file.resolve().is_relative_to(artifacts.resolve()):
+        raise StageError(f"{file} lies in {artifacts} and would hold itself; put it elsewhere")
     with replaced_file(file) as aside:
         copy = aside.with_name(f"{aside.name}.db")
         try:
             _copy_database(database, copy)
             _warn_of_others(copy, artifacts)
-            # The database first: whatever it names was written before it, and artifacts are added, not changed.
+            # The database first: whatever it names was written before it, and artifacts are added. One exception: where
+            # a gate is taken again meanwhile, its gate.json and review.html are newer than the card and the tags, which
+            # are what counts.
             _write_tar(aside, copy, artifacts)
         finally:
             copy.unlink(missing_ok=True)

@@ -97,6 +97,12 @@ def test_nothing_is_overwritten(registry: Path, file: Path) -> None:
         backup.back_up(*place(registry), file)
 
 
+def test_it_does_not_hold_itself(registry: Path) -> None:
+    with pytest.raises(StageError, match=r"x\.tar lies in .*mlartifacts and would hold itself"):
+        backup.back_up(*place(registry), registry / "mlartifacts/backups/x.tar")
+    assert not (registry / "mlartifacts/backups").exists()
+
+
 def test_the_journal_of_another_database_is_not_applied_to_the_restored_one(file: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
