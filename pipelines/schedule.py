@@ -52,6 +52,10 @@ FLOWS_GRACE = 60.0
 """Seconds for the flows to stop: longer than they take to stop their stages."""
 QUICK = 60.0
 """A child that ends within these seconds of its start has ended quickly."""
+ASK_EVERY = 10.0
+"""Seconds between two looks whether a server still answers."""
+HANGS = 300.0
+"""Seconds without an answer, after which a server that does not end is started again. A busy one may miss some."""
 TRIES = 5
 """Quick ends in a row, after which a child is not started again."""
 
@@ -69,18 +73,22 @@ class Child:
     quick_ends: int = 0
     start_after: float = 0.0
     ready: bool = False
+    answered: float = 0.0
+    """When it was last known to be there."""
+    ask_after: float = 0.0
     last_lines: list[str] = field(default_factory=list)
 
     def start(self, say: Callable[[str], None]) -> None:
         """Starts it; its lines go to `say`, each with its name before it."""
         self.process = start(self.service, PIPE)
-        self.started, self.ready = time.monotonic(), not self.service.health
+        self.started = self.answered = self.ask_after = time.monotonic()
+        self.ready = not self.service.health
         self.last_lines.clear()
         assert self.process.stdout is not None
         threading.Thread(target=self._pass_on, args=(self.process.stdout, say), daemon=True).start()
 
     def look(self, say: Callable[[str], None]) -> None:
-        """Starts it where it is due, and sees whether it is ready or has ended.
+        """Starts it where it is due, and sees whether it is ready, has ended or hangs.
 
         Raises:
             StageError: it keeps ending soon after its start.
@@ -90,10 +98,13 @@ class Child:
                 self.start(say)
         elif self.process.poll() is not None:
             self._ended(self.process, say)
-        elif not self.ready:
-            self.ready = answers(self.service.health)
-            if not self.ready and time.monotonic() - self.started > START_WITHIN:
+        elif self.service.health and time.monotonic() >= self.ask_after:
+            if answers(self.service.health):
+                self.ready, self.answered = True, time.monotonic()
+            elif time.monotonic() - self.answered > (HANGS if self.ready else START_WITHIN):
                 self._ended(self.process, say)
+            if self.ready:
+                self.ask_after = time.monotonic() + ASK_EVERY
 
     def stop(self, at_once: bool = False) -> None:
         """Ends it, with all that it started."""

@@ -52,6 +52,19 @@ def test_a_child_that_ends_is_started_again_and_its_lines_carry_its_name(tmp_pat
     assert "schedule | server ended with exit code 7; starting it again in 1 s" in lines
 
 
+def test_a_server_that_hangs_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(schedule, "ASK_EVERY", 0.1)
+    monkeypatch.setattr(schedule, "HANGS", 0.5)
+    # One answer that is missing is no reason; from the fourth on none comes.
+    said = iter([True, False, True])
+    monkeypatch.setattr(schedule, "answers", lambda _: next(said, lines.count("server   | up") == 2))
+    server = Service("server", ["sh", "-c", "echo up; exec sleep 300"], health="http://there", grace=1.0)
+    stop = asked_when(lambda: lines.count("server   | up") == 2)
+    schedule.keep_running([server], shell("flows", "exec sleep 300"), stop, lines.append)
+    assert lines.count("schedule | server did not answer in time; starting it again in 1 s") == 1
+
+
 def test_who_keeps_ending_is_given_up_and_the_others_are_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
