@@ -156,21 +156,16 @@ def _refuse_if_deleted(registry: Registry) -> None:
 def _set_by_hand(registry: Registry) -> bool:
     """Whether somebody else than `_promote` has set `serving`: then nobody has judged that version."""
     serving, last = registry.at(SERVING), _last_promotion(registry)
-    if serving is None:
+    if serving is None or serving == _promoted_last(registry):
         return False
-    if last is None:
-        return PROMOTED not in serving.tags
     # Its own tag too: a description that is too long takes no more lines.
-    return last.version != serving.number and serving.tags.get(PROMOTED, "") < last.when
+    return serving.tags.get(PROMOTED, "") < last.when if last else PROMOTED not in serving.tags
 
 
 def _undo(registry: Registry, tell: Tell) -> None:
     """What was in force before is so again. A champion is judged after that, as any other."""
-    serving, previous, last = registry.at(SERVING), registry.at(PREVIOUS), _last_promotion(registry)
+    serving, before = registry.at(SERVING), _promoted_last(registry)
     assert serving is not None
-    before = next((each for each in registry.versions if last and each.number == last.version), None)
-    if before is None and previous != serving:
-        before = previous
     if not _still(registry):
         return
     if before:
@@ -182,6 +177,13 @@ def _undo(registry: Registry, tell: Tell) -> None:
     what = f"`serving` was set on version {serving.number} by hand; {now}"
     message = f"{registry.name}: {what}. Only a promotion sets that alias: set `champion`"
     tell(Outcome("put back", message, serving.number))
+
+
+def _promoted_last(registry: Registry) -> Version | None:
+    """By the table; where that version was deleted, the one before it."""
+    last, previous = _last_promotion(registry), registry.at(PREVIOUS)
+    found = next((each for each in registry.versions if last and each.number == last.version), None)
+    return found or (previous if previous and PROMOTED in previous.tags else None)
 
 
 def _last_promotion(registry: Registry) -> Promotion | None:

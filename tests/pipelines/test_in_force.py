@@ -321,6 +321,19 @@ def test_an_older_version_set_by_hand_is_examined_too(root: Path, monkeypatch: p
     assert aliases() == {"champion": 2, "serving": 2, "previous": 1}
 
 
+def test_by_hand_after_the_version_in_force_was_deleted_it_is_the_previous_one_that_counts(root: Path) -> None:
+    for number in (1, 2):
+        wish(number)
+        tick(root)
+    tracking.delete_version(version(2))
+    both_by_hand(3)
+    examine = Examiner("failed")
+    assert tick(root, examine).kind == "refused"
+    assert examine.asked == [(3, "1")]
+    assert aliases() == {"champion": 1, "serving": 1, "previous": 1}
+    assert tick(root).kind == "unchanged"
+
+
 def test_of_a_description_that_takes_no_line_the_tag_says_what_was_promoted(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
