@@ -89,8 +89,11 @@ def look(
     """
     found = Found()
     taken: dict[str, str] = {}
+    sources = {_folder_of(each) for each in batches.values()}
     for folder in _folders(incoming):
         name, batch = shown(folder.name), batch_name(folder.name)
+        if folder.name in sources and batch not in batches:
+            continue  # no delivery: somebody listed it under a name of their own
         try:
             why = _known(folder, batch, batches, retracted, memory, digest)
             if not why and batch not in batches:
@@ -130,10 +133,9 @@ def _known(
         return f"its batch {batch} was taken back"
     if batch not in batches:
         return ""
-    listed = batches[batch] if isinstance(batches[batch], dict) else {}
-    if str(listed.get("source", "")).partition("?")[0].rstrip("/") != folder.name:
+    if _folder_of(batches[batch]) != folder.name:
         return f"params.yaml has another batch {batch}; deliver it under a new name"
-    accepted = listed.get("digest")
+    accepted = batches[batch].get("digest")
     if not accepted or not (folder / READY).is_file():
         return ""
     try:
@@ -144,6 +146,12 @@ def _known(
         same = False
     changed = f"changed after it was accepted as {batch}, which stays as it was; deliver what is new under a new name"
     return "" if same else changed
+
+
+def _folder_of(batch: Any) -> str:
+    """The folder of deliveries that a batch was made from; empty, or no folder's name, for any other source."""
+    source = str(batch.get("source", "")) if isinstance(batch, dict) else ""
+    return source.partition("?")[0].rstrip("/")
 
 
 def _new(

@@ -178,6 +178,13 @@ def test_a_name_that_is_taken_or_was_taken_back_is_left_alone(incoming: Path, me
     assert found(incoming, memory, {"target": {"source": "target?seed=1"}, "back": {"source": "back"}}) == Found()
 
 
+def test_the_source_of_a_batch_with_another_name_is_no_delivery(incoming: Path, memory: Memory) -> None:
+    deliver(incoming, "imagenette2", ready=False)
+    deliver(incoming, "tents")
+    listed = {"target": {"source": "imagenette2/?seed=1"}, "extra": {"source": "tents"}, "odd": None}
+    assert found(incoming, memory, dict(listed)) == Found()
+
+
 def test_a_refused_one_is_left_alone_until_it_or_the_rules_change(incoming: Path, memory: Memory) -> None:
     folder = deliver(incoming, "bad", cat_1="one")
     new = found(incoming, memory).ready[0]
