@@ -106,4 +106,5 @@ serve: setup ## answers over HTTP with the version in force, until Ctrl-C
 
 .PHONY: clean
 clean: ## removes .venv and .synset/ (caches, work in progress, Prefect's history); data, models, DVC's cache and MLflow stay
-	rm -rf .venv .synset
+# What .synset/retrain says is left to do stays: a batch to be taken back, a branch to be pushed, a version to be finished.
+	rm -rf .venv .synset/retrain/tree $(filter-out .synset/retrain,$(wildcard .synset/*))

@@ -176,8 +176,17 @@ def test_make_says_what_it_needs_where_no_python_fits() -> None:
     assert "error: no Python 3.11 or newer" in ended.stderr
 
 
-def test_make_clean_keeps_what_cannot_be_made_again() -> None:
-    assert make("--dry-run", "clean").stdout.split() == ["rm", "-rf", ".venv", ".synset"]
+def test_make_clean_keeps_what_cannot_be_made_again(tmp_path: Path) -> None:
+    for name in ("Makefile", "environment.mk", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    kept = ["mlflow.db", ".dvc/cache/00", ".synset/retrain/retract.json"]
+    for name in [*kept, ".venv/bin/python", ".synset/retrain/tree/params.yaml", ".synset/prefect/prefect.db"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for _ in range(2):
+        subprocess.run(["make", "--silent", "clean"], cwd=tmp_path, env=BARE, check=True)
+        left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+        assert left == {*kept, "Makefile", "environment.mk", "requirements.lock"}
 
 
 def test_an_environment_is_made_again_only_when_the_lock_changed(tmp_path: Path) -> None:
