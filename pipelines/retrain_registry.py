@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 from pipelines.batch_list import batches
+from pipelines.environment import ROOT
+from pipelines.worktree import commit_of, text_at
 from stages import tracking
 from stages.tracking import Version
 
@@ -68,8 +70,11 @@ def mark_retracted(name: str, batch: str) -> list[Version]:
     return found
 
 
-def _batches(version: Version) -> list[str]:
-    """The batches that a version was trained on, by the params.yaml of its run; none where that is gone."""
+def _batches(version: Version, root: Path = ROOT) -> list[str]:
+    """The batches that a version was trained on, by the params.yaml of its run, or of its commit where that is gone."""
     with tempfile.TemporaryDirectory() as folder:
         path = tracking.download(version.run_id, "params.yaml", Path(folder))
-        return list(batches(path.read_text(encoding="utf-8"))) if path else []
+        text = path.read_text(encoding="utf-8") if path else ""
+    if not text and version.commit:
+        text = text_at(root, commit_of(root, version.commit), "params.yaml")
+    return list(batches(text))

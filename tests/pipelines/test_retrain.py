@@ -95,6 +95,21 @@ def test_what_was_trained_on_a_batch_taken_back_is_tagged_and_under_review_no_mo
     assert told == [(2, {"retracted": "d-0, d-1"}), ("pets", "challenger")]
 
 
+def test_a_version_whose_run_is_gone_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "download", lambda *_: None)
+    (tmp_path / "params.yaml").write_text("batches:\n  d-1: {role: finetune}\n")
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=a", "-c", "user.email=a@b.org", "commit", "-qm", "a"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    found = version(2, **{"git.commit": git(tmp_path, "rev-parse", "HEAD")})
+    assert retrain_registry._batches(found, tmp_path) == ["d-1"]
+    assert retrain_registry._batches(version(3, **{"git.commit": "0" * 40}), tmp_path) == []
+    assert retrain_registry._batches(version(4), tmp_path) == []
+
+
 def test_a_report_of_nothing_is_one_line_and_nobody_is_told() -> None:
     report = Report(why="no new delivery in data/incoming")
     assert report.line() == "nothing to do: no new delivery in data/incoming"
