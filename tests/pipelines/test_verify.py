@@ -347,10 +347,7 @@ def test_a_version_of_two_commits_ago_comes_into_force_and_is_reproduced(trained
         f"{stage}@{batch}" for stage in ("scan", "shard") for batch in trained.params["batches"]
     }
     assert sorted((trained.root / ".dvc/cache").rglob("*")) == cached
-    assert (
-        trained.run("git", "status", "--porcelain").stdout,
-        trained.run("git", "rev-parse", "HEAD").stdout,
-    ) == before
+    assert untouched(trained) == before
     assert not (trained.root / ".synset/verify/tree").exists()
 
 
