@@ -4,6 +4,7 @@ A person sets the alias `champion` in the MLflow UI. If the version's gate was p
 was registered, it comes into force: `serving`, which is what `make serve` loads. Otherwise `champion` goes back.
 """
 
+import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,7 @@ def _failure_file() -> Path:
 
 def main() -> None:
     """Exit code 0 if the registry is settled, or another run is at it; 130 if stopped, else 1."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     load_section("register", Register)  # a typing error should not cost Prefect's start first
     start_api()
     state = reconcile(return_state=True)

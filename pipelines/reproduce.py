@@ -5,6 +5,7 @@ durations and the stop.
 Without PREFECT_API_URL the flow brings an API of its own, whose first start takes up to half a minute.
 """
 
+import argparse
 import itertools
 import os
 import re
@@ -152,6 +153,7 @@ def start_api() -> None:
 
 def main() -> None:
     """Exit code 0 if every stage is up to date, 130 if stopped, else 1."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     check_all()  # a typing error should not cost Prefect's start first
     start_api()
     state = reproduce(return_state=True)

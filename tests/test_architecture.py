@@ -1,5 +1,6 @@
 """What depends on what: dvc.yaml names exactly what the code uses, and imports go downward only."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,11 @@ def modules(folder: str) -> list[str]:
     """Dotted names of all modules below a folder."""
     files = sorted((ROOT / folder).rglob("*.py"))
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+
+
+def source(module: str) -> str:
+    """Its text."""
+    return ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
 
 
 def layer(module: str) -> str:
@@ -123,6 +129,15 @@ def test_help_is_instant(stage: str) -> None:
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "usage:" in ended.stdout
     assert ended.stderr.split() == [], "imported for --help"
+
+
+@pytest.mark.parametrize("module", [name for name in modules("pipelines") if "run(main)" in source(name)])
+def test_help_is_help_and_starts_nothing(module: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module, "--help"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("usage:")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_closure_follows_imports_in_functions_and_named_templates() -> None:
