@@ -511,10 +511,10 @@ def _incoming() -> Path:
     return ROOT / os.environ.get("SYNSET_INCOMING", "data/incoming")
 
 
-def _digest(work: Work, *arguments: str) -> str:
+def _digest(work: Work, source: str, *options: str) -> str:
     """Of a delivery, or of raw data: reading it is a process's work."""
     lines: list[str] = []
-    command = [sys.executable, "-m", "stages.data.digests", *arguments]
+    command = [sys.executable, "-m", "stages.data.digests", *options, "--", source]  # its name may be `-x`
     code = run_streamed(command, lines.append, work.stop, cwd=ROOT, env=_environment())
     if work.stop.asked():
         raise StoppedError(work.stop.reason)

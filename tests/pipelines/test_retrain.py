@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import retrain_registry
+from pipelines import retrain, retrain_registry
 from pipelines.batch_list import batches
+from pipelines.deliveries import remembered
 from pipelines.environment import settings
 from pipelines.retrain_due import drifted, due, new_images, not_due
 from pipelines.retrain_report import Report
+from pipelines.stage_process import Stop
 from pipelines.worktree import commit_of, git, text_at
 from stages import tracking
 from stages.params.retrain import Retrain
@@ -93,6 +95,13 @@ def test_what_was_trained_on_a_batch_taken_back_is_tagged_and_under_review_no_mo
     monkeypatch.setattr(tracking, "delete_alias", lambda *which: told.append(which))
     assert retrain_registry.mark_retracted("pets", "d-1") == both[:1]
     assert told == [(2, {"retracted": "d-0, d-1"}), ("pets", "challenger")]
+
+
+def test_a_delivery_may_be_called_as_an_option_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNSET_INCOMING", str(tmp_path))
+    put(tmp_path / "--raw", 1)
+    work = retrain.Work(Retrain(), remembered(tmp_path / "memory.json"), Report(), Stop())
+    assert len(retrain._digest(work, "--raw")) == 64
 
 
 def test_a_version_whose_run_is_gone_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
