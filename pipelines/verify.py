@@ -108,7 +108,7 @@ def choose(name: str, number: int | None, root: Path = ROOT) -> tracking.Version
         wanted = [version for version in found if version.number == number]
     if not wanted:
         listed = ", ".join(str(version.number) for version in found) or "none"
-        raise StageError(f"{name} has no {f'version {number}' if number else 'version'} (it has: {listed})")
+        raise StageError(f"{name} has no {'version' if number is None else f'version {number}'} (it has: {listed})")
     version = wanted[0]
     what = f"{name} version {version.number} cannot be verified"
     if version.unfinished:

@@ -127,6 +127,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (4, "retraining has not committed it yet"),
         (5, "this clone has no commit 0000"),
         (6, r"has no version 6 .it has: 5, 4, 3, 2, 1."),
+        (0, r"has no version 0 .it has: 5, 4, 3, 2, 1."),
     ],
 )
 def test_a_version_that_no_commit_gives_again_is_refused(registry: str, number: int, reason: str) -> None:
