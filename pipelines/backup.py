@@ -106,7 +106,7 @@ def restore(file: Path, database: Path, artifacts: Path) -> None:
     for path in (database, artifacts, *(database.with_name(f"{database.name}{end}") for end in _JOURNALS)):
         if path.exists() and not _is_empty(path):
             raise StageError(f"{path} exists and is not overwritten; move it away, or restore in another checkout")
-    if not file.exists():
+    if not file.is_file():
         raise StageError(f"there is no file {file}")
     work.mkdir(parents=True)
     try:
@@ -142,6 +142,8 @@ def _is_empty(path: Path) -> bool:
 def _unpack(file: Path, work: Path) -> None:
     # The empty folder first: without it, a killed unpacking could be taken for a killed renaming.
     (work / ARTIFACTS).mkdir()
+    if not tarfile.is_tarfile(file):  # to open one names every format that it is not
+        raise ValueError("it is no tar")
     with tarfile.open(file) as tar:
         tar.extractall(work, filter="data")
         _check_end(tar)

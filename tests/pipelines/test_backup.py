@@ -111,7 +111,9 @@ def test_the_journal_of_another_database_is_not_applied_to_the_restored_one(file
         backup.restore(file, *place(target))
 
 
-@pytest.mark.parametrize("damage", ["cut off", "cut off between files", "empty", "another file", "no tar", "no file"])
+@pytest.mark.parametrize(
+    "damage", ["cut off", "cut off between files", "empty", "another file", "no tar", "a folder", "no file"]
+)
 def test_what_is_no_whole_backup_leaves_nothing_behind(file: Path, tmp_path: Path, damage: str) -> None:
     target = tmp_path / "target"
     target.mkdir()
@@ -132,7 +134,9 @@ def test_what_is_no_whole_backup_leaves_nothing_behind(file: Path, tmp_path: Pat
         file.write_text("hello")
     else:
         file.unlink()
-    with pytest.raises(StageError, match=r"no whole backup|there is no file"):
+        if damage == "a folder":
+            file.mkdir()
+    with pytest.raises(StageError, match=r"no whole backup \(.*\); nothing|there is no file"):
         backup.restore(file, *place(target))
     assert [path.name for path in target.rglob("*")] in ([], [".synset"])
 
