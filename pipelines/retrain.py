@@ -587,6 +587,8 @@ def main() -> None:
     parser.add_argument("--retract", default="", metavar="BATCH", help="take a batch back, and retrain without it")
     parser.add_argument("--reason", default="", help="why it is taken back; goes into the commit")
     wanted = parser.parse_args()
+    if wanted.reason and not wanted.retract:
+        parser.error("--reason says why a batch is taken back; name it by --retract")
     load_section("retrain", Retrain)  # a typing error should not cost Prefect's start first
     start_api()
     state = retrain(wanted.retract, wanted.reason, return_state=True)

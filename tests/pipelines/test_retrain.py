@@ -97,6 +97,15 @@ def test_what_was_trained_on_a_batch_taken_back_is_tagged_and_under_review_no_mo
     assert told == [(2, {"retracted": "d-0, d-1"}), ("pets", "challenger")]
 
 
+def test_a_reason_without_a_batch_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["retrain", "--reason", "takedown request"])
+    with pytest.raises(SystemExit):
+        retrain.main()
+    assert "name it by --retract" in capsys.readouterr().err
+
+
 def test_a_delivery_may_be_called_as_an_option_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNSET_INCOMING", str(tmp_path))
     put(tmp_path / "--raw", 1)
