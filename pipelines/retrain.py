@@ -287,7 +287,10 @@ def _list_batches(branches: Branches, deliveries: list[Delivery], request: dict[
         text = without_batch(text, request["batch"])
         text = with_retracted(text, [*retracted(text), request["batch"]])
     write_params(TREE, text)
-    check_all(TREE / "params.yaml")
+    try:
+        check_all(TREE / "params.yaml")
+    except StageError as error:  # named by where a person may change it: the tree's file is written anew each time
+        raise StageError(str(error).replace(str(TREE / "params.yaml"), f"{branches.base}:params.yaml")) from None
 
 
 def _decide(

@@ -547,6 +547,7 @@ def test_a_batch_is_taken_back(project: Project) -> None:
     assert "a takedown" in project.git("log", "-1", "--format=%B", "retrain")
     assert "2026-11-20 (its batch d-2026-11-20 was taken back)" in project.run()
     assert "there is no batch d-9" in project.run("--retract", "d-9", code=1)
+    assert "error: main:params.yaml: `pretrain.method`" in project.run("--retract", "upstream", code=1)
     project.finished()
     (project.root / "recipe").unlink()
     project.commit("no recipe")
