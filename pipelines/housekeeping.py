@@ -8,6 +8,7 @@ goes by the tags.
 import argparse
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -153,7 +154,7 @@ def collect(root: Path = ROOT, dry: bool = False, own_cache: bool = False) -> st
     )
     git(root, "worktree", "prune")
     if dry:
-        return "\n".join(line.replace("Removed", "would remove") for line in lines)
+        return "\n".join(re.sub("^Remov(ed|ing)", "would remove", line) for line in lines)
     left = _sizes(cache)
     freed = sum(before[path] for path in before.keys() - left.keys())
     return (
