@@ -169,7 +169,7 @@ def _find(work: Work, branches: Branches) -> list[Delivery]:
     found = look(_incoming(), listed, back, branches.rules, work.memory, partial(_digest, work))
     for name, why in found.unreadable.items():
         if work.memory.refused.get(name, {}).get("reasons") == [why]:
-            work.report.left_alone[name] = why
+            work.report.left_alone[name] = f"refused before: {why}"
         else:
             _refuse(work, branches, name, [why])
     work.report.left_alone |= found.left_alone
