@@ -89,9 +89,21 @@ class Review:
         if not self.verdict.comparisons:
             return f"{self.against.capitalize()} could not be compared with; the conditions say why."
         return (
-            f"Compared with {self.against}, `{(self.verdict.in_force or '')[:12]}`, on the same images. An equally "
-            f"good model passes in at most {percent(self.verdict.alpha, 0)} of cases, an identical one never."
+            f"Compared with {self.against}, `{(self.verdict.in_force or '')[:12]}`, on the same images"
+            f"{self._unknown}. An equally good model passes in at most {percent(self.verdict.alpha, 0)} of cases, an "
+            f"identical one never."
         )
+
+    @property
+    def _unknown(self) -> str:
+        """Images of classes that the version in force was not trained on; empty where there are none."""
+        theirs = self.in_force
+        labels = theirs.labels[theirs.labels >= theirs.classes] if theirs and theirs.classes else np.empty(0, np.int64)
+        if not len(labels):
+            return ""
+        first, *more = [shortened(_name(self.classes, label)) for label in np.unique(labels).tolist()]
+        named = f"{first} and {len(more):,} more" if more else first
+        return f"; {len(labels):,} are of classes that it does not know ({named}) and count as its errors"
 
     @property
     def decisions(self) -> str:

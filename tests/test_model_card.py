@@ -134,6 +134,17 @@ def test_a_card_without_a_comparison_does_not_claim_one() -> None:
         assert "on the same images" not in page
 
 
+def test_images_of_classes_that_the_version_in_force_does_not_know_are_said_to_count_against_it() -> None:
+    review = review_of(1000, 400, CLASSES)
+    assert review.in_force
+    for classes, said in ((3, "350 are of classes that it does not know ("), (4, ""), (None, "")):
+        told = replace(review, in_force=replace(review.in_force, classes=classes))
+        for page in (render_card(candidate_of(told), told, LINKS), render_review(told)):
+            assert ("does not know" in page) == bool(said)
+            assert said in page
+    assert "(cup|mug and 2 more)" in replace(review, in_force=replace(review.in_force, classes=1)).note
+
+
 @pytest.mark.parametrize("git", [{}, {"git.commit": "f" * 40, "git.dirty": "true"}, {"git.commit": COMMIT_TO_COME}])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_card_fits_into_mlflow_whatever_there_is_to_tell(git: dict[str, str], first: bool) -> None:

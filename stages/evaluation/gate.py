@@ -42,6 +42,8 @@ class Answers:
     batch: NDArray[np.str_]
     labels: Int64
     predicted: Int64
+    classes: int | None = None
+    """How many it tells apart, where that is known: of labels from this on it knows nothing."""
 
     @property
     def correct(self) -> Bools:
@@ -142,13 +144,15 @@ def answers_of(sha256: str, predicted: pd.DataFrame) -> Answers:
         raise ValueError("the predictions hold no image of the split `test`")
     if rows["key"].duplicated().any():
         raise ValueError(f"the predictions hold {rows['key'][rows['key'].duplicated()].iloc[0]} twice")
+    logits = np.stack(rows["logits"].to_list())
     return Answers(
         sha256=sha256,
         keys=tuple(rows["key"]),
         split=rows["split"].to_numpy(np.str_),
         batch=rows["batch"].to_numpy(np.str_),
         labels=rows["label"].to_numpy(np.int64),
-        predicted=predictions(np.stack(rows["logits"].to_list())),
+        predicted=predictions(logits),
+        classes=logits.shape[1],
     )
 
 

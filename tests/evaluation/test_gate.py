@@ -225,6 +225,11 @@ def test_a_class_that_the_version_in_force_does_not_know_is_one_that_it_gets_wro
     assert [each.name for each in verdict.comparisons][2:8] == [f"class {i}" for i in range(6)]
 
 
+def test_answers_say_how_many_classes_the_version_knows() -> None:
+    rows = {"key": ["a", "b"], "batch": "t", "split": ["test", "fresh"], "label": [0, 3]}
+    assert answers_of("a", pd.DataFrame(rows | {"logits": [[1.0, 0, 0], [0, 1.0, 0]]})).classes == 3
+
+
 QUICK = {
     "equal, with 400 fresh images": 400,
     "3 points better on test, 12% answered differently": 100,
