@@ -9,20 +9,19 @@ Ends with 0 whatever it found, and with 1 and a message where it could not look.
 """
 
 import argparse
-import json
 import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages import reviewing, scoring, tracking
 from stages.command import StageError, run
 from stages.files import write_json
 from stages.params.gate import Gate
 from stages.params.load import load_section
-from stages.reviewing import IN_FORCE, METRICS, NOBODY, PREDICTIONS, own_folder
+from stages.reviewing import IN_FORCE, LATENCY, METRICS, NOBODY, PREDICTIONS, own_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,7 +152,7 @@ def take_again(
     from stages.model_card import with_verdict
 
     run, predicted = reviewing.find_run(version.run_id), reviewing.recorded_predictions(version)
-    metrics = _recorded_json(version, METRICS.as_posix())
+    metrics = reviewing.recorded_json(version, METRICS.as_posix())
     if run is None or predicted is None or metrics is None:
         raise StageError(f"its run {version.run_id} is gone, or holds no {PREDICTIONS} or {METRICS}")
     other = None
@@ -161,7 +160,7 @@ def take_again(
         at_hand = [each.folder for checkout in checkouts for each in tracking.shard_sets_of(run, checkout)]
         shards = list({folder.name: folder for folder in at_hand}.values())
         other = against, reviewing.answers(against, predicted, said.classes, shards)
-    latency = version.tags.get("latency.median_ms")
+    latency = version.tags.get(LATENCY)
     weights = said.size, float(latency) if latency else None
     answers = answers_of(version.sha256, predicted)
     review = reviewing.review(
@@ -179,17 +178,11 @@ def take_again(
     return review.verdict
 
 
-def _recorded_json(version: tracking.Version, path: str) -> dict[str, Any] | None:
-    with tempfile.TemporaryDirectory() as folder:
-        file = tracking.download(version.run_id, path, Path(folder))
-        return json.loads(file.read_text(encoding="utf-8")) if file else None
-
-
 def _recorded_verdict(version: tracking.Version) -> "Verdict | None":
     from stages.evaluation.gate import Verdict
 
     try:
-        values = _recorded_json(version, f"{own_folder(version.name)}/gate.json")
+        values = reviewing.recorded_json(version, f"{own_folder(version.name)}/gate.json")
         return Verdict.from_dict(values) if values else None
     except (KeyError, TypeError, ValueError):  # of an older form, or damaged: its reasons are in the card
         return None

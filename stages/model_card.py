@@ -6,7 +6,7 @@ fits. The verdict with the comparison comes first, and whatever is too long, it 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,16 @@ MOST_CHANGED = 40
 SECOND_PART = "### This model\n"
 """Begins what stays of a card when the gate is taken again."""
 CUT = "\n\nThere is more than fits here: see the run.\n"
+FIGURES = {
+    "top1": ("top-1, %", 100, 1),
+    "worst_class_recall": ("recall of the worst class, %", 100, 1),
+    "macro_f1": ("macro-F1, %", 100, 1),
+    "ece": ("ECE", 1, 3),
+    "nll": ("NLL", 1, 3),
+    "latency_ms": ("one image when registered, ms", 1, 1),
+    "size_mb": ("weights, MB", 1, 1),
+}
+"""What of two versions stands side by side: label, scale and digits."""
 SPLITS = ("train", "val", "test", "fresh")
 SIGNS = {"passed": "✓ passed", "failed": "✗ **failed**", "inconclusive": "? inconclusive"}
 
@@ -74,6 +84,12 @@ class Review:
     """Names by label."""
     comparison: str = ""
     """Address of MLflow's page that compares both runs."""
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+    """Of the candidate: `test` of its metrics.json, `latency_ms`, `size_mb`."""
+    figures_in_force: Mapping[str, float | None] = field(default_factory=dict)
+    """The same of the version in force, as far as they were recorded with it."""
+    same_test_set: bool = True
+    """Whether both figures are of the same test set."""
 
     @property
     def line(self) -> str:
@@ -149,6 +165,7 @@ def render_review(review: Review) -> str:
         "overall": overall,
         "classes": sorted(classes, key=lambda row: row["points"]),
         "batches": batches,
+        "figures": figure_rows(review),
         "widest": max((abs(row["points"]) for row in classes), default=0) or 1,
         "changed": changed_images(review),
         "most": MOST_CHANGED,
@@ -172,6 +189,7 @@ def _verdict_part(review: Review, rows: int) -> str:
         "overall": overall,
         "batches": batches[:rows],
         "more_batches": len(batches[rows:]),
+        "figures": figure_rows(review),
         "alone": {"images": f"{len(test):,}", "now": _with_ends(test.mean(), float(low), float(high))},
         "conditions": [(each, SIGNS[each.result]) for each in review.verdict.conditions],
         "changes": [*gained[:rows], *lost[:rows][::-1]],
@@ -226,6 +244,29 @@ def _row(
         "neither": each.images - each.now - each.lost,
         "worse": each.worse,
     }
+
+
+def figure_rows(review: Review) -> list[dict[str, str]]:
+    """The figures of both versions side by side; none where no version is in force.
+
+    Top-1 is among them only where the two could not be compared: else it stands above, on the same images.
+    """
+    if not review.against:
+        return []
+    return [
+        {"name": label, "before": _figure(review.figures_in_force, key), "now": _figure(review.figures, key)}
+        for key, (label, _, _) in FIGURES.items()
+        if key != "top1" or not review.verdict.comparisons
+    ]
+
+
+def _figure(figures: Mapping[str, float | None], key: str) -> str:
+    _, scale, digits = FIGURES[key]
+    value, low, high = (figures.get(name) for name in (key, f"{key}_low", f"{key}_high"))
+    if value is None:
+        return "–"
+    ends = "" if low is None or high is None else f" ({scale * low:.{digits}f} – {scale * high:.{digits}f})"
+    return f"{scale * value:.{digits}f}{ends}"
 
 
 def _with_ends(share: float, low: float, high: float) -> str:

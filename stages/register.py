@@ -27,7 +27,7 @@ from stages.params.evaluate import Evaluate
 from stages.params.gate import Gate
 from stages.params.load import load_section, params_path, read_params
 from stages.params.register import Register
-from stages.reviewing import METRICS, PREDICTIONS, own_folder
+from stages.reviewing import LATENCY, METRICS, PREDICTIONS, own_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -247,10 +247,10 @@ def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "
     from stages.model_card import render_card
 
     median, p95 = candidate.latency_ms
-    figures = tracking.flatten(candidate.metrics) | {"latency.median_ms": median, "latency.p95_ms": p95}
+    figures = tracking.flatten(candidate.metrics) | {LATENCY: median, "latency.p95_ms": p95}
     tracking.log_metrics(run, figures, source)
     tags = reviewing.verdict_tags(review.verdict) | {"data.fingerprint": tracking.data_fingerprint()}
-    tags |= {"latency.median_ms": f"{median:.1f}", "latency.p95_ms": f"{p95:.1f}"}
+    tags |= {LATENCY: f"{median:.1f}", "latency.p95_ms": f"{p95:.1f}"}
     tags |= {"machine": run.data.tags["machine"]} if "machine" in run.data.tags else {}
     tags |= {tracking.UNFINISHED: _unfinished()} if _unfinished() else candidate.git
     card = render_card(candidate, review, _links(name, run))

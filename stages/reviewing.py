@@ -1,10 +1,11 @@
 """The gate applied: the version that it is taken against, and what the registry keeps of a verdict."""
 
+import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages import scoring, tracking
 from stages.command import StageError
@@ -26,6 +27,7 @@ DECISION = "gate.decision"
 """The tag that says the how-manyth decision on its test set a verdict was."""
 DECISIONS = "gate.decisions.{test_set}"
 """The tag of the registered model that says how many a test set has taken: versions may be deleted."""
+LATENCY = "latency.median_ms"
 IN_FORCE = "gate.in_force"
 """The tag that says whom a verdict was taken against, by sha256 of the weights. Without it no verdict holds."""
 NOBODY = "none"
@@ -51,6 +53,32 @@ def recorded_predictions(version: tracking.Version) -> "pd.DataFrame | None":
             why = f"those of its run cannot be read: {error}"
     logger.warning("warning: no predictions of version %d are recorded (%s)", version.number, why)
     return None
+
+
+def recorded_json(version: tracking.Version, path: str) -> dict[str, Any] | None:
+    """A JSON file of the version's run; None where it is gone.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = tracking.download(version.run_id, path, Path(folder))
+        return json.loads(file.read_text(encoding="utf-8")) if file else None
+
+
+def recorded_figures(version: tracking.Version) -> dict[str, float | None]:
+    """`test` of the version's reports/metrics.json, its `latency_ms` and its `size_mb`, as far as they are recorded."""
+    from stages.evaluation.gate import SIZE
+
+    figures: dict[str, float | None] = {}
+    try:
+        figures |= (recorded_json(version, METRICS.as_posix()) or {"test": {}})["test"]
+        gate = recorded_json(version, f"{own_folder(version.name)}/gate.json") or {"conditions": []}
+        figures["size_mb"] = next((each["figure"] for each in gate["conditions"] if each["name"] == SIZE), None)
+        figures["latency_ms"] = float(version.tags[LATENCY]) if LATENCY in version.tags else None
+    except (KeyError, TypeError, ValueError) as error:  # the card shows `–` for them
+        logger.warning("warning: not all figures recorded with version %d can be read: %s", version.number, error)
+    return figures
 
 
 def answers(
@@ -128,16 +156,22 @@ def review(
     Raises:
         KeyError, ValueError: figures and answers are not of one evaluation.
     """
-    from stages.evaluation.gate import judge, test_set
+    from stages.evaluation.gate import MEGABYTE, judge, test_set
     from stages.model_card import Review
 
     version, answers = against or (None, None)
     size, latency_ms = weights
     number = _decisions(name, test_set(candidate)) + 1
+    recorded = recorded_figures(version) if version else {}
     verdict = judge(candidate, figures, size, latency_ms, answers, gate, number, classes)
     shown = f"version {version.number}" if version else ""
     comparison = _comparison(run_id, version.run_id) if version else ""
-    return Review(verdict, shown, candidate, answers, classes, comparison)
+    return Review(
+        verdict, shown, candidate, answers, classes, comparison,
+        figures=dict(figures) | {"latency_ms": latency_ms, "size_mb": size / MEGABYTE},
+        figures_in_force=recorded,
+        same_test_set=version is None or "top1" not in recorded or version.tags.get("test.set") == verdict.test_set,
+    )  # fmt: skip
 
 
 def _decisions(name: str, test_set: str) -> int:

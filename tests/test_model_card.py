@@ -8,6 +8,7 @@ import pytest
 
 from stages.evaluation.gate import Answers, judge, no_answers
 from stages.model_card import (
+    FIGURES,
     MOST_CHARACTERS,
     ROOM_FOR_COMMIT,
     SECOND_PART,
@@ -15,6 +16,7 @@ from stages.model_card import (
     Candidate,
     Review,
     changed_images,
+    figure_rows,
     render_card,
     render_review,
     with_verdict,
@@ -44,7 +46,8 @@ def review_of(test: int, fresh: int, names: list[str], batches: int = 2, gain: f
     in_force = _answers("cd" * 32, (chance < 0.75) | (chance > 0.95), fresh, len(names), batches)
     figures = {"top1": float(candidate.correct[candidate.test].mean()), "worst_class_recall": 0.7, "ece": 0.05}
     verdict = judge(candidate, figures, 45_000_000, 12.0, in_force, Gate(), values.get("decisions", 1), names)
-    return Review(verdict, "version 3", candidate, in_force, names, COMPARE)
+    known = {f"{key}{end}": 0.987 for key in FIGURES for end in ("", "_low", "_high")}
+    return Review(verdict, "version 3", candidate, in_force, names, COMPARE, known, known, same_test_set=test < 20_000)
 
 
 def alone(review: Review) -> Review:
@@ -107,6 +110,39 @@ def test_a_reviewer_who_sees_only_the_card_can_decide() -> None:
     assert "width" not in card
     rows = [line for line in card.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in rows)
+
+
+def test_the_figures_of_both_versions_stand_side_by_side() -> None:
+    now: dict[str, float | None] = {"top1": 0.85, "worst_class_recall": 0.7, "macro_f1": 0.851}
+    now |= {
+        "macro_f1_low": 0.83,
+        "macro_f1_high": 0.872,
+        "ece": 0.05,
+        "ece_low": 0.04,
+        "ece_high": 0.06,
+        "nll": None,
+        "latency_ms": 12.04,
+        "size_mb": 44.8,
+    }
+    before = {"top1": 0.8, "worst_class_recall": 0.61, "macro_f1": 0.8, "nll": 0.71, "latency_ms": 15.0}
+    review = replace(review_of(1000, 400, CLASSES), figures=now, figures_in_force=before)
+    rows = [
+        ("recall of the worst class, %", "61.0", "70.0"), ("macro-F1, %", "80.0", "85.1 (83.0 – 87.2)"),
+        ("ECE", "–", "0.050 (0.040 – 0.060)"), ("NLL", "0.710", "–"),
+        ("one image when registered, ms", "15.0", "12.0"), ("weights, MB", "–", "44.8"),
+    ]  # fmt: skip
+    assert [tuple(row.values()) for row in figure_rows(review)] == rows
+    card, page = render_card(candidate_of(review), review, LINKS), render_review(review)
+    for name, old, new in rows:
+        assert f"| {name}&emsp;| {old}&emsp;| {new}&emsp;|" in card
+        assert f'<td>{name}</td><td class="n">{old}</td><td class="n">{new}</td>' in page
+    assert "own test set" not in card + page
+    other = replace(review, same_test_set=False)
+    for text in (render_card(candidate_of(other), other, LINKS), render_review(other)):
+        assert "figures of version 3 in this table are of its own test set, which is another" in text
+    not_compared = replace(review, verdict=replace(review.verdict, comparisons=()))
+    assert figure_rows(not_compared)[0] == {"name": "top-1, %", "before": "80.0", "now": "85.0"}
+    assert figure_rows(alone(review)) == []
 
 
 def test_the_first_model_has_a_card_too() -> None:

@@ -139,6 +139,11 @@ def test_the_next_model_is_held_against_the_one_in_force(tree: Path) -> None:
     assert second.tags["test.set"] == first.tags["test.set"]
     assert "version 1" in (own / "review.html").read_text()
     assert "/#/compare-runs?" in second.description
+    size = (tree / "models/finetuned/model.safetensors").stat().st_size / 1e6
+    assert f"| weights, MB&emsp;| {size:.1f}&emsp;| {size:.1f}&emsp;|" in second.description
+    assert "| recall of the worst class, %&emsp;| 50.0&emsp;| 50.0&emsp;|" in second.description
+    assert f"| one image when registered, ms&emsp;| {first.tags['latency.median_ms']}&emsp;|" in second.description
+    assert "own test set" not in second.description
 
 
 @pytest.mark.usefixtures("asked")
@@ -222,6 +227,8 @@ def test_a_version_in_force_without_predictions_blames_nobody_and_blocks_nothing
     assert (newest.number, newest.tags["gate"]) == (2, "inconclusive")
     assert "no predictions of version 1 are recorded" in caplog.text
     assert "version 1 cannot be asked" in caplog.text  # nor is there a model
+    assert "| recall of the worst class, %&emsp;| –&emsp;| 50.0&emsp;|" in newest.description
+    assert "own test set" not in newest.description
 
 
 def test_a_served_model_that_answers_otherwise_is_refused() -> None:

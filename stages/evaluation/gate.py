@@ -25,6 +25,7 @@ Result = Literal["passed", "failed", "inconclusive"]
 Kind = Literal["test", "fresh", "class", "batch"]
 
 MEGABYTE = 1_000_000
+SIZE = "size of the weights, MB"
 MOST_NAMED = 3
 """Classes and slices that a condition names."""
 MOST_CHARACTERS = 40
@@ -199,7 +200,7 @@ def judge(
         _at_least("top-1", top1, params.min_top1),
         _at_least("recall of the worst class", figures.get("worst_class_recall"), params.min_worst_class),
         _at_most("calibration error (ECE)", figures.get("ece"), params.max_ece),
-        _at_most("size of the weights, MB", size_bytes / MEGABYTE, params.max_size_mb),
+        _at_most(SIZE, size_bytes / MEGABYTE, params.max_size_mb),
         _at_most("latency of one image, ms", latency_ms, params.max_latency_ms),
     ]
     comparisons: list[Comparison] = []
