@@ -20,8 +20,8 @@ FOLDERS = $(foreach folder,stages pipelines tests bench,$(if $(wildcard $(folder
 # What .venv was made from; it also holds the place, because the scripts of a moved .venv call the old one.
 LOCKED = $(shell cksum < requirements.lock) $(CURDIR)
 # Packages whose version decides the bytes of stages' outputs: stages/versions/*.txt are dependencies in dvc.yaml.
-DATA_PACKAGES := great-expectations|jinja2|markupsafe|numpy|pandas|pillow|pyarrow|scipy|simplejpeg
-TRAINING_PACKAGES := numpy|nvidia-dali-cuda130|safetensors|torch|torchvision
+DATA_PACKAGES := great-expectations|jinja2|markupsafe|numpy|opencv-python-headless|pandas|pillow|pyarrow|scipy|simplejpeg
+TRAINING_PACKAGES := numpy|nvidia-dali-cuda130|opencv-python-headless|safetensors|simplejpeg|torch|torchvision
 
 .PHONY: help
 help: ## this list

@@ -11,7 +11,7 @@ from stages.command import StageError, run
 from stages.data.loading import read_samples
 from stages.data.shard_sets import check_resize, read_index, shard_sets
 from stages.files import replaced_directory, sha256, write_json
-from stages.fingerprint import fingerprint, work_folder
+from stages.fingerprint import fingerprint, prune, work_folder
 from stages.params.finetune import Finetune
 from stages.params.load import load_section
 from stages.params.model import Model
@@ -41,7 +41,6 @@ def main() -> None:
     check_resize(sets, model.image_size)
 
     from stages.tracking import training_run
-    from stages.training.checkpoints import prune
     from stages.training.devices import set_up
     from stages.training.loop import Recipe, fit
     from stages.training.models import build, copy_backbone, load_classifier, save_classifier

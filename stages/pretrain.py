@@ -11,7 +11,7 @@ from stages.command import StageError, run
 from stages.data.loading import read_samples
 from stages.data.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
 from stages.files import sha256, write_json
-from stages.fingerprint import fingerprint, work_folder
+from stages.fingerprint import fingerprint, prune, work_folder
 from stages.params.load import load_section
 from stages.params.model import Model
 from stages.params.pretrain import Pretrain
@@ -57,7 +57,6 @@ def _random(pretrain: Pretrain, model: Model) -> None:
 
 def _supervised(pretrain: Pretrain, model: Model, training: Training, compute: "Compute") -> None:
     from stages.tracking import training_run
-    from stages.training.checkpoints import prune
     from stages.training.loop import Recipe, fit
     from stages.training.models import build, check_takes, save_classifier
 

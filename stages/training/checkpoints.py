@@ -1,7 +1,6 @@
 """Checkpoints: what a killed training needs to end in the same bytes as an undisturbed one."""
 
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,3 @@ def load_checkpoint(path: Path, device: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     return torch.load(path, map_location=device, weights_only=True)
-
-
-def prune(stage_work: Path, keep: Path) -> None:
-    """Removes work in progress of other configurations of a stage: nothing will ever ask for it again."""
-    if stage_work.is_dir():
-        for folder in stage_work.iterdir():
-            if folder != keep:
-                shutil.rmtree(folder)
