@@ -4,6 +4,9 @@ Its writer decodes and encodes every image anew (quality 90), also those that ar
 """
 
 import argparse
+import os
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +53,12 @@ def write(options: argparse.Namespace, path: Path) -> None:
     writer.from_indexed_dataset(Images(labelled_images(options.images, options.epoch)), chunksize=100)
 
 
+def end_with_thread(error: threading.ExceptHookArgs) -> None:
+    """Where the thread that loads fails, FFCV's loader waits for it for ever: better an end with its words."""
+    sys.__excepthook__(error.exc_type, error.exc_value or error.exc_type(), error.exc_traceback)
+    os._exit(1)
+
+
 def prepare(options: argparse.Namespace) -> Round:
     """Writes the file; the loader is made in the first round, because its first batch waits for its compiler."""
     path = prepared(options.work / "images.beton", lambda aside: write(options, aside))
@@ -58,10 +67,9 @@ def prepare(options: argparse.Namespace) -> Round:
     def epoch() -> Loader:
         if not loaders:
             image = [RandomResizedCropRGBImageDecoder((options.size, options.size)), RandomHorizontalFlip()]
-            image += [ToTensor(), ToTorchImage()]
             if options.output == "float32":
                 image.append(NormalizeImage(255 * np.array(MEAN), 255 * np.array(STD), np.float32))
-            pipelines = {"image": image, "label": [IntDecoder(), ToTensor(), Squeeze()]}
+            pipelines = {"image": [*image, ToTensor(), ToTorchImage()], "label": [IntDecoder(), ToTensor(), Squeeze()]}
             loaders.append(
                 Loader(str(path), batch_size=options.batch, num_workers=options.threads, order=OrderOption.RANDOM,
                        os_cache=True, drop_last=False, pipelines=pipelines)
@@ -75,4 +83,5 @@ if __name__ == "__main__":
     parser = arguments(__doc__)
     parser.add_argument("--output", choices=("uint8", "float32"), default="uint8")
     given = parser.parse_args()
+    threading.excepthook = end_with_thread
     serve(["ffcv", "numba"], lambda: prepare(given))
