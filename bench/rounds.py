@@ -23,7 +23,6 @@ from typing import IO, Any, Literal, Self
 
 Role = Literal["ours", "peer", "limit"]
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ROOT / "bench/peers"
 
 
 class PeerError(Exception):
@@ -294,11 +293,11 @@ class Peer:
     def _start(self) -> subprocess.Popen[str]:
         from bench.environment import python
 
-        command = [str(python(self.environment)), str(PEERS / f"{self.script}.py"), *map(str, self.arguments)]
+        command = [str(python(self.environment)), "-m", f"bench.peers.{self.script}", *map(str, self.arguments)]
         # Its words go to a file: a pipe that nobody reads would stop it. Its own session: its workers end with it.
         self._words: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words, text=True,
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words, text=True,
             start_new_session=True,
         )  # fmt: skip
         self.versions = self._line(self._process)["versions"]
