@@ -16,12 +16,11 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from stages.command import StageError
-from stages.data.images import resize_shorter
 from stages.data.ingesting import write_tar
 from stages.data.loading import Samples, epoch_order, evaluation_batches, read_samples, training_batches
 from stages.data.scanning import scan_tar
 from stages.data.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
-from stages.data.sharding import shard_image, write_shard_set
+from stages.data.sharding import write_shard_set
 from stages.data.sources import Group, SourceFile
 from stages.params.shard import Shard
 
@@ -115,24 +114,6 @@ def test_plain_tar_webdataset_and_dali_read_them(shards: Path) -> None:
     images, labels = pipeline().run()
     assert [bytes(images.at(number)) for number in range(16)] == [samples.jpeg(number) for number in range(16)]
     assert [int(bytes(labels.at(number))) for number in range(16)] == samples.label[:16].tolist()
-
-
-def test_what_is_small_baseline_rgb_is_passed_through_and_all_else_becomes_so() -> None:
-    small = jpeg(1, (40, 30))
-    assert shard_image(small, 40, 90) == small
-    for other in (
-        jpeg(1, (90, 60)), jpeg(1, (40, 30), progressive=True), jpeg(1, (40, 30), "L"), jpeg(1, (40, 30), "CMYK"),
-        jpeg(1, (40, 30), form="PNG"), jpeg(1, (40, 30), form="WEBP"),
-    ):  # fmt: skip
-        with Image.open(io.BytesIO(shard_image(other, 40, 90))) as image:
-            assert (image.format, image.mode, image.info.get("progressive")) == ("JPEG", "RGB", None)
-            assert min(image.size) <= 40
-
-
-def test_the_shorter_side_is_resized_and_nothing_enlarged() -> None:
-    assert resize_shorter(Image.new("RGB", (200, 100)), 50).size == (100, 50)
-    assert resize_shorter(Image.new("RGB", (101, 999)), 100).size == (100, 989)
-    assert resize_shorter(Image.new("RGB", (20, 10)), 50).size == (20, 10)
 
 
 def test_channel_statistics_are_those_of_the_training_pixels(shards: Path) -> None:
