@@ -41,29 +41,41 @@ def raw_tars(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.tar"))
 
 
-def members(path: Path, folder: Path) -> Iterator[Member]:
+def members(path: Path, folder: Path, start: int = 0, end: int | None = None) -> Iterator[Member]:
     """The files of one raw tar, in its order.
 
     Args:
         path: the tar.
         folder: of the batch's raw tars.
+        start: where the first header is (`parts`).
+        end: files whose header is here or later are left out.
 
     Raises:
         StageError: it is no raw tar, or a damaged one.
     """
     split, class_name = _place(path, folder)
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for each in _files(tar):
-                name = _readable(each.name)
-                of_class, name = (class_name, name) if class_name is not None else _parted(name)
-                yield Member(split, of_class, name, each.offset_data, each.size)
-    except FileNotFoundError:
-        raise StageError(f"{path} is missing; restore {_restored(folder)}") from None
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        # A message of several lines, or none, says no more to people than its first line.
-        what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StageError(f"{path} is damaged ({what}); restore {_restored(folder)}") from error
+    for each in _files(path, folder, start):
+        if end is not None and each.offset >= end:
+            return
+        name = _readable(each.name)
+        try:
+            of_class, name = (class_name, name) if class_name is not None else _parted(name)
+        except ValueError as error:
+            raise _damaged(path, folder, error) from None
+        yield Member(split, of_class, name, each.offset_data, each.size)
+
+
+def parts(path: Path, folder: Path, size: int) -> list[int]:
+    """Offsets of the headers at which parts of at least `size` bytes begin, 0 first.
+
+    Raises:
+        StageError: the tar is damaged.
+    """
+    starts = [0]
+    for each in _files(path, folder, 0):
+        if each.offset >= starts[-1] + size:
+            starts.append(each.offset)
+    return starts
 
 
 def read_at(tar: Path, offset: int, size: int) -> bytes:
@@ -92,24 +104,37 @@ def _place(path: Path, folder: Path) -> tuple[str, str | None]:
     raise StageError(f"{path} is none of the raw tars that ingest writes. Remove it, or restore {_restored(folder)}")
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # or it would remember all, a kilobyte each
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-            raise tarfile.ReadError(f"{_readable(member.name)!r} is no plain file")
-        yield member
-    # Python takes a tar whose next header is cut or damaged for one that ends there: it must end in zeros.
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    end = tar.fileobj.read(tarfile.BLOCKSIZE)
-    if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
-        raise tarfile.ReadError(f"it is cut or damaged at byte {tar.offset}")
+def _files(path: Path, folder: Path, start: int) -> Iterator[tarfile.TarInfo]:
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # or it would remember all, a kilobyte each
+                    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+                        raise tarfile.ReadError(f"{_readable(member.name)!r} is no plain file")
+                    yield member
+                # Python takes a tar whose next header is cut or damaged for one that ends there: it must end in zeros.
+                file.seek(tar.offset)
+                end = file.read(tarfile.BLOCKSIZE)
+                if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
+                    raise tarfile.ReadError(f"it is cut or damaged at byte {tar.offset}")
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing; restore {_restored(folder)}") from None
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise _damaged(path, folder, error) from error
+
+
+def _damaged(path: Path, folder: Path, error: Exception) -> StageError:
+    # A message of several lines, or none, says no more to people than its first line.
+    what = (str(error).splitlines() or [type(error).__name__])[0]
+    return StageError(f"{path} is damaged ({what}); restore {_restored(folder)}")
 
 
 def _parted(name: str) -> tuple[str, str]:
     class_name, slash, rest = name.partition("/")
     if not slash or class_name in ("", ".", ".."):
-        raise tarfile.ReadError(f"{name!r} is not named <class>/<name>")
+        raise ValueError(f"{name!r} is not named <class>/<name>")
     return class_name, rest
 
 
