@@ -226,7 +226,8 @@ def _shards(uri: SourceUri, shards: list[Place], incoming: Path | str) -> list[P
     named = _without_common(shards)
     if suffixes == {"parquet"}:
         uri.check("image", "label")
-        return parquet_shards(named, uri.text, uri.query.get("image"), uri.query.get("label"))
+        columns = uri.query.get("image"), uri.query.get("label")
+        return parquet_shards(named, uri.text, *columns, uri.flag("unlabelled"))
     if "parquet" in suffixes:
         raise StageError(f"source {uri.text} mixes Parquet files with others; name those to read, with `*`")
     uri.check("class_names")

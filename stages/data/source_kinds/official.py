@@ -47,7 +47,7 @@ class ClassTar:
         """
         where = f"{self.place}: {self.class_name}.tar"
         unique = Unique(where)
-        with self.place.open() as outer:
+        with self.place.open(to_and_fro=True) as outer:
             section = Section(cast(Readable, outer), self.offset, self.size)
             for member in members(section, where):
                 name = "/".join(member.path)
@@ -113,9 +113,7 @@ def official(folder: Place) -> list[Part]:
 def _class_tars(train: Place) -> list[ClassTar]:
     stamp, unique = stamp_of([train.entry()]), Unique(str(train))
     found: list[ClassTar] = []
-    with train.open() as file:
-        if not file.seekable():
-            raise StageError(f"{train}: this server sends no parts of files; download it first")
+    with train.open(to_and_fro=True) as file:
         for member in members(cast(Readable, file), str(train), LARGEST_CLASS):
             class_name = member.path[-1].removesuffix(".tar")
             if class_name == member.path[-1] or len(member.path) != 1:

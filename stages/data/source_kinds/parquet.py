@@ -112,7 +112,7 @@ def parquet_file(place: Place) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with place.open() as file:
+    with place.open(to_and_fro=True) as file:
         try:
             source = pa.PythonFile(cast(Any, file), mode="r") if not place.is_local else file
             yield pq.ParquetFile(source, buffer_size=READ_AHEAD, pre_buffer=False, memory_map=False)
@@ -123,7 +123,9 @@ def parquet_file(place: Place) -> Iterator[Any]:
             raise StageError(f"{place} is no Parquet file, or a damaged one ({what}); bring it whole") from error
 
 
-def parquet_shards(shards: dict[str, Place], where: str, image: str | None, label: str | None) -> list[Part]:
+def parquet_shards(
+    shards: dict[str, Place], where: str, image: str | None, label: str | None, unlabelled: bool = False
+) -> list[Part]:
     """Shards by their path below what they have in common, each a part.
 
     Args:
@@ -131,6 +133,7 @@ def parquet_shards(shards: dict[str, Place], where: str, image: str | None, labe
         where: for messages.
         image: name of the column of images; None: `image`.
         label: name of the column of labels; None: `label`, where there is one.
+        unlabelled: nobody asks for labels, so a test split without is as good as the others.
 
     Raises:
         StageError: a column is missing or of another type, or some names tell a split and others do not.
@@ -138,7 +141,7 @@ def parquet_shards(shards: dict[str, Place], where: str, image: str | None, labe
     splits = splits_of(shards, where)
     found = [_part(place, splits[below], below, image or "image", label) for below, place in sorted(shards.items())]
     parts = [part for part, labelled in found if labelled or part.split != "test"]
-    if 0 < len(parts) < len(found):
+    if len(parts) < len(found) and any(labelled for _, labelled in found) and not unlabelled:
         logger.info("%s: the test split is left out, as its labels were never published", where)
         return list(parts)
     return [part for part, _ in found]

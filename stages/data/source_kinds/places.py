@@ -122,14 +122,17 @@ class Place:
         filesystem, path = self.filesystem()
         return _remote_entry(self._asked(partial(filesystem.info, path)), self.name)
 
-    def open(self) -> IO[bytes]:
+    def open(self, to_and_fro: bool = False) -> IO[bytes]:
         """The file, to be read.
+
+        Args:
+            to_and_fro: it is not read from beginning to end: no web server will do that sends whole files only.
 
         Raises:
             StageError: it cannot be read.
         """
         if not self.is_local:
-            return cast(IO[bytes], RemoteFile(self))
+            return cast(IO[bytes], RemoteFile(self, to_and_fro))
         try:
             return Path(self.address).open("rb")
         except OSError as error:
@@ -182,6 +185,8 @@ class Place:
         """
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
+        logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # it tells where it found each setting
+        logging.getLogger("s3fs").setLevel(logging.WARNING)
         try:
             return cast(tuple[Any, str], url_to_fs(self.address))
         except (ValueError, ImportError) as error:
@@ -217,21 +222,24 @@ class RemoteFile:
     A web server that sends no parts of files is read as one stream: what lies before a byte is read to get there.
     """
 
-    def __init__(self, place: Place) -> None:
-        self._place, self._position, self.closed = place, 0, False
+    def __init__(self, place: Place, to_and_fro: bool) -> None:
+        self._place, self._to_and_fro, self._position, self.closed = place, to_and_fro, 0, False
         self._file: Any = None
         self._in_parts = True
         self._tried(self._opened)
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes; none only at the end.
+        """`size` bytes, fewer only at the end.
 
         Raises:
             StageError: the connection broke again and again.
         """
-        data = self._tried(lambda: self._opened().read(size))
-        self._position += len(data)
-        return data
+        chunks = []
+        while size and (data := self._tried(partial(self._some, size))):
+            chunks.append(data)
+            self._position += len(data)
+            size -= len(data) if size > 0 else 0
+        return b"".join(chunks)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Moves to a byte."""
@@ -272,6 +280,9 @@ class RemoteFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _some(self, size: int) -> bytes:
+        return cast(bytes, self._opened().read(size))
+
     def _opened(self) -> Any:
         if self._file is None or (not self._in_parts and self._file.tell() > self._position):
             filesystem, path = self._place.filesystem()
@@ -293,6 +304,8 @@ class RemoteFile:
             except Exception as error:
                 self._file = None
                 if "range requests" in str(error) and self._in_parts:  # fsspec's words for such a server
+                    if self._to_and_fro:
+                        raise StageError(f"{self._place}: this server sends whole files only; download it") from error
                     self._in_parts = False
                     continue
                 if attempt == TRIES - 1:
