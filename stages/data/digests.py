@@ -39,9 +39,9 @@ def source_digest(source: str, incoming: Path) -> str:
 def raw_digest(folder: Path) -> str:
     """The digest of a batch's raw tars: that of the source which they were made from."""
     return digest(
-        (f"{tar.parent.name}/{tar.stem}/{name}", hashlib.sha256(read_at(tar, offset, size)).hexdigest())
+        (member.path, hashlib.sha256(read_at(tar, member.offset, member.size)).hexdigest())
         for tar in raw_tars(folder)
-        for name, offset, size in members(tar)
+        for member in members(tar, folder)
     )
 
 

@@ -1,9 +1,11 @@
 """From bytes as they came to pixels: what an image is, and its conversion to upright 8-bit RGB."""
 
 import io
+import math
 import struct
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
@@ -107,27 +109,42 @@ def to_rgb(data: bytes) -> Image.Image:
         return _eight_bit(_upright(image)).convert("RGB")
 
 
-def resize_shorter(image: Image.Image, side: int) -> Image.Image:
-    """The image with its shorter side at `side` pixels, antialiased bicubic; smaller ones are left as they are."""
-    shorter = min(image.size)
-    if shorter <= side:
-        return image
-    width, height = (max(side, round(length * side / shorter)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+def upright_pixels(data: bytes) -> tuple[np.ndarray, bool]:
+    """Pixels as `to_rgb` has them, (H, W, 3) uint8; and whether a decoder of any kind takes the bytes as they are.
 
-
-def is_baseline_rgb_jpeg(data: bytes) -> bool:
-    """Whether a decoder of any kind, hardware ones too, takes these bytes as they are."""
+    That is so of a baseline RGB JPEG without an orientation. Not strict: scan has judged the bytes.
+    """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        return image.format in ("JPEG", "MPO") and image.mode == "RGB" and not image.info.get("progressive") and upright
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L") or orientation in TURNS:
+            return np.asarray(_eight_bit(_upright(image)).convert("RGB")), False
+        baseline = image.mode == "RGB" and not image.info.get("progressive") and orientation == 1
+    return simplejpeg.decode_jpeg(data, "RGB", strict=False), baseline
 
 
-def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """Baseline JPEG of an RGB image, 4:2:0, without metadata."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", optimize=False, progressive=False, exif=b"")
-    return buffer.getvalue()
+def resize_shorter(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The image with its shorter side at `side` pixels; smaller ones are left as they are.
+
+    Bicubic to the next whole multiple of the new size, which is then averaged: 43 dB from Lanczos where 500x375
+    becomes 341x256, as a JPEG within 0.3 dB of PIL's antialiased bicubic, in a fourth of its time (`python -m
+    bench.sharding`). `INTER_AREA` alone takes twice as long, to 39 dB.
+
+    Args:
+        pixels: (H, W, 3), uint8.
+    """
+    height, width = pixels.shape[:2]
+    shorter = min(height, width)
+    if shorter <= side:
+        return pixels
+    width, height = (max(side, round(length * side / shorter)) for length in (width, height))
+    times = max(2, math.ceil(shorter / side))
+    finer = cv2.resize(pixels, (width * times, height * times), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(finer, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    """Baseline JPEG of RGB pixels (H, W, 3), 4:2:0, without metadata."""
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "420")
 
 
 def _upright(image: Image.Image) -> Image.Image:

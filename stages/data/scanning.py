@@ -10,24 +10,23 @@ from stages.data.raw import members
 
 
 def scan_tar(path: Path, folder: Path, batch: str) -> list[dict[str, Any]]:
-    """Facts (stages/data/facts.py) of every file in a raw tar `<folder>/<split>/<class>.tar`, in the tar's order."""
+    """Facts (stages/data/facts.py) of every file in a raw tar below `folder`, in the tar's order."""
     return list(_rows(path, folder, batch))
 
 
 def _rows(path: Path, folder: Path, batch: str) -> Iterator[dict[str, Any]]:
-    split, class_name = path.parent.name, path.stem
     with path.open("rb") as tar:
-        for name, offset, size in members(path):
-            tar.seek(offset)
+        for member in members(path, folder):
+            tar.seek(member.offset)
             yield {
-                "key": f"{batch}/{split}/{class_name}/{name}",
+                "key": f"{batch}/{member.path}",
                 "batch": batch,
-                "source_split": split,
-                "class_name": class_name,
+                "source_split": member.split,
+                "class_name": member.class_name,
                 "tar": path.relative_to(folder).as_posix(),
-                "offset": offset,
-                "bytes": size,
-                **image_facts(tar.read(size)),
+                "offset": member.offset,
+                "bytes": member.size,
+                **image_facts(tar.read(member.size)),
             }
 
 
