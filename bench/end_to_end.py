@@ -61,7 +61,7 @@ def _write(workspace: Workspace, batches: dict[str, dict[str, str]]) -> None:
 
 def _timed(what: str, workspace: Workspace, stage: str) -> float:
     began = time.perf_counter()
-    with _peak(workspace.root) as peak:
+    with _peak() as peak:
         done = workspace.run("dvc", "repro", stage)
     seconds = time.perf_counter() - began
     if done.returncode:
@@ -75,8 +75,8 @@ def _timed(what: str, workspace: Workspace, stage: str) -> float:
 
 
 @contextmanager
-def _peak(folder: Path) -> Iterator[list[int]]:
-    """Samples of the memory of all processes that work in `folder`, in bytes: proportional sets, so that shared pages count once."""
+def _peak() -> Iterator[list[int]]:
+    """Samples of the memory of all processes below this one, in bytes: proportional sets, shared pages once."""
     samples: list[int] = []
     over = threading.Event()
 

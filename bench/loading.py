@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.protocol import MEAN, STD, labelled_images, timed_epoch
-
 from bench.prepared import written_shards
 from bench.rounds import ROOT, Bound, Candidate, Goal, Peer, Table, arguments, machine, measured, report, versions
 from stages.data.loading import Samples, read_samples, training_batches
