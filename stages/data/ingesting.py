@@ -280,19 +280,19 @@ class _Cut:
             self._tar.close()
             rest = self._file.read(1) if self._there else b""
             self._file.close()
+            if rest:
+                raise _changed(self._path)
+            if not self._there:
+                with replaced_file(self._path) as aside:
+                    self._aside.rename(aside)
         except BaseException:
             self.drop()
             raise
-        if rest:
-            raise _changed(self._path)
-        if not self._there:
-            with replaced_file(self._path) as aside:
-                self._aside.rename(aside)
 
     def drop(self) -> None:
         """The tar stays unfinished, and nothing of it is kept."""
         if not self._there:
-            self._aside.unlink()
+            self._aside.unlink(missing_ok=True)
         # What is in the buffer may not fit on the disk, and goes to a file that is no more.
         with suppress(OSError):
             self._file.close()
