@@ -6,6 +6,7 @@ that an interrupted run leaves whole ones to the next, and no process holds more
 
 import hashlib
 import logging
+import os
 import signal
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -161,10 +162,9 @@ def _tables(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
 
 def _rows(piece: Piece, folder: Path, batch: str, say: Say) -> Iterator[dict[str, Any]]:
     path = folder / piece.tar
-    with path.open("rb") as tar:
+    with path.open("rb", buffering=0) as tar:
         for member in members(path, folder, piece.start, piece.end):
             say(member.offset)
-            tar.seek(member.offset)
             yield {
                 "key": f"{batch}/{member.path}",
                 "batch": batch,
@@ -179,14 +179,14 @@ def _rows(piece: Piece, folder: Path, batch: str, say: Say) -> Iterator[dict[str
 
 def _member_facts(tar: IO[bytes], member: Member, crashed: bool) -> dict[str, Any]:
     if member.size <= MOST_BYTES and not crashed:
-        return image_facts(tar.read(member.size))
+        return image_facts(os.pread(tar.fileno(), member.size, member.offset))
     digest = hashlib.sha256()
-    header, left = Header(), member.size
-    while left and (data := tar.read(min(left, HEAD_BYTES))):
-        if left == member.size and not crashed:
+    header = Header()
+    for at in range(0, member.size, HEAD_BYTES):
+        data = os.pread(tar.fileno(), min(member.size - at, HEAD_BYTES), member.offset + at)
+        if at == 0 and not crashed:
             header = read_header(data)
         digest.update(data)
-        left -= len(data)
     error = "the decoder crashed" if crashed else f"larger than {MOST_BYTES} bytes"
     return _undecoded(header, digest.hexdigest(), error)
 
