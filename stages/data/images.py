@@ -43,6 +43,8 @@ LEAST_SCAN = 2**20
 # A thumbnail with its shorter side at least this long is enough for hash, brightness and contrast.
 THUMBNAIL_SIDE = 32
 
+# A TIFF may claim more, which facts have no room for.
+LONGEST_SIDE = 2**31 - 1
 
 SEGMENT = struct.Struct(">BBH")  # FF, marker, length without the two
 FRAME = struct.Struct(">BHHB")  # bits, height, width, components
@@ -76,8 +78,8 @@ def read_header(data: bytes) -> Header:
             return Header(
                 # Cameras' multi-picture files are JPEGs with more behind the first one.
                 format="JPEG" if image.format == "MPO" else image.format or "",
-                width=image.width,
-                height=image.height,
+                width=min(image.width, LONGEST_SIDE),
+                height=min(image.height, LONGEST_SIDE),
                 mode=image.mode,
                 orientation=orientation if orientation in range(1, 9) else 1,
             )

@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 # Of a file that is read and decoded; of a larger one only its head is looked at.
 MOST_BYTES = 2**28
 HEAD_BYTES = 2**20
-# A larger tar is scanned in parts of about this size.
-PIECE_BYTES = 2**28
+# A tar is scanned in parts where it is larger than a 64th of its batch: enough to keep many cores busy, and to lose
+# little with a kill. Within limits: to find where parts begin costs a look at every header.
+PARTS = 64
+LEAST_PART, MOST_PART = 2**22, 2**28
 # Read, made into a table and forgotten at once.
 ROWS = 1024
 CRASHES = {-int(each) for each in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)}
@@ -62,8 +64,10 @@ def cut(tars: list[Path], folder: Path, workers: int) -> list[Piece]:
     Raises:
         StageError: a tar is damaged, or none of ingest's.
     """
-    large = deque(tar for tar in tars if tar.stat().st_size > PIECE_BYTES)
-    starts = dict(_results(each_apart(partial(_parts, folder=folder), large, workers)))
+    sizes = {tar: tar.stat().st_size for tar in tars}
+    part = min(max(sum(sizes.values()) // PARTS, LEAST_PART), MOST_PART)
+    large = deque(tar for tar, size in sizes.items() if size > part)
+    starts = dict(_results(each_apart(partial(_parts, folder=folder, size=part), large, workers)))
     pieces = []
     for tar in tars:
         begins = starts.get(tar, [0])
@@ -191,8 +195,8 @@ def _member_facts(tar: IO[bytes], member: Member, crashed: bool) -> dict[str, An
     return _undecoded(header, digest.hexdigest(), error)
 
 
-def _parts(tar: Path, say: Say, folder: Path) -> list[int]:
-    return parts(tar, folder, PIECE_BYTES)
+def _parts(tar: Path, say: Say, folder: Path, size: int) -> list[int]:
+    return parts(tar, folder, size)
 
 
 def _results(results: Iterable[tuple[Path, list[int] | Death]]) -> Iterator[tuple[Path, list[int]]]:
