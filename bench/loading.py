@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.protocol import MEAN, STD, labelled_images, timed_epoch
-
 from bench.prepared import written_shards
 from bench.rounds import ROOT, Bound, Candidate, Goal, Peer, Table, arguments, machine, measured, report, versions
 from stages.data.loading import Samples, read_samples, training_batches
@@ -108,10 +107,11 @@ def _dali(shard_set: Path, count: int) -> Iterator[Any]:
 
     @pipeline_def(batch_size=BATCH, num_threads=THREADS, device_id=None, seed=1, exec_dynamic=True)
     def pipeline() -> Any:
-        jpegs, labels = fn.readers.webdataset(
+        read: Any = fn.readers.webdataset(
             paths=tars, index_paths=[tar.replace(".tar", ".idx") for tar in tars], ext=["jpg", "cls"], name="reader",
             random_shuffle=True, initial_fill=1000, pad_last_batch=True, missing_component_behavior="error",
         )  # fmt: skip
+        jpegs, labels = read
         crops = fn.decoders.image_random_crop(jpegs, output_type=types.RGB, random_area=[0.08, 1.0])
         crops = fn.resize(crops, size=[SIZE, SIZE], interp_type=types.INTERP_TRIANGULAR)
         mean, std = ([255 * value for value in each] for each in (MEAN, STD))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -81,31 +81,37 @@ def read_samples(shard_sets: Sequence[Path], split: str) -> Samples:
     Raises:
         StageError: a shard is missing or damaged (checksums of index.json).
     """
-    shards: list[Path] = []
-    batch_of_shard: list[int] = []
-    entries: list[list[tuple[str, int, int, int]]] = []
-    for number, shard_set in enumerate(shard_sets):
-        listed = read_index(shard_set)["splits"].get(split, {"shards": []})["shards"]
-        with ThreadPoolExecutor() as pool:
-            entries += pool.map(lambda entry, folder=shard_set: _checked_entries(folder, entry), listed)
-        shards += [shard_set / entry["file"] for entry in listed]
-        batch_of_shard += [number] * len(listed)
-    rows = [(*row, shard) for shard, each in enumerate(entries) for row in each]
-    shard = np.array([row[4] for row in rows], np.int32)
+    listed = [
+        (number, shard_set, entry)
+        for number, shard_set in enumerate(shard_sets)
+        for entry in read_index(shard_set)["splits"].get(split, {"shards": []})["shards"]
+    ]
+    with ThreadPoolExecutor() as pool:
+        entries = list(pool.map(lambda each: _checked_entries(each[1], each[2]), listed))
+    counts = [len(each.key) for each in entries]
     return Samples(
-        key=[row[0] for row in rows],
-        batch=np.array(batch_of_shard, np.int32)[shard] if rows else np.empty(0, np.int32),
+        key=[key for each in entries for key in each.key],
+        batch=np.repeat(np.array([number for number, _, _ in listed], np.int32), counts),
         batch_names=[shard_set.name for shard_set in shard_sets],
-        shards=shards,
-        shard=shard,
-        offset=np.array([row[1] for row in rows], np.int64),
-        size=np.array([row[2] for row in rows], np.int64),
-        label=np.array([row[3] for row in rows], np.int64),
+        shards=[shard_set / entry["file"] for _, shard_set, entry in listed],
+        shard=np.repeat(np.arange(len(listed), dtype=np.int32), counts),
+        offset=np.concatenate([np.empty(0, np.int64), *(each.offset for each in entries)]),
+        size=np.concatenate([np.empty(0, np.int64), *(each.size for each in entries)]),
+        label=np.concatenate([np.empty(0, np.int64), *(each.label for each in entries)]),
     )
 
 
-def _checked_entries(folder: Path, entry: dict[str, Any]) -> list[tuple[str, int, int, int]]:
-    """(key, offset, size, label) of each image of a shard, after its checksums were found right."""
+class _Entries(NamedTuple):
+    """The images of one shard, as in `Samples`."""
+
+    key: list[str]
+    offset: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+
+
+def _checked_entries(folder: Path, entry: dict[str, Any]) -> _Entries:
+    """What a shard holds, after its checksums were found right."""
     path = folder / entry["file"]
     idx = path.with_suffix(".idx")
     for file, expected in ((path, entry["sha256"]), (idx, entry["idx_sha256"])):
@@ -115,13 +121,16 @@ def _checked_entries(folder: Path, entry: dict[str, Any]) -> list[tuple[str, int
                 f"{file} is {state}. Restore it: `rm -rf {folder} && dvc checkout {folder}`, or make it anew: "
                 f"`dvc repro --force --single-item shard@{folder.name}`"
             )
-    rows = []
+    # jpg, offset, size, name, cls, offset, size, name
+    lines = [line.split(" ") for line in idx.read_text(encoding="utf-8").splitlines()[1:]]
     with path.open("rb") as tar:
-        for line in idx.read_text(encoding="utf-8").splitlines()[1:]:
-            _, offset, size, name, _, cls_offset, cls_size, _ = line.split(" ")
-            label = int(os.pread(tar.fileno(), int(cls_size), int(cls_offset)))
-            rows.append((unquote(name.removesuffix(".jpg"), errors="surrogateescape"), int(offset), int(size), label))
-    return rows
+        labels = [int(os.pread(tar.fileno(), int(line[6]), int(line[5]))) for line in lines]
+    return _Entries(
+        key=[unquote(line[3].removesuffix(".jpg"), errors="surrogateescape") for line in lines],
+        offset=np.array([int(line[1]) for line in lines], np.int64),
+        size=np.array([int(line[2]) for line in lines], np.int64),
+        label=np.array(labels, np.int64),
+    )
 
 
 def epoch_order(samples: Samples, seed: int, epoch: int) -> npt.NDArray[np.int64]:
