@@ -37,7 +37,7 @@ def main() -> None:
         prune(work.parent, keep=work)
         _scan(tars, folder, name, work, out)
         shutil.rmtree(work)
-    decodes = pq.read_table(out, columns=["decodes"])["decodes"]
+    decodes = pq.ParquetFile(out).read(columns=["decodes"])["decodes"]
     logger.info("scan %s: %d files, %d do not decode", name, len(decodes), pc.sum(pc.invert(decodes)).as_py() or 0)
 
 

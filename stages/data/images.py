@@ -3,7 +3,7 @@
 import io
 import math
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -43,17 +43,20 @@ LEAST_SCAN = 2**20
 # A thumbnail with its shorter side at least this long is enough for hash, brightness and contrast.
 THUMBNAIL_SIDE = 32
 
+# A TIFF may claim more, which facts have no room for.
+LONGEST_SIDE = 2**31 - 1
 
-LEVELS = np.arange(256)
-BASELINE = (b"\xc0", b"\xc1")
-SKIPPED = frozenset([b"\xdb", b"\xc4", b"\xdd", b"\xfe", *(bytes([0xE0 + n]) for n in range(16) if n != 1)])
+SEGMENT = struct.Struct(">BBH")  # FF, marker, length without the two
+FRAME = struct.Struct(">BHHB")  # bits, height, width, components
+BASELINE = (0xC0, 0xC1)
+START_OF_SCAN = 0xDA
+SKIPPED = frozenset([0xDB, 0xC4, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)])
 """JPEG segments that say nothing of size, mode or orientation: tables, comments, all APPn but EXIF and XMP."""
 MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 """By the number of components."""
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What the first bytes say. `format` is empty where they are of no known image."""
 
     format: str = ""
@@ -75,8 +78,8 @@ def read_header(data: bytes) -> Header:
             return Header(
                 # Cameras' multi-picture files are JPEGs with more behind the first one.
                 format="JPEG" if image.format == "MPO" else image.format or "",
-                width=image.width,
-                height=image.height,
+                width=min(image.width, LONGEST_SIDE),
+                height=min(image.height, LONGEST_SIDE),
                 mode=image.mode,
                 orientation=orientation if orientation in range(1, 9) else 1,
             )
@@ -119,20 +122,18 @@ def difference_hash(luminance: np.ndarray) -> int:
     Args:
         luminance: (H, W), uint8.
     """
-    thumbnail = Image.fromarray(luminance).resize((9, 8), Image.Resampling.BOX)
-    cells = np.frombuffer(thumbnail.tobytes(), np.uint8).reshape(8, 9)
+    cells = cv2.resize(luminance, (9, 8), interpolation=cv2.INTER_AREA)
     return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
 
 
 def brightness_and_contrast(luminance: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of all pixels, from exact sums.
+    """Mean and standard deviation of all pixels. OpenCV adds up whole numbers, in a tenth of NumPy's time.
 
     Args:
         luminance: (H, W), uint8.
     """
-    counts = np.array(Image.fromarray(luminance).histogram())
-    mean = int(counts @ LEVELS) / luminance.size
-    return mean, math.sqrt(max(int(counts @ LEVELS**2) / luminance.size - mean**2, 0.0))
+    mean, deviation = cv2.meanStdDev(luminance)
+    return float(mean[0, 0]), float(deviation[0, 0])
 
 
 def to_rgb(data: bytes) -> Image.Image:
@@ -187,24 +188,28 @@ def _plain_jpeg_header(data: bytes) -> Header | None:
     """
     if data[:2] != b"\xff\xd8":
         return None
-    at, frame = 2, b""
-    while data[at : at + 1] == b"\xff":
-        marker, length = data[at + 1 : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker in BASELINE and not frame:
-            frame = data[at + 4 : at + 10]  # precision, height, width, components
-        elif marker == b"\xda":
-            return _plain(frame, data[at + 4 : at + 5])
-        elif marker not in SKIPPED or length < 2:
-            return None
-        at += 2 + length
-    return None
+    at, frame = 2, None
+    try:
+        while True:
+            prefix, marker, length = SEGMENT.unpack_from(data, at)
+            if prefix != 0xFF or length < 2:
+                return None
+            if marker in BASELINE and frame is None:
+                frame = FRAME.unpack_from(data, at + 4)
+            elif marker == START_OF_SCAN:
+                return _plain(frame, data[at + 4])
+            elif marker not in SKIPPED:
+                return None
+            at += 2 + length
+    except (struct.error, IndexError):
+        return None  # it ends too early
 
 
-def _plain(frame: bytes, scanned: bytes) -> Header | None:
-    if len(frame) < 6 or frame[0] != 8 or frame[5:] != scanned or frame[5] not in MODES:
+def _plain(frame: tuple[int, ...] | None, scanned: int) -> Header | None:
+    bits, height, width, components = frame or (0, 0, 0, 0)
+    if bits != 8 or components != scanned or components not in MODES or not height or not width:
         return None
-    height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
-    return Header("JPEG", width, height, MODES[frame[5]], plain=True) if height and width else None
+    return Header("JPEG", width, height, MODES[components], plain=True)
 
 
 def _refuse_endless_scans(data: bytes, header: Header) -> None:

@@ -126,7 +126,9 @@ class _Worker(Generic[P, R]):
 def _serve(connection: Connection, place: Any, function: Callable[[Any, Say], Any], parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent ends this process
-    warnings.simplefilter("ignore")  # of damaged images, each other words, and Python remembers them all
+    # What decoders have to say of damaged images: Python remembers every other warning, libtiff writes to stderr.
+    warnings.simplefilter("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     _limit_memory()
 
     def say(where: int) -> None:

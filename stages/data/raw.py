@@ -12,13 +12,22 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from stages.command import StageError
 
 MIXED = re.compile(r"(train|val|test|all)-\d{5,}\.tar")
 UNLABELLED = "unlabelled"
 SPLITS = ("train", "val", "test", "all")
+END = bytes(tarfile.BLOCKSIZE)
+PLAIN = re.compile(
+    rb"([ -~]{1,100})\0*(?<=^.{100})"  # name
+    rb".{24}([0-7]{11})\0.{12}([0-7]{6})\0 0\0{100}ustar\x0000"  # mode, owner, group; size; time; checksum; type; link
+    rb".{80}\0{167}",  # owner, group, device; no prefix
+    re.DOTALL,
+)
+"""The header of a file as most are, by POSIX 1003.1 (ustar). Python's own reader takes five times as long, which is a
+tenth of all that is done for a small image; the others are left to it."""
 
 
 class Member(NamedTuple):
@@ -54,15 +63,15 @@ def members(path: Path, folder: Path, start: int = 0, end: int | None = None) ->
         StageError: it is no raw tar, or a damaged one.
     """
     split, class_name = _place(path, folder)
-    for each in _files(path, folder, start):
-        if end is not None and each.offset >= end:
+    for header, name, offset, size in _files(path, folder, start):
+        if end is not None and header >= end:
             return
-        name = _readable(each.name)
+        name = name if name.isascii() else _readable(name)
         try:
             of_class, name = (class_name, name) if class_name is not None else _parted(name)
         except ValueError as error:
             raise _damaged(path, folder, error) from None
-        yield Member(split, of_class, name, each.offset_data, each.size)
+        yield Member(split, of_class, name, offset, size)
 
 
 def parts(path: Path, folder: Path, size: int) -> list[int]:
@@ -72,9 +81,9 @@ def parts(path: Path, folder: Path, size: int) -> list[int]:
         StageError: the tar is damaged.
     """
     starts = [0]
-    for each in _files(path, folder, 0):
-        if each.offset >= starts[-1] + size:
-            starts.append(each.offset)
+    for header, *_ in _files(path, folder, 0):
+        if header >= starts[-1] + size:
+            starts.append(header)
     return starts
 
 
@@ -104,25 +113,40 @@ def _place(path: Path, folder: Path) -> tuple[str, str | None]:
     raise StageError(f"{path} is none of the raw tars that ingest writes. Remove it, or restore {_restored(folder)}")
 
 
-def _files(path: Path, folder: Path, start: int) -> Iterator[tarfile.TarInfo]:
+def _files(path: Path, folder: Path, start: int) -> Iterator[tuple[int, str, int, int]]:
+    """Offset of the header, name, offset of the bytes, and size of each file; the tar must end as a whole one does."""
     try:
-        with path.open("rb") as file:
-            file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # or it would remember all, a kilobyte each
-                    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-                        raise tarfile.ReadError(f"{_readable(member.name)!r} is no plain file")
-                    yield member
-                # Python takes a tar whose next header is cut or damaged for one that ends there: it must end in zeros.
-                file.seek(tar.offset)
-                end = file.read(tarfile.BLOCKSIZE)
-                if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
-                    raise tarfile.ReadError(f"it is cut or damaged at byte {tar.offset}")
+        with path.open("rb", buffering=0) as file:
+            length, at = os.fstat(file.fileno()).st_size, start
+            while (block := os.pread(file.fileno(), tarfile.BLOCKSIZE, at)) != END:
+                if plain := PLAIN.fullmatch(block):
+                    name, size = plain[1].decode(), int(plain[2], 8)
+                    offset = at + tarfile.BLOCKSIZE
+                    if int(plain[3], 8) != sum(block) - sum(plain[3]) + 7 * ord(" "):
+                        raise tarfile.ReadError("bad checksum")
+                else:
+                    name, offset, size = _odd_file(file, at)
+                header, at = at, offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if at > length:
+                    raise tarfile.ReadError("unexpected end of data")
+                yield header, name, offset, size
     except FileNotFoundError:
         raise StageError(f"{path} is missing; restore {_restored(folder)}") from None
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise _damaged(path, folder, error) from error
+
+
+def _odd_file(file: IO[bytes], at: int) -> tuple[str, int, int]:
+    """Name, offset and size of a file with a header that is not of the plainest kind (a long name, or not ASCII)."""
+    file.seek(at)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        member = tar.next()
+    if member is None:
+        # Python takes a tar whose next header is cut or damaged for one that ends there: it must end in zeros.
+        raise tarfile.ReadError(f"it is cut or damaged at byte {at}")
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+        raise tarfile.ReadError(f"{_readable(member.name)!r} is no plain file")
+    return member.name, member.offset_data, member.size
 
 
 def _damaged(path: Path, folder: Path, error: Exception) -> StageError:

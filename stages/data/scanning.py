@@ -6,6 +6,7 @@ that an interrupted run leaves whole ones to the next, and no process holds more
 
 import hashlib
 import logging
+import os
 import signal
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -28,8 +29,10 @@ logger = logging.getLogger(__name__)
 # Of a file that is read and decoded; of a larger one only its head is looked at.
 MOST_BYTES = 2**28
 HEAD_BYTES = 2**20
-# A larger tar is scanned in parts of about this size.
-PIECE_BYTES = 2**28
+# A tar is scanned in parts where it is larger than a 64th of its batch: enough to keep many cores busy, and to lose
+# little with a kill. Within limits: to find where parts begin costs a look at every header.
+PARTS = 64
+LEAST_PART, MOST_PART = 2**22, 2**28
 # Read, made into a table and forgotten at once.
 ROWS = 1024
 CRASHES = {-int(each) for each in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)}
@@ -61,8 +64,10 @@ def cut(tars: list[Path], folder: Path, workers: int) -> list[Piece]:
     Raises:
         StageError: a tar is damaged, or none of ingest's.
     """
-    large = deque(tar for tar in tars if tar.stat().st_size > PIECE_BYTES)
-    starts = dict(_results(each_apart(partial(_parts, folder=folder), large, workers)))
+    sizes = {tar: tar.stat().st_size for tar in tars}
+    part = min(max(sum(sizes.values()) // PARTS, LEAST_PART), MOST_PART)
+    large = deque(tar for tar, size in sizes.items() if size > part)
+    starts = dict(_results(each_apart(partial(_parts, folder=folder, size=part), large, workers)))
     pieces = []
     for tar in tars:
         begins = starts.get(tar, [0])
@@ -161,10 +166,9 @@ def _tables(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
 
 def _rows(piece: Piece, folder: Path, batch: str, say: Say) -> Iterator[dict[str, Any]]:
     path = folder / piece.tar
-    with path.open("rb") as tar:
+    with path.open("rb", buffering=0) as tar:
         for member in members(path, folder, piece.start, piece.end):
             say(member.offset)
-            tar.seek(member.offset)
             yield {
                 "key": f"{batch}/{member.path}",
                 "batch": batch,
@@ -179,20 +183,20 @@ def _rows(piece: Piece, folder: Path, batch: str, say: Say) -> Iterator[dict[str
 
 def _member_facts(tar: IO[bytes], member: Member, crashed: bool) -> dict[str, Any]:
     if member.size <= MOST_BYTES and not crashed:
-        return image_facts(tar.read(member.size))
+        return image_facts(os.pread(tar.fileno(), member.size, member.offset))
     digest = hashlib.sha256()
-    header, left = Header(), member.size
-    while left and (data := tar.read(min(left, HEAD_BYTES))):
-        if left == member.size and not crashed:
+    header = Header()
+    for at in range(0, member.size, HEAD_BYTES):
+        data = os.pread(tar.fileno(), min(member.size - at, HEAD_BYTES), member.offset + at)
+        if at == 0 and not crashed:
             header = read_header(data)
         digest.update(data)
-        left -= len(data)
     error = "the decoder crashed" if crashed else f"larger than {MOST_BYTES} bytes"
     return _undecoded(header, digest.hexdigest(), error)
 
 
-def _parts(tar: Path, say: Say, folder: Path) -> list[int]:
-    return parts(tar, folder, PIECE_BYTES)
+def _parts(tar: Path, say: Say, folder: Path, size: int) -> list[int]:
+    return parts(tar, folder, size)
 
 
 def _results(results: Iterable[tuple[Path, list[int] | Death]]) -> Iterator[tuple[Path, list[int]]]:
