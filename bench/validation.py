@@ -77,7 +77,7 @@ def measure(folder: Path, rows: int, fresh: int) -> list[dict[str, Any]]:
 def make_batch(folder: Path, name: str, rows: int, seed: int) -> Planted:
     """Raw tar and facts of one batch, as ingest and scan leave them."""
     began = time.perf_counter()
-    tar = Path("train/pictures.tar")
+    tar = Path("train-00000.tar")
     places = write_pictures(folder / "data/raw/pretrain" / name / tar, seed)
     facts, planted = made_up_facts(name, rows, tar.as_posix(), places, seed)
     write_table(facts, FACTS, folder / f"data/facts/pretrain/{name}.parquet")

@@ -221,7 +221,7 @@ def _judge_duplicates(images: pd.DataFrame, limits: Validate, confirmation: Conf
     yielding = np.flatnonzero(found.yields_to >= 0)
     below, above = sound[yielding], sound[found.yields_to[yielding]]
     trains = (images["split"] == "train").to_numpy()
-    leak, exact = trains[below] != trains[above], found.exact[yielding]
+    leak, exact = trains[below] & ~trains[above], found.exact[yielding]
     duplicate_of = np.full(len(images), "", dtype=object)
     duplicate_of[below] = images["key"].iloc[above].to_numpy(dtype=object)
     images["duplicate_of"] = duplicate_of

@@ -146,11 +146,11 @@ def duplicate_expectations(limits: Validate) -> list[Expectation]:
     image = partial(_rows_of("image", limits), check=none())
     return [
         image(name=LEAK, column="leak_of", parameter="validate.near_duplicate_distance",
-              fault="leaks between training and test",
-              reason="The same picture once for training and once for test, fresh or val: the score would count what "
-                     "was learnt by heart."),
+              fault="leaks of test images into train",
+              reason="An image of train is the same picture as one of test, fresh or val that stays: the score would "
+                     "count what was learnt by heart."),
         image(name=EXACT, column="duplicate_of", parameter="", fault="exact duplicates",
-              reason="The same bytes as an image that stays: it would count twice."),
+              reason="The same bytes as an image that stays: it would count twice, or be a test of what was trained on."),
         image(name=NEAR, column="near_duplicate_of", parameter="validate.near_duplicate_distance",
               fault="near-duplicates",
               reason="The same picture as an image that stays (resized, recoded, brightened); confirmed on pixels."),
