@@ -27,7 +27,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from stages.command import StageError
 from stages.data.images import DAMAGED, encode_jpeg, resize_shorter, upright_pixels
@@ -103,12 +102,12 @@ def write_shard_set(
     work = work or out.with_name(f".{out.name}.work")
     if cluster:  # its workers run elsewhere in the file system
         work, raw = work.absolute(), raw.absolute()
-    _prepare(work, out)
+    prepare(work, out)
     pieces = []
     for split in SPLITS:
         rows = accepted[accepted["split"] == split]
         if not rows.empty:
-            pieces += _plan(rows, work, split, shard)
+            pieces += plan_split(rows, work, split, shard)
     write = partial(write_shard, work=work, raw=raw, resize=shard.resize, quality=shard.quality)
     with closing(spread(write, pieces, cluster, work)) as results:
         entries = {entry["file"]: entry for entry in progress(results, len(pieces), f"shard {batch}")}
@@ -141,7 +140,7 @@ def write_shard(piece: Piece, work: Path, raw: Path, resize: int, quality: int) 
     cv2.setNumThreads(1)  # there are as many processes as cores
     if entry := _finished(piece, work):
         return entry
-    images = _planned(piece, work)
+    images = _rows_of(piece, work)
     # Of its own: a worker that Dask took for dead may still be at the same shard.
     with tempfile.TemporaryDirectory(dir=work / "aside", prefix=piece.name, ignore_cleanup_errors=True) as name:
         tar, idx = (Path(name) / f"{piece.name}{suffix}" for suffix in (".tar", ".idx"))
@@ -171,7 +170,7 @@ def shard_image(data: bytes, resize: int, quality: int) -> tuple[bytes, np.ndarr
     return encode_jpeg(pixels, quality), pixels
 
 
-def _prepare(work: Path, out: Path) -> None:
+def prepare(work: Path, out: Path) -> None:
     shards, entries = work / "shards", work / "entries"
     if out.exists() and not shards.exists() and entries.is_dir() and any(entries.iterdir()):
         out.rename(shards)  # killed after all was done
@@ -180,7 +179,7 @@ def _prepare(work: Path, out: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def _plan(rows: pd.DataFrame, work: Path, split: str, shard: Shard) -> list[Piece]:
+def plan_split(rows: pd.DataFrame, work: Path, split: str, shard: Shard) -> list[Piece]:
     # The key order does not depend on how rows arrived; the shuffle at writing mixes the classes.
     order = np.random.default_rng([shard.seed, SPLITS.index(split)]).permutation(len(rows))
     table = pa.Table.from_pandas(rows[list(COLUMNS)].sort_values("key").iloc[order], preserve_index=False)
@@ -189,7 +188,7 @@ def _plan(rows: pd.DataFrame, work: Path, split: str, shard: Shard) -> list[Piec
     return [Piece(split, number) for number in range(-(-len(rows) // shard.images_per_shard))]
 
 
-def _planned(piece: Piece, work: Path) -> list[RawImage]:
+def _rows_of(piece: Piece, work: Path) -> list[RawImage]:
     with pq.ParquetFile(work / "plan" / f"{piece.split}.parquet") as plan:
         columns = plan.read_row_group(piece.number, use_threads=False).to_pydict()
     return [RawImage(*values) for values in zip(*(columns[name] for name in COLUMNS), strict=True)]
@@ -249,12 +248,11 @@ def _add(tar: tarfile.TarFile, name: str, extension: str, data: bytes) -> str:
 
 
 def _pixel_sums(pixels: np.ndarray) -> PixelSums:
-    histograms = np.array(Image.fromarray(pixels).histogram()).reshape(3, 256)
-    values = np.arange(256)
+    # OpenCV's figures are double precision: whole numbers after rounding, up to 10 billion pixels.
     return PixelSums(
         pixels=pixels.shape[0] * pixels.shape[1],
-        sums=tuple((histograms @ values).tolist()),
-        squares=tuple((histograms @ values**2).tolist()),
+        sums=tuple(round(value) for value in cv2.sumElems(pixels)[:3]),
+        squares=tuple(round(cv2.norm(channel, cv2.NORM_L2SQR)) for channel in cv2.split(pixels)),
     )
 
 

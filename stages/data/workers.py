@@ -87,7 +87,6 @@ def _end_with_parent() -> None:
 
 def _on_cluster(function: Callable[[P], R], pieces: Sequence[P], address: str, folder: Path) -> Iterator[R]:
     from distributed import CancelledError, Client, KilledWorker
-    from distributed.protocol.pickle import cloudpickle  # the one that Dask pickles with
 
     try:
         client = Client(address, timeout=SECONDS_TO_CONNECT)
@@ -99,13 +98,11 @@ def _on_cluster(function: Callable[[P], R], pieces: Sequence[P], address: str, f
     probe = folder / "probe"
     token = uuid.uuid4().hex
     probe.write_text(token, encoding="utf-8")
-    project = sys.modules["stages"]
-    cloudpickle.register_pickle_by_value(project)
     futures: list[Any] = []
     try:
         expected = _same_surroundings(client, address, probe, token)
-        call = _guarded(function, probe, expected)
-        futures = client.map(call, pieces, key=f"synset-{token}", pure=False, retries=0)
+        call = _by_value(_guarded(function, pieces, probe, expected))
+        futures = client.map(call, range(len(pieces)), key=f"synset-{token}", pure=False)
         for result, wrong in _as_they_come(client, address, futures):
             if wrong:
                 raise StageError(wrong)
@@ -117,7 +114,6 @@ def _on_cluster(function: Callable[[P], R], pieces: Sequence[P], address: str, f
             raise  # of the work itself, as a full disk
         raise StageError(f"the Dask scheduler at {address} was lost. {KEPT}") from None
     finally:
-        cloudpickle.unregister_pickle_by_value(project)
         if client.status == "running":
             client.cancel(futures)
         client.close(timeout=SECONDS_TO_CONNECT)
@@ -154,7 +150,7 @@ def _same_surroundings(client: Any, address: str, probe: Path, token: str) -> di
         # Said first: code of one Python cannot be read by another.
         if tuple(found["host"]["python"].split(".")[:2]) != here:
             raise StageError(f"Dask worker {worker} runs Python {found['host']['python']}, this is {'.'.join(here)}")
-    found = client.run(_surroundings, probe)
+    found = client.run(_by_value(_surroundings), probe)
     first = next(iter(found.values()))
     expected = _surroundings(probe) | {"processor": first["processor"]}
     assert expected["probe"] == token
@@ -193,16 +189,37 @@ def _complaint(worker: str, found: Mapping[str, str], expected: Mapping[str, str
     return ""
 
 
-def _guarded(function: Callable[[P], R], probe: Path, expected: dict[str, str]) -> Callable[[P], tuple[R | None, str]]:
+def _guarded(
+    function: Callable[[P], R], pieces: Sequence[P], probe: Path, expected: dict[str, str]
+) -> Callable[[int], tuple[R | None, str]]:
     """Result and error of a piece; checks its surroundings, as a worker may have come later than the others."""
 
-    def call(piece: P) -> tuple[R | None, str]:
-        found = _surroundings(probe)
-        if complaint := _complaint(platform.node(), found, expected, probe):
+    def call(number: int) -> tuple[R | None, str]:
+        if complaint := _complaint(platform.node(), _surroundings(probe), expected, probe):
             return None, complaint
         try:
-            return function(piece), ""
+            return function(pieces[number]), ""
         except StageError as error:
             return None, str(error)
+
+    return call
+
+
+def _by_value(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with all of this project's code that it calls: a worker that runs for weeks has no older one."""
+    from distributed.protocol.pickle import cloudpickle  # the one that Dask itself uses
+
+    project = sys.modules["stages"]
+    cloudpickle.register_pickle_by_value(project)
+    try:
+        code = cloudpickle.dumps(function)
+    finally:
+        cloudpickle.unregister_pickle_by_value(project)
+
+    # Without a name of this project in it, as Dask sends by reference what it can.
+    def call(*arguments: Any) -> Any:
+        import pickle
+
+        return pickle.loads(code)(*arguments)
 
     return call
