@@ -1,4 +1,4 @@
-"""The harness of bench/: rounds in turn, medians, ratios, the last line, what --check fails on, peers that cannot run."""
+"""The harness of bench/: rounds in turn, medians, ratios, the last line, what --check does, peers that cannot run."""
 
 import json
 import sys
