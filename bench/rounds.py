@@ -15,6 +15,7 @@ import signal
 import statistics
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,10 +104,11 @@ def _check(candidates: Sequence[Candidate], rounds: int) -> None:
 
 def _counted(candidates: Sequence[Candidate], rounds: int) -> dict[str, list[float]]:
     figures: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    for number in range(rounds):
-        first = number % len(candidates)
-        for candidate in [*candidates[first:], *candidates[:first]]:
+    turn = deque(candidates)
+    for _ in range(rounds):
+        for candidate in turn:
             figures[candidate.name].append(candidate.run())
+        turn.rotate(-1)
     return figures
 
 
