@@ -104,6 +104,12 @@ schedule: setup ## Prefect, MLflow and the flows that run by themselves, until C
 serve: setup ## answers over HTTP with the version in force, until Ctrl-C
 	@$(BIN)/python -m pipelines.serve
 
+.PHONY: bench
+bench: setup ## the peers' environments; with IMAGES=DIR also all measurements against them (docs/performance.md)
+	@$(BIN)/python -m bench.environment || test -n "$(IMAGES)"
+	@for name in $(if $(IMAGES),scan sharding loading versioning); do \
+	  echo; echo "bench.$$name"; $(BIN)/python -m bench.$$name --images "$(IMAGES)" --json .synset/bench/$$name.json || exit 1; done
+
 .PHONY: clean
 clean: ## removes .venv and .synset/ (caches, work in progress, Prefect's history); data, models, DVC's cache and MLflow stay
 # What .synset/retrain says is left to do stays: a batch to be taken back, a branch to be pushed, a version to be finished.
