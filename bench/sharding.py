@@ -2,8 +2,8 @@
 
     python -m bench.sharding --images DIR --check
 
-Ours is the function that the stage `shard` calls for every shard, with all that it does besides: the checksum of the raw
-bytes, the header's orientation, the sums of all pixels, the index file, checksums, and flushing to the disk. The peers
+Ours is the function that the stage `shard` calls for every shard, with all that it does besides: the checksum of the
+raw bytes, the header's orientation, the sums of all pixels, the index file, checksums, flushing to the disk. The peers
 only decode, resize to a shorter side of 256 px, compress (quality 90, 4:2:0) and write a tar; like ours they leave
 images that are small already as they are. All work on one shard of all images, on one core, and count CPU time.
 

@@ -61,6 +61,9 @@ def processor() -> str:
 
 
 def _on_this_machine(function: Callable[[P], R], pieces: Sequence[P], workers: int) -> Iterator[R]:
+    # A forked process waits for ever for threads that OpenCV had; with one it has none.
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
     pool = ProcessPoolExecutor(workers, initializer=_end_with_parent)
     try:
         for future in as_completed([pool.submit(function, piece) for piece in pieces]):
@@ -71,6 +74,7 @@ def _on_this_machine(function: Callable[[P], R], pieces: Sequence[P], workers: i
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+        cv2.setNumThreads(threads)
 
 
 def _end_with_parent() -> None:
