@@ -1,5 +1,6 @@
 """Whole files or none: outputs are written aside, flushed to the disk and renamed into place."""
 
+import errno
 import hashlib
 import json
 import os
@@ -47,6 +48,24 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def move_directory(source: Path, path: Path) -> None:
+    """`source`, whose files are on the disk already, takes the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sync(source)
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+        source.rename(path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            error.filename = error.filename or str(path)
+            raise
+        with replaced_directory(path) as aside:
+            shutil.copytree(source, aside, dirs_exist_ok=True)
+        shutil.rmtree(source)
+    _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,40 +3,51 @@
 import argparse
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import shutil
 from pathlib import Path
 
 from stages.command import StageError, run
-from stages.data.digests import digest
-from stages.data.ingesting import write_tar
+from stages.data.digests import raw_digest
+from stages.data.ingesting import Tally, assemble, shown, write_parts
+from stages.data.source_kinds.tars import ChangedError
 from stages.data.sources import read_source
 from stages.files import replaced_directory
+from stages.fingerprint import fingerprint, prune, work_folder
 from stages.params.batches import load_batch
-from stages.progress import progress, worker_count
+from stages.progress import worker_count
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Reads the source of one batch and writes its raw tars."""
+    """Reads the source of one batch and writes its raw tars; a run that was killed is taken up where it was."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("batch", help="name of the batch in params.yaml")
     name = parser.parse_args().batch
     batch = load_batch(name)
-    groups = list(read_source(batch.source, Path(os.environ.get("SYNSET_INCOMING", "data/incoming"))))
-    out = Path("data/raw") / batch.role / name
-    with replaced_directory(out) as aside, ThreadPoolExecutor(worker_count()) as pool:
-        tars = list(progress(pool.map(partial(write_tar, folder=aside), groups), len(groups), f"ingest {name}"))
-        files = [file for tar in tars for file in tar]
-        if not files:
-            raise StageError(f"source {batch.source} of batch {name} holds no file")
-        if batch.digest and digest(files) != batch.digest:
+    source = read_source(batch.source, os.environ.get("SYNSET_INCOMING", "data/incoming"))
+    work = work_folder(f"ingest@{name}", fingerprint(f"ingest@{name}", source=source.listing))
+    prune(work.parent, work)
+    tally = Tally()
+    try:
+        with shown(tally, f"ingest {name}"):
+            made = dict(write_parts(source, work, worker_count(), tally))
+    except ChangedError:
+        shutil.rmtree(work)
+        raise
+    source.check_classes(each for part in made.values() for each in part.classes)
+    if not tally.images:
+        raise StageError(f"source {batch.source} of batch {name} holds no file")
+    with replaced_directory(Path("data/raw") / batch.role / name) as aside:
+        count = assemble([made[part] for part in sorted(made)], work, aside)
+        if batch.digest and raw_digest(aside) != batch.digest:
+            shutil.rmtree(work)
             raise StageError(
                 f"source {batch.source} is not what batch {name} was accepted with (its digest differs). A delivery is "
                 f"never changed: put it back as it was, `dvc pull` the raw data, or deliver it under a new name"
             )
-    logger.info("ingest %s: %d files in %d tars", name, len(files), len(tars))
+    shutil.rmtree(work)
+    logger.info("ingest %s: %d files in %d tars", name, tally.images, count)
 
 
 if __name__ == "__main__":

@@ -4,30 +4,40 @@ import argparse
 import logging
 from pathlib import Path
 
+import pandas as pd
+
 from stages.command import StageError, run
-from stages.data.facts import read_table
-from stages.data.sharding import write_shard_set
-from stages.files import replaced_directory
+from stages.data.sharding import COLUMNS, write_shard_set
+from stages.fingerprint import fingerprint, prune, work_folder
 from stages.params.batches import load_batch
 from stages.params.load import load_section
-from stages.params.shard import Shard
+from stages.params.shard import Shards
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Writes the shard set of one batch."""
+    """Writes the shard set of one batch, from where an interrupted run of the same left off."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("batch", help="name of the batch in params.yaml")
     name = parser.parse_args().batch
     role = load_batch(name).role
-    shard = load_section(f"shard.{role}", Shard)
-    accepted = read_table(Path("data/accepted") / role / f"{name}.parquet")
+    shards = load_section("shard", Shards)
+    accepted = _read_accepted(Path("data/accepted") / role / f"{name}.parquet")
     if accepted.empty:
         raise StageError(f"no image of batch {name} was accepted; reports/validation.html says why")
-    with replaced_directory(Path("data/shards") / role / name) as aside:
-        count = write_shard_set(accepted, Path("data/raw") / role / name, aside, shard, role, name)
+    work = work_folder(f"shard@{name}", fingerprint(f"shard@{name}"))
+    prune(work.parent, keep=work)
+    raw, out = (Path("data") / kind / role / name for kind in ("raw", "shards"))
+    count = write_shard_set(accepted, raw, out, getattr(shards, role), role, name, work, shards.cluster)
     logger.info("shard %s: %d images", name, count)
+
+
+def _read_accepted(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path, columns=[*COLUMNS, "split"])
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing; `dvc repro validate` makes it, `dvc pull` brings it") from None
 
 
 if __name__ == "__main__":

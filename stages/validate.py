@@ -14,16 +14,20 @@ import pandas as pd
 
 from stages.command import StageError, run
 from stages.data.drift import FactDrift, compare
-from stages.data.duplicates import SamePicture, find_duplicates, pixel_confirmation
+from stages.data.duplicates import SamePicture, find_duplicates, look_alikes, pixel_confirmation
 from stages.data.expectations import (
     EXACT,
+    LEAK,
     NEAR,
     Expectation,
     duplicate_expectations,
+    expectations,
     explain,
     failures,
     first_failures,
     image_expectations,
+    outlier_expectations,
+    outlying,
     table_expectations,
     with_measures,
 )
@@ -51,7 +55,7 @@ def main() -> None:
     assign(images, batches, load_section("split", Split))
     verdict = judge(images, batches, limits)
     report = summary(verdict, batches, limits)
-    page = render(report, verdict.images, DATA / "raw")
+    page = render(report, verdict.images, DATA / "raw", verdict.noted, verdict.collapsed)
     folder = FAILED if verdict.stops else REPORTS
     write_text(folder / "validation.json", as_json(report))
     write_text(folder / "validation.html", page)
@@ -105,17 +109,23 @@ def assign(images: pd.DataFrame, batches: dict[str, Batch], limits: Split) -> No
 
 @dataclass
 class Verdict:
-    """What came of it. `images` has, beyond the facts, role, arrival, split, label, reason (empty: accepted) and
-    duplicate_of (key of the image that stays)."""
+    """What came of it. `images` has, beyond the facts, role, arrival, split, label, reason (empty: accepted),
+    duplicate_of (key of the image that is the same and stays), resolution_outlying and brightness_outlying (NaN: not
+    judged) and look (images of a class in a batch that look alike have the same number; -1: not judged)."""
 
     images: pd.DataFrame
     classes: dict[str, list[str]]
     batch_table: pd.DataFrame
     class_table: pd.DataFrame
+    collapsed: pd.DataFrame
+    """The rows of `look_table` that fail, most alike first."""
     drift: dict[str, list[FactDrift]]
     expectations: list[Expectation]
     failed: dict[str, int]
+    noted: dict[str, np.ndarray]
+    """Expectation of images whose severity is `note` → positions of the accepted images that fail it."""
     stops: list[str]
+    notes: list[str]
 
     @property
     def accepted(self) -> pd.DataFrame:
@@ -141,31 +151,42 @@ def judge(
     by_themselves = image_expectations(limits)
     failed = failures(with_measures(images), by_themselves)
     images["reason"] = first_failures(len(images), by_themselves, failed)
-    images["duplicate_of"] = ""
+    failed |= _judge_outliers(images, limits)
     failed |= _judge_duplicates(images, limits, confirmation)
     classes = _label(images, batches)
     drift = _drift(images[images["reason"] == ""], batches, limits)
     tables = {
         "batch": batch_table(images, batches),
+        "batch class": look_table(images, batches, limits),
         "class": class_table(images, batches, classes),
         "drift": drift_table(drift, batches),
     }
-    of_tables, stops = table_expectations(limits), []
+    words: dict[str, list[str]] = {"stop": [], "note": []}
+    of_tables = table_expectations(limits)
     for scope, table in tables.items():
         wrong = failures(table, [expectation for expectation in of_tables if expectation.scope == scope])
         failed |= wrong
         for expectation in of_tables:
-            if expectation.severity == "stop" and len(wrong.get(expectation.name, ())):
-                stops += explain(expectation, table.iloc[wrong[expectation.name]], images)
+            if len(wrong.get(expectation.name, ())):
+                words[expectation.severity] += explain(expectation, table.iloc[wrong[expectation.name]], images)
+    whole = expectations(limits)
+    good = (images["reason"] == "").to_numpy()
     return Verdict(
         images=images,
         classes=classes,
         batch_table=tables["batch"],
         class_table=tables["class"],
+        collapsed=tables["batch class"].iloc[failed["varied_class"]].sort_values("share_alike", ascending=False),
         drift=drift,
-        expectations=[*by_themselves, *duplicate_expectations(), *of_tables],
+        expectations=whole,
         failed={name: len(rows) for name, rows in failed.items()},
-        stops=stops,
+        noted={
+            each.name: failed[each.name][good[failed[each.name]]]
+            for each in whole
+            if each.scope == "image" and each.severity == "note"
+        },
+        stops=words["stop"],
+        notes=words["note"],
     )
 
 
@@ -176,22 +197,55 @@ def in_order_of_precedence(images: pd.DataFrame) -> pd.DataFrame:
     return ordered.drop(columns="rank")
 
 
+def _judge_outliers(images: pd.DataFrame, limits: Validate) -> dict[str, np.ndarray]:
+    """Adds the columns of `outlying`, and fills in `reason` where an outlier is quarantined; positions that fail."""
+    sound = np.flatnonzero((images["reason"] == "").to_numpy())
+    measures = outlying(images.iloc[sound])
+    images[measures.columns.tolist()] = np.nan
+    for column in measures:
+        images.loc[sound, column] = measures[column]
+    of_outliers = outlier_expectations(limits)
+    failed = failures(images[measures.columns], of_outliers)
+    reason = first_failures(len(images), of_outliers, failed)
+    images["reason"] = np.where(images["reason"] == "", reason, images["reason"])
+    return failed
+
+
 def _judge_duplicates(images: pd.DataFrame, limits: Validate, confirmation: Confirmation) -> dict[str, np.ndarray]:
-    """Fills in `duplicate_of`, and `reason` of what yields; returns the positions that fail each expectation."""
+    """Adds `duplicate_of` and `look`, and fills in `reason` of what yields; positions that fail each expectation."""
     sound = np.flatnonzero((images["reason"] == "").to_numpy())
     rows = images.iloc[sound]
-    raw = [DATA / "raw" / role / batch for role, batch in zip(rows["role"], rows["batch"], strict=True)]
-    found = find_duplicates(rows, limits, confirmation(rows, raw, limits))
-    yielding = found.yields_to >= 0
-    kept_key = rows["key"].to_numpy(dtype=object)[found.yields_to]
-    columns = pd.DataFrame({"duplicate_of": None, "near_duplicate_of": None}, index=images.index, dtype=object)
-    for column, which in (("duplicate_of", yielding & found.exact), ("near_duplicate_of", yielding & ~found.exact)):
-        columns.loc[sound[which], column] = kept_key[which]
-    failed = failures(columns, duplicate_expectations())
-    for name, column in ((EXACT, "duplicate_of"), (NEAR, "near_duplicate_of")):
-        images.loc[failed[name], "reason"] = name
-        images.loc[failed[name], "duplicate_of"] = columns.loc[failed[name], column]
+    found = find_duplicates(rows, limits, confirmation(rows, _raw_folders(rows), limits))
+    images["look"] = np.int64(-1)
+    images.loc[sound, "look"] = look_alikes(rows, found.yields_to)
+    yielding = np.flatnonzero(found.yields_to >= 0)
+    below, above = sound[yielding], sound[found.yields_to[yielding]]
+    trains = (images["split"] == "train").to_numpy()
+    leak, exact = trains[below] & ~trains[above], found.exact[yielding]
+    duplicate_of = np.full(len(images), "", dtype=object)
+    duplicate_of[below] = images["key"].iloc[above].to_numpy(dtype=object)
+    images["duplicate_of"] = duplicate_of
+    columns = {name: np.full(len(images), None, dtype=object) for name in _DUPLICATE_COLUMNS.values()}
+    for name, which in ((LEAK, leak), (EXACT, exact & ~leak), (NEAR, ~exact & ~leak)):
+        columns[_DUPLICATE_COLUMNS[name]][below[which]] = duplicate_of[below[which]]
+    of_duplicates = duplicate_expectations(limits)
+    failed = failures(pd.DataFrame(columns), of_duplicates)
+    reason = first_failures(len(images), of_duplicates, failed)
+    images["reason"] = np.where(images["reason"] == "", reason, images["reason"])
     return failed
+
+
+_DUPLICATE_COLUMNS = {LEAK: "leak_of", EXACT: "duplicate_of", NEAR: "near_duplicate_of"}
+
+
+def _raw_folders(images: pd.DataFrame) -> list[Path]:
+    """Folder of the raw tars of each image."""
+    first = images.drop_duplicates("arrival")
+    folders = {
+        arrival: DATA / "raw" / role / batch
+        for arrival, role, batch in zip(first["arrival"], first["role"], first["batch"], strict=True)
+    }
+    return [folders[arrival] for arrival in images["arrival"].tolist()]
 
 
 def _label(images: pd.DataFrame, batches: dict[str, Batch]) -> dict[str, list[str]]:
@@ -218,15 +272,36 @@ def batch_table(images: pd.DataFrame, batches: dict[str, Batch]) -> pd.DataFrame
     return table.assign(batch=list(batches), role=[batch.role for batch in batches.values()])
 
 
+def look_table(images: pd.DataFrame, batches: dict[str, Batch], limits: Validate) -> pd.DataFrame:
+    """A row a class of a batch, of those with enough sound images to say: batch, role, class_name, images, look (the
+    number that most of them have) and share_alike."""
+    judged = images[(images["look"] >= 0) & (images["class_name"] != "")]
+    alike = judged.groupby(["arrival", "class_name", "look"]).size().rename("alike").reset_index()
+    of_class = alike.groupby(["arrival", "class_name"])["alike"]
+    alike["images"] = of_class.transform("sum")
+    # The first of equally many is the one with the smallest number.
+    table = alike.loc[of_class.idxmax()].reset_index(drop=True)
+    table = table[table["images"] >= limits.collapse.min_images].reset_index(drop=True)
+    names, roles = list(batches), [batch.role for batch in batches.values()]
+    return table.assign(
+        share_alike=table["alike"] / table["images"],
+        batch=[names[arrival] for arrival in table["arrival"]],
+        role=[roles[arrival] for arrival in table["arrival"]],
+    )
+
+
 def class_table(images: pd.DataFrame, batches: dict[str, Batch], classes: dict[str, list[str]]) -> pd.DataFrame:
-    """A row a class of a role: role, class_name, accepted images by split, and `new_in`: the later finetune batch that
-    brought it (none for a class that was there from the start)."""
+    """A row a class of a role: role, class_name, accepted images by split, `largest` (training images of the role's
+    largest class), `imbalance` (how many times this one's that is) and `new_in`: the later finetune batch that brought
+    it (none for a class that was there from the start)."""
     accepted = images[(images["reason"] == "") & (images["class_name"] != "")]
     index = pd.MultiIndex.from_tuples(
         [(role, name) for role in ROLES for name in classes[role]], names=["role", "class_name"]
     )
     counts = accepted.groupby(["role", "class_name", "split"]).size().unstack("split")
     table = counts.reindex(index=index, columns=list(PRECEDENCE)).fillna(0).astype(np.int64).reset_index()
+    table["largest"] = table.groupby("role")["train"].transform("max")
+    table["imbalance"] = table["largest"] / table["train"].where(table["train"] > 0, 0.1)  # never 0 / 0, nor infinite
     finetune = images[(images["role"] == "finetune") & (images["class_name"] != "")]
     brought_by = finetune.groupby("class_name")["arrival"].min()
     first = next((arrival for arrival, batch in enumerate(batches.values()) if batch.role == "finetune"), -1)
@@ -265,10 +340,16 @@ def summary(verdict: Verdict, batches: dict[str, Batch], limits: Validate) -> di
     good = images["reason"] == ""
     splits = images[good].groupby(["batch", "split"]).size()
     reasons = images[~good].groupby(["batch", "reason"]).size()
+    noted = pd.concat(
+        [images["batch"].iloc[rows].to_frame().assign(name=name) for name, rows in verdict.noted.items()]
+        or [pd.DataFrame({"batch": [], "name": []})]
+    )
+    notes = noted.groupby(["batch", "name"]).size()
     return {
         "accepted": int(good.sum()),
         "quarantined": int((~good).sum()),
         "quarantined_by": {name: int(count) for name, count in images.loc[~good, "reason"].value_counts().items()},
+        "noted_by": {name: len(rows) for name, rows in verdict.noted.items() if len(rows)},
         "order": list(batches),
         "batches": {
             name: {
@@ -279,6 +360,7 @@ def summary(verdict: Verdict, batches: dict[str, Batch], limits: Validate) -> di
                 "share_quarantined": round(float(table[name]["share_quarantined"]), 6),
                 "splits": _counts(splits, name),
                 "quarantined_by": _counts(reasons, name),
+                "noted_by": _counts(notes, name),
                 "accept_drift": batch.accept_drift,
                 "drift": [fact._asdict() for fact in verdict.drift[name]],
             }
@@ -302,6 +384,7 @@ def summary(verdict: Verdict, batches: dict[str, Batch], limits: Validate) -> di
         ],
         "max_quarantined": limits.max_quarantined,
         "stops": verdict.stops,
+        "notes": verdict.notes,
     }
 
 

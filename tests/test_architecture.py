@@ -16,7 +16,7 @@ COMMANDS = ["examine", "predict"]
 """That compute, outside the graph."""
 HEAVY = ["torch", "torchvision", "mlflow", "great_expectations", "nvidia.dali", "prefect"]
 # Packages that decide no byte of an output: an upgrade reruns nothing.
-WITHOUT_EFFECT = {"mlflow", "pydantic", "pyyaml", "tqdm", "psutil", "fsspec"}
+WITHOUT_EFFECT = {"mlflow", "pydantic", "pyyaml", "tqdm", "psutil", "fsspec", "distributed"}
 
 # Lower numbers know nothing of higher ones; of the same number, only those of the same group know each other.
 LAYERS = {

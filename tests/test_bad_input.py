@@ -24,6 +24,7 @@ PYTHON = sys.executable
 def folder(tmp_path: Path) -> Path:
     """A working directory with params.yaml of the small sample."""
     write_params(tmp_path, {})
+    shutil.copy(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
     return tmp_path
 
 

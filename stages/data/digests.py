@@ -8,12 +8,16 @@ import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from stages.command import StageError, run
 from stages.data.raw import members, raw_tars, read_at
-from stages.data.sources import Group, read_source
+from stages.data.source_kinds.parts import Part
+from stages.data.sources import Source, read_source
 from stages.progress import progress, worker_count
+
+CHUNK = 2**20
 
 
 def digest(contents: Iterable[tuple[str, str]]) -> str:
@@ -22,35 +26,38 @@ def digest(contents: Iterable[tuple[str, str]]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def source_digest(source: str, incoming: Path) -> str:
+def source_digest(source: str, incoming: Path | str) -> str:
     """The digest of all files that ingest would read of `source`.
 
     Raises:
         StageError: there is no such source, it holds no file, or one cannot be read.
     """
-    groups = list(read_source(source, incoming))
+    read = read_source(source, incoming)
     with ThreadPoolExecutor(worker_count()) as pool:
-        found = list(progress(pool.map(_contents, groups), len(groups), f"digest of {source}"))
+        parts = pool.map(partial(_contents, read), read.parts)
+        found = list(progress(parts, len(read.parts), f"digest of {source}"))
     if not any(found):
         raise StageError(f"source {source} holds no file")
-    return digest(each for group in found for each in group)
+    return digest(each for part in found for each in part)
 
 
 def raw_digest(folder: Path) -> str:
     """The digest of a batch's raw tars: that of the source which they were made from."""
     return digest(
-        (f"{tar.parent.name}/{tar.stem}/{name}", hashlib.sha256(read_at(tar, offset, size)).hexdigest())
+        (member.path, hashlib.sha256(read_at(tar, member.offset, member.size)).hexdigest())
         for tar in raw_tars(folder)
-        for name, offset, size in members(tar)
+        for member in members(tar, folder)
     )
 
 
-def _contents(group: Group) -> list[tuple[str, str]]:
+def _contents(source: Source, part: Part) -> list[tuple[str, str]]:
     found = []
-    for each in group.files:
-        with each.open() as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file does
-        found.append((f"{group.split}/{group.class_name}/{each.name}", content))
+    for image in filter(source.choice.takes, part.images()):
+        content = hashlib.sha256()
+        while data := image.data.read(CHUNK):
+            content.update(data)
+        taken = source.as_taken(image)
+        found.append((f"{taken.split}/{taken.class_name}/{taken.name}", content.hexdigest()))
     return found
 
 
@@ -60,7 +67,7 @@ def main() -> None:
     parser.add_argument("source", help="as in params.yaml; a relative path resolves against SYNSET_INCOMING")
     parser.add_argument("--raw", action="store_true", help="the source is a folder of raw tars, data/raw/ROLE/BATCH")
     given = parser.parse_args()
-    incoming = Path(os.environ.get("SYNSET_INCOMING", "data/incoming"))
+    incoming = os.environ.get("SYNSET_INCOMING", "data/incoming")
     print(raw_digest(Path(given.source)) if given.raw else source_digest(given.source, incoming))
 
 

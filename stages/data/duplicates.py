@@ -15,7 +15,7 @@ from stages.command import StageError
 from stages.data.images import decode_strictly, read_header
 from stages.data.raw import read_at
 from stages.params.validate import Validate
-from stages.progress import worker_count
+from stages.progress import progress, worker_count
 
 THUMBNAIL = 32  # side of the luminance thumbnails that confirm a hash match, in pixels
 BITS = 64
@@ -29,6 +29,7 @@ PLAIN_CONTRAST = 2.0
 MAX_PAIRS = 20_000_000  # to confirm on pixels
 MAX_COMPARISONS = 20_000_000_000  # of hashes
 CHUNK = 2_000_000
+PAIRS_AT_ONCE, IMAGES_A_TASK = 10_000, 64
 
 SamePicture = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Positions of two images, (P,) and (P,) → whether they are the same picture on pixels, (P,) bool."""
@@ -61,6 +62,24 @@ def find_duplicates(rows: pd.DataFrame, limits: Validate, same_picture: SamePict
     exact = copy & ~original_yields
     yields_to[copy] = np.where(original_yields, yields_to[original], original)[copy]
     return Duplicates(yields_to, exact)
+
+
+def look_alikes(rows: pd.DataFrame, yields_to: np.ndarray) -> np.ndarray:
+    """Which images of a class in a batch look like one picture, (N,) int64: the same number, the same look.
+
+    Alike are images that yield to the same one, wherever that is, and images with the same perceptual hash: so hashes
+    also of different photographs count, where a class has hardly any others.
+
+    Args:
+        rows: as given to `find_duplicates`, with the columns arrival and class_name.
+        yields_to: as it answers.
+    """
+    original = np.where(yields_to >= 0, yields_to, np.arange(len(rows)))
+    look, looks = pd.factorize(rows["hash"].to_numpy()[original])
+    class_name, classes = pd.factorize(rows["class_name"])
+    group = rows["arrival"].to_numpy(np.int64) * len(classes) + class_name
+    _, number = np.unique(group * max(len(looks), 1) + look, return_inverse=True)
+    return number.astype(np.int64)
 
 
 def _near_duplicates(
@@ -204,20 +223,38 @@ def _close_values(values: np.ndarray, distance: int) -> tuple[np.ndarray, np.nda
     Fleet 2012, "Fast search in Hamming space with multi-index hashing").
     """
     count, plain = len(values), is_plain(values)
-    codes, compared = [np.empty(0, np.int64)], 0
-    if distance > 0 and count > 1:
-        for mask in _masks(distance, _intact_blocks(count, distance)):
-            key = values & np.uint64(mask)
-            free = np.uint64(~mask & -~mask)  # lowest bit outside the mask: it sorts hashes behind the plain ones
-            order = np.argsort(np.where(plain, key, key | free))
-            for one, other in _neighbours(key[order], ~plain[order]):
-                compared += len(one)
+    if distance == 0 or count < 2:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+
+    def table(mask: int) -> tuple[np.ndarray, int]:
+        return _close_in_table(values, plain, mask, distance)
+
+    masks = list(_masks(distance, _intact_blocks(count, distance)))
+    codes, compared = np.empty(0, np.int64), 0
+    with ThreadPoolExecutor(worker_count()) as pool:  # sorting and comparing let go of the interpreter's lock
+        step = worker_count()  # no more ahead than can run, so that an exceeded budget ends it at once
+        for start in range(0, len(masks), step):
+            for found, looked_at in pool.map(table, masks[start : start + step]):
+                compared += looked_at
                 _check_budget(compared, MAX_COMPARISONS, distance)
-                i, j = order[one], order[other]
-                near = np.bitwise_count(values[i] ^ values[j]) <= distance
-                codes.append(np.minimum(i, j)[near] * count + np.maximum(i, j)[near])
-    code = np.unique(np.concatenate(codes))
-    return code // max(count, 1), code % max(count, 1)
+                codes = np.union1d(codes, found)  # most tables find what others have found
+    return codes // count, codes % count
+
+
+def _close_in_table(values: np.ndarray, plain: np.ndarray, mask: int, distance: int) -> tuple[np.ndarray, int]:
+    """Pairs (i < j) among hashes that agree on `mask`, as i * count + j, and how many pairs were looked at."""
+    key = values & np.uint64(mask)
+    free = np.uint64(~mask & -~mask)  # lowest bit outside the mask: it sorts hashes behind the plain ones
+    order = np.argsort(np.where(plain, key, key | free))
+    key, structured, ordered = key[order], ~plain[order], values[order]
+    codes, compared = [np.empty(0, np.int64)], 0
+    for one, other in _neighbours(key, structured):
+        compared += len(one)
+        _check_budget(compared, MAX_COMPARISONS, distance)
+        near = np.bitwise_count(ordered[one] ^ ordered[other]) <= distance
+        i, j = order[one[near]], order[other[near]]
+        codes.append(np.minimum(i, j) * len(values) + np.maximum(i, j))
+    return np.unique(np.concatenate(codes)), compared
 
 
 def _neighbours(key: np.ndarray, structured: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -284,24 +321,29 @@ def same_thumbnails(pictures: np.ndarray, left: np.ndarray, right: np.ndarray, l
         limits: `near_duplicate_difference` and `near_duplicate_correlation`.
     """
     same = np.zeros(len(left), dtype=bool)
-    for start in range(0, len(left), 50_000):
-        part = slice(start, start + 50_000)
-        one, other = pictures[left[part]].astype(np.int64), pictures[right[part]].astype(np.int64)
+    sums = pictures.sum(axis=1, dtype=np.int64)
+    squares = np.einsum("ij,ij->i", pictures, pictures, dtype=np.int64, casting="unsafe")
+    for start in range(0, len(left), PAIRS_AT_ONCE):
+        i, j = left[start : start + PAIRS_AT_ONCE], right[start : start + PAIRS_AT_ONCE]
+        one, other = pictures[i].astype(np.int32), pictures[j].astype(np.int32)
         difference = np.abs(one - other).mean(axis=1)
-        same[part] = (difference <= limits.near_duplicate_difference) & (
-            _correlation(one, other) >= limits.near_duplicate_correlation
+        products = np.einsum("ij,ij->i", one, other).astype(np.int64)  # at most 1024 * 255 * 255: it fits 32 bits
+        correlation = _correlation(one.shape[1], products, (sums[i], sums[j]), (squares[i], squares[j]))
+        same[start : start + PAIRS_AT_ONCE] = (difference <= limits.near_duplicate_difference) & (
+            correlation >= limits.near_duplicate_correlation
         )
     return same
 
 
-def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Row by row, from whole numbers, so that all machines agree; one of a single colour correlates with nothing."""
-    count = one.shape[1]
-    sums, squares = (one.sum(axis=1), other.sum(axis=1)), ((one * one).sum(axis=1), (other * other).sum(axis=1))
-    covariance = count * (one * other).sum(axis=1) - sums[0] * sums[1]
+Two = tuple[np.ndarray, np.ndarray]
+
+
+def _correlation(count: int, products: np.ndarray, sums: Two, squares: Two) -> np.ndarray:
+    """From whole numbers, so that all machines agree; a picture of a single colour correlates with nothing."""
+    covariance = count * products - sums[0] * sums[1]
     variances = [count * square - total * total for total, square in zip(sums, squares, strict=True)]
     scale = np.sqrt(variances[0].astype(np.float64)) * np.sqrt(variances[1].astype(np.float64))
-    return np.divide(covariance, scale, out=np.zeros(len(one)), where=scale > 0)
+    return np.divide(covariance, scale, out=np.zeros(len(products)), where=scale > 0)
 
 
 def thumbnails(rows: pd.DataFrame, raw: Sequence[Path]) -> np.ndarray:
@@ -314,21 +356,27 @@ def thumbnails(rows: pd.DataFrame, raw: Sequence[Path]) -> np.ndarray:
     Raises:
         StageError: a raw tar is gone, or does not hold what the facts say.
     """
-    places = sorted(
-        (folder / tar, int(offset), int(size), position)
-        for position, (folder, tar, offset, size) in enumerate(
-            zip(raw, rows["tar"], rows["offset"], rows["bytes"], strict=True)
-        )
-    )
+    places = pd.DataFrame({name: rows[name].to_numpy() for name in ("tar", "offset", "bytes")})
+    places["folder"] = [str(folder) for folder in raw]
+    places = places.sort_values(["folder", "tar", "offset"])
+    parts = np.array_split(np.arange(len(places)), max(len(places) // IMAGES_A_TASK, 1))
     pictures = np.zeros((len(rows), THUMBNAIL * THUMBNAIL), dtype=np.uint8)
     with ThreadPoolExecutor(worker_count()) as pool:  # decoding lets go of the interpreter's lock
-        for (*_, position), picture in zip(places, pool.map(_thumbnail, places), strict=True):
-            pictures[position] = picture
+        made = pool.map(_thumbnails_of, (places.iloc[part] for part in parts))
+        for part, some in progress(zip(parts, made, strict=True), len(parts), "comparing pixels"):
+            pictures[places.index[part]] = some
     return pictures
 
 
-def _thumbnail(place: tuple[Path, int, int, int]) -> np.ndarray:
-    tar, offset, size, _ = place
+def _thumbnails_of(places: pd.DataFrame) -> np.ndarray:
+    columns = (places[name].tolist() for name in ("folder", "tar", "offset", "bytes"))
+    pictures = [
+        _thumbnail(Path(folder) / tar, offset, size) for folder, tar, offset, size in zip(*columns, strict=True)
+    ]
+    return np.array(pictures, dtype=np.uint8).reshape(len(places), THUMBNAIL * THUMBNAIL)
+
+
+def _thumbnail(tar: Path, offset: int, size: int) -> np.ndarray:
     data = read_at(tar, offset, size)
     try:
         luminance = decode_strictly(data, read_header(data))

@@ -3,17 +3,16 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from stages.params.validate import Validate
+from stages.params.validate import Severity, Validate
 
-Scope = Literal["image", "batch", "class", "drift"]
-Severity = Literal["quarantine", "stop", "note"]
+Scope = Literal["image", "batch", "batch class", "class", "drift"]
 
 SHOWN = 5  # keys and classes that a message names
 
@@ -79,15 +78,33 @@ def _number(value: float) -> str:
     return f"{value:,.10g}"
 
 
-EXACT, NEAR = "no_exact_duplicate", "no_near_duplicate"
+LEAK, EXACT, NEAR = "no_leak_of_test", "no_exact_duplicate", "no_near_duplicate"
+
+
+def expectations(limits: Validate) -> list[Expectation]:
+    """The whole table, in the order in which it is gone through."""
+    return [
+        *image_expectations(limits),
+        *outlier_expectations(limits),
+        *duplicate_expectations(limits),
+        *table_expectations(limits),
+    ]
+
+
+def _rows_of(scope: Scope, limits: Validate) -> Callable[..., Expectation]:
+    def row(name: str, column: str, check: Check, parameter: str, reason: str, fault: str = "") -> Expectation:
+        severity = getattr(limits.severity, name)
+        return Expectation(name, scope, severity, column, check, parameter, reason, fault)
+
+    return row
 
 
 def image_expectations(limits: Validate) -> list[Expectation]:
-    """Of every image by itself; an image that fails is quarantined, named after the first of these that it fails.
+    """Of every image by itself; one that fails is, as a rule, quarantined, and named after the first that it fails.
 
     The order is from what says most: a text file does not decode either, but "not an image" tells more.
     """
-    image = partial(Expectation, scope="image", severity="quarantine")
+    image = _rows_of("image", limits)
     return [
         image(name="not_empty", column="bytes", check=at_least(1), parameter="",
               fault="empty files", reason="The file has no bytes at all."),
@@ -108,12 +125,32 @@ def image_expectations(limits: Validate) -> list[Expectation]:
     ]  # fmt: skip
 
 
-def duplicate_expectations() -> list[Expectation]:
-    """Of every image among those that came before it; only images that pass all others are compared."""
-    image = partial(Expectation, scope="image", severity="quarantine", check=none())
+def outlier_expectations(limits: Validate) -> list[Expectation]:
+    """Of every sound image among those of its own batch, so that no later batch changes what was said of it."""
+    image = _rows_of("image", limits)
     return [
+        image(name=name, column=f"{fact}_outlying", check=at_most(limit), parameter=f"validate.outliers.{fact}",
+              fault=fault, reason=reason)
+        for name, fact, limit, fault, reason in (
+            ("usual_resolution", "resolution", limits.outliers.resolution, "of unusual resolution",
+             "Far more or far fewer pixels than its batch has: a thumbnail, a scan, a picture from another source."),
+            ("usual_brightness", "brightness", limits.outliers.brightness, "unusually dark or bright",
+             "Far darker or brighter than its batch: a shot at night, a document, a broken exposure."),
+        )
+        if limit is not None
+    ]  # fmt: skip
+
+
+def duplicate_expectations(limits: Validate) -> list[Expectation]:
+    """Of every image among those that came before it; only images that pass all others are compared."""
+    image = partial(_rows_of("image", limits), check=none())
+    return [
+        image(name=LEAK, column="leak_of", parameter="validate.near_duplicate_distance",
+              fault="leaks of test images into train",
+              reason="An image of train is the same picture as one of test, fresh or val that stays: the score would "
+                     "count what was learnt by heart."),
         image(name=EXACT, column="duplicate_of", parameter="", fault="exact duplicates",
-              reason="The same bytes as an image that stays: it would count twice, or let a test image into training."),
+              reason="The same bytes as an image that stays: it would count twice, or be a test of what was trained on."),
         image(name=NEAR, column="near_duplicate_of", parameter="validate.near_duplicate_distance",
               fault="near-duplicates",
               reason="The same picture as an image that stays (resized, recoded, brightened); confirmed on pixels."),
@@ -121,14 +158,9 @@ def duplicate_expectations() -> list[Expectation]:
 
 
 def table_expectations(limits: Validate) -> list[Expectation]:
-    """Of batches, classes and drift, as counted after the images were judged; a failure stops the run."""
-    batch = partial(Expectation, scope="batch", severity="stop")
-    of_class = partial(Expectation, scope="class", severity="stop")
-    known_class = of_class(
-        name="known_class", column="new_in", check=none(), parameter="validate.allow_new_classes",
-        reason="A later batch brings a class that the target task does not have: a new one, or a misspelt folder.",
-    )  # fmt: skip
-    return [
+    """Of batches, classes and drift, as counted after the images were judged."""
+    batch, of_class = _rows_of("batch", limits), _rows_of("class", limits)
+    rows = [
         batch(name="some_accepted", column="accepted", check=at_least(1), parameter="",
               reason="A batch of which nothing is left brings nothing."),
         batch(name="few_quarantined", column="share_quarantined", check=at_most(limits.max_quarantined),
@@ -136,14 +168,27 @@ def table_expectations(limits: Validate) -> list[Expectation]:
               reason="So much of a batch is bad that something went wrong before it came here."),
         batch(name="labelled", column="unlabelled", check=at_most(0), parameter="",
               reason="Fine-tuning learns from labels; an image without one is of no use to it."),
+        _rows_of("batch class", limits)(
+              name="varied_class", column="share_alike", check=at_most(limits.collapse.max_share),
+              parameter="validate.collapse",
+              reason="So many images of a class are one picture, or look like it, that its label is in doubt: a "
+                     "placeholder, a video, the wrong folder."),
         of_class(name="enough_to_train", column="train", check=at_least(limits.min_images_per_class),
                  parameter="validate.min_images_per_class",
                  reason="A class that training hardly sees will never be predicted."),
-        *([] if limits.allow_new_classes else [known_class]),
-        Expectation(name="no_drift", scope="drift", severity="stop" if limits.drift.stop else "note",
-                    column="unexplained", check=one_of(False), parameter="validate.drift",
-                    reason="The batch looks different from all that came before it in its role."),
+        of_class(name="balanced", column="imbalance", check=at_most(limits.max_imbalance),
+                 parameter="validate.max_imbalance",
+                 reason="The largest class has so many times its training images that it is seldom predicted."),
+        of_class(name="known_class", column="new_in", check=none(), parameter="validate.allow_new_classes",
+                 reason="A later batch brings a class that the target task does not have: a new one, or a misspelt "
+                        "folder."),
+        _rows_of("drift", limits)(
+              name="no_drift", column="unexplained", check=one_of(False), parameter="validate.drift",
+              reason="The batch looks different from all that came before it in its role."),
     ]  # fmt: skip
+    if limits.allow_new_classes:
+        rows = [row for row in rows if row.name != "known_class"]
+    return [replace(row, severity="stop") if row.name == "no_drift" and limits.drift.stop else row for row in rows]
 
 
 def with_measures(facts: pd.DataFrame) -> pd.DataFrame:
@@ -167,6 +212,38 @@ def with_measures(facts: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+# A batch of images of one size is no reason to call one that is a pixel wider an outlier.
+LEAST_SPREAD = {"resolution": 1.0, "brightness": 16.0}  # in octaves, in levels
+FEWEST_FOR_QUARTILES = 20
+
+
+def outlying(images: pd.DataFrame) -> pd.DataFrame:
+    """How far each image lies beyond the middle half of its own batch, in widths of that half; 0 within it.
+
+    Tukey's fences (1977): quartiles do not move with the outliers that they are to find.
+
+    Args:
+        images: sound ones, columns arrival, width, height, brightness.
+
+    Returns:
+        Columns resolution_outlying and brightness_outlying, float64. All 0 in batches of fewer than 20 images.
+    """
+    pixels = images["width"].to_numpy(np.float64) * images["height"].to_numpy(np.float64)
+    facts = {"resolution": np.log2(np.maximum(pixels, 1)), "brightness": images["brightness"].to_numpy(np.float64)}
+    beyond = {f"{fact}_outlying": np.zeros(len(images)) for fact in facts}
+    arrival = images["arrival"].to_numpy()
+    for batch in np.unique(arrival):
+        rows = arrival == batch
+        if rows.sum() < FEWEST_FOR_QUARTILES:
+            continue
+        for fact, values in facts.items():
+            low, high = np.quantile(values[rows], [0.25, 0.75])
+            spread = max(high - low, LEAST_SPREAD[fact])
+            distance = np.maximum(low - values[rows], values[rows] - high)
+            beyond[f"{fact}_outlying"][rows] = np.maximum(distance, 0) / spread
+    return pd.DataFrame(beyond, index=images.index)
+
+
 def failures(table: pd.DataFrame, expectations: Sequence[Expectation]) -> dict[str, np.ndarray]:
     """Validates `table` with Great Expectations.
 
@@ -187,10 +264,11 @@ def failures(table: pd.DataFrame, expectations: Sequence[Expectation]) -> dict[s
 
 
 def first_failures(count: int, expectations: Sequence[Expectation], failed: dict[str, np.ndarray]) -> np.ndarray:
-    """(count,) objects: name of the first expectation in table order that a row fails; empty where it passes all."""
+    """(count,) objects: name of the first expectation in table order that quarantines a row; empty where none does."""
     reason = np.full(count, "", dtype=object)
     for expectation in reversed(expectations):
-        reason[failed[expectation.name]] = expectation.name
+        if expectation.severity == "quarantine":
+            reason[failed[expectation.name]] = expectation.name
     return reason
 
 
@@ -243,18 +321,19 @@ def _great_expectations() -> tuple[Any, Callable[[pd.DataFrame, Any], Any]]:
     return gx, validate
 
 
-# ------------------------------------------------------------------------------------------------ why it stops
+# ------------------------------------------------------------------------------------------------ in words
 
 
 def explain(expectation: Expectation, wrong: pd.DataFrame, images: pd.DataFrame) -> list[str]:
     """One message a batch, or a role, about the rows of a table that fail `expectation`: what, where, what governs it.
 
     Args:
-        expectation: one that stops.
-        wrong: failing rows of the batch, class or drift table (columns: see stages/validate.py).
+        expectation: one of a table, that stops or is noted.
+        wrong: failing rows of the table of its scope (columns: see stages/validate.py).
         images: all of them, with reason (empty: accepted).
     """
     limit = f"{expectation.limit}, {expectation.parameter}"
+    stops = expectation.severity == "stop"  # and only then does somebody have to do something
     match expectation.name:
         case "some_accepted":
             return [
@@ -278,17 +357,36 @@ def explain(expectation: Expectation, wrong: pd.DataFrame, images: pd.DataFrame)
                 + _some([f"{row['class_name']} has {row['train']}" for row in _records(rows)])
                 for role, rows in wrong.groupby("role", sort=False)
             ]
+        case "varied_class":
+            return [
+                f"{_batch(rows.iloc[0])}: classes of which too many images are one picture, or look like it "
+                f"({expectation.limit}, {expectation.parameter}.max_share): "
+                + _some([f"{row['class_name']} {row['alike']:,} of {row['images']:,}" for row in _records(rows)])
+                for _, rows in wrong.groupby("batch", sort=False)
+            ]
+        case "balanced":
+            return [
+                f"{role}: {len(rows):,} {'class has' if len(rows) == 1 else 'classes have'} so few training images "
+                f"that the largest has too many times as many ({limit}): "
+                + _some([f"{row['class_name']} has {row['train']:,} of {row['largest']:,}" for row in _records(rows)])
+                for role, rows in wrong.groupby("role", sort=False)
+            ]
         case "known_class":
             return [
-                f"batch `{batch}` (finetune): new classes: {_some(list(rows['class_name']))}; "
-                f"rename the folders, or let them in by {expectation.parameter}: true"
+                f"batch `{batch}` (finetune): new classes: {_some(list(rows['class_name']))}"
+                + (f"; rename the folders, or let them in by {expectation.parameter}: true" if stops else "")
                 for batch, rows in wrong.groupby("new_in", sort=False)
             ]
         case "no_drift":
             return [
                 f"{_batch(rows.iloc[0])}: drifts from the earlier ones in "
                 + _some([f"{row['fact']} (KS distance {row['distance']:.3f})" for row in _records(rows)])
-                + f"; give the reason as batches.{batch}.accept_drift, or set {expectation.parameter}.stop: false"
+                + (
+                    f"; give the reason as batches.{batch}.accept_drift, or let it be noted only: "
+                    f"{expectation.parameter}.stop: false and validate.severity.no_drift: note"
+                    if stops
+                    else ""
+                )
                 for batch, rows in wrong.groupby("batch", sort=False)
             ]
     raise AssertionError(f"no words for {expectation.name}")

@@ -1,9 +1,11 @@
 """From bytes as they came to pixels: what an image is, and its conversion to upright 8-bit RGB."""
 
 import io
+import math
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
@@ -18,6 +20,7 @@ FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 # What Pillow raises at a damaged image; of some damage its decoders say only that Python cannot go on.
 DAMAGED = (
     OSError, SyntaxError, EOFError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, struct.error,
+    MemoryError,  # a process that scans may take so much, and no more
 )  # fmt: skip
 
 TURNS = {
@@ -31,12 +34,29 @@ TURNS = {
 }
 """By EXIF orientation."""
 
+# The work is bounded too: a progressive JPEG may paint the same pixels in thousands of scans of a few bytes each.
+# Pixels times scans; those of the largest image in 48 scans (cameras and encoders write about ten), some seconds.
+MAX_SCANNED = 2**33
+# A scan costs something however small the image is.
+LEAST_SCAN = 2**20
+
 # A thumbnail with its shorter side at least this long is enough for hash, brightness and contrast.
 THUMBNAIL_SIDE = 32
 
+# A TIFF may claim more, which facts have no room for.
+LONGEST_SIDE = 2**31 - 1
 
-@dataclass(frozen=True)
-class Header:
+SEGMENT = struct.Struct(">BBH")  # FF, marker, length without the two
+FRAME = struct.Struct(">BHHB")  # bits, height, width, components
+BASELINE = (0xC0, 0xC1)
+START_OF_SCAN = 0xDA
+SKIPPED = frozenset([0xDB, 0xC4, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)])
+"""JPEG segments that say nothing of size, mode or orientation: tables, comments, all APPn but EXIF and XMP."""
+MODES = {1: "L", 3: "RGB", 4: "CMYK"}
+"""By the number of components."""
+
+
+class Header(NamedTuple):
     """What the first bytes say. `format` is empty where they are of no known image."""
 
     format: str = ""
@@ -44,18 +64,22 @@ class Header:
     height: int = 0
     mode: str = ""
     orientation: int = 1
+    plain: bool = False
+    """A JPEG in one scan and without EXIF or XMP, as most are."""
 
 
 def read_header(data: bytes) -> Header:
     """By magic number, never by name; an unknown format or a broken header gives the empty one."""
+    if plain := _plain_jpeg_header(data):
+        return plain
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             return Header(
                 # Cameras' multi-picture files are JPEGs with more behind the first one.
                 format="JPEG" if image.format == "MPO" else image.format or "",
-                width=image.width,
-                height=image.height,
+                width=min(image.width, LONGEST_SIDE),
+                height=min(image.height, LONGEST_SIDE),
                 mode=image.mode,
                 orientation=orientation if orientation in range(1, 9) else 1,
             )
@@ -77,6 +101,7 @@ def decode_strictly(data: bytes, header: Header) -> np.ndarray:
     if header.width * header.height > MAX_PIXELS:
         raise ValueError(f"{header.width}x{header.height} is more than {MAX_PIXELS} pixels")
     if header.format == "JPEG":
+        _refuse_endless_scans(data, header)
         side = THUMBNAIL_SIDE
         return simplejpeg.decode_jpeg(
             data, "GRAY", fastdct=True, fastupsample=True, min_height=side, min_width=side, strict=True
@@ -97,8 +122,18 @@ def difference_hash(luminance: np.ndarray) -> int:
     Args:
         luminance: (H, W), uint8.
     """
-    cells = np.asarray(Image.fromarray(luminance).resize((9, 8), Image.Resampling.BOX))
+    cells = cv2.resize(luminance, (9, 8), interpolation=cv2.INTER_AREA)
     return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
+
+
+def brightness_and_contrast(luminance: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of all pixels. OpenCV adds up whole numbers, in a tenth of NumPy's time.
+
+    Args:
+        luminance: (H, W), uint8.
+    """
+    mean, deviation = cv2.meanStdDev(luminance)
+    return float(mean[0, 0]), float(deviation[0, 0])
 
 
 def to_rgb(data: bytes) -> Image.Image:
@@ -107,27 +142,81 @@ def to_rgb(data: bytes) -> Image.Image:
         return _eight_bit(_upright(image)).convert("RGB")
 
 
-def resize_shorter(image: Image.Image, side: int) -> Image.Image:
-    """The image with its shorter side at `side` pixels, antialiased bicubic; smaller ones are left as they are."""
-    shorter = min(image.size)
-    if shorter <= side:
-        return image
-    width, height = (max(side, round(length * side / shorter)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+def upright_pixels(data: bytes) -> tuple[np.ndarray, bool]:
+    """Pixels as `to_rgb` has them, (H, W, 3) uint8; and whether a decoder of any kind takes the bytes as they are.
 
-
-def is_baseline_rgb_jpeg(data: bytes) -> bool:
-    """Whether a decoder of any kind, hardware ones too, takes these bytes as they are."""
+    That is so of a baseline RGB JPEG without an orientation. Not strict: scan has judged the bytes.
+    """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        return image.format in ("JPEG", "MPO") and image.mode == "RGB" and not image.info.get("progressive") and upright
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L") or orientation in TURNS:
+            return np.asarray(_eight_bit(_upright(image)).convert("RGB")), False
+        baseline = image.mode == "RGB" and not image.info.get("progressive") and orientation == 1
+    return simplejpeg.decode_jpeg(data, "RGB", strict=False), baseline
 
 
-def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """Baseline JPEG of an RGB image, 4:2:0, without metadata."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", optimize=False, progressive=False, exif=b"")
-    return buffer.getvalue()
+def resize_shorter(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The image with its shorter side at `side` pixels; smaller ones are left as they are.
+
+    Bicubic to the next whole multiple of the new size, which is then averaged: 43 dB from Lanczos where 500x375
+    becomes 341x256, as a JPEG within 0.3 dB of PIL's antialiased bicubic, in a fourth of its time (`python -m
+    bench.sharding`). `INTER_AREA` alone takes twice as long, to 39 dB.
+
+    Args:
+        pixels: (H, W, 3), uint8.
+    """
+    height, width = pixels.shape[:2]
+    shorter = min(height, width)
+    if shorter <= side:
+        return pixels
+    width, height = (max(side, round(length * side / shorter)) for length in (width, height))
+    times = max(2, math.ceil(shorter / side))
+    finer = cv2.resize(pixels, (width * times, height * times), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(finer, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    """Baseline JPEG of RGB pixels (H, W, 3), 4:2:0, without metadata."""
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "420")
+
+
+def _plain_jpeg_header(data: bytes) -> Header | None:
+    """The header of a JPEG as most are, at a tenth of Pillow's price; None where anything is out of the ordinary.
+
+    Marker segments as in ITU-T T.81, B.1: `FF`, marker, two bytes of length. Ordinary is one 8-bit Huffman-coded frame
+    of 1, 3 or 4 components in one scan, and no APP1 (EXIF, XMP), which may tell an orientation.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    at, frame = 2, None
+    try:
+        while True:
+            prefix, marker, length = SEGMENT.unpack_from(data, at)
+            if prefix != 0xFF or length < 2:
+                return None
+            if marker in BASELINE and frame is None:
+                frame = FRAME.unpack_from(data, at + 4)
+            elif marker == START_OF_SCAN:
+                return _plain(frame, data[at + 4])
+            elif marker not in SKIPPED:
+                return None
+            at += 2 + length
+    except (struct.error, IndexError):
+        return None  # it ends too early
+
+
+def _plain(frame: tuple[int, ...] | None, scanned: int) -> Header | None:
+    bits, height, width, components = frame or (0, 0, 0, 0)
+    if bits != 8 or components != scanned or components not in MODES or not height or not width:
+        return None
+    return Header("JPEG", width, height, MODES[components], plain=True)
+
+
+def _refuse_endless_scans(data: bytes, header: Header) -> None:
+    # Within a scan FF is always followed by 00, so this counts scans, and at most a few bytes of metadata.
+    scans = 1 if header.plain else data.count(b"\xff\xda")
+    if scans * max(header.width * header.height, LEAST_SCAN) > MAX_SCANNED:
+        raise ValueError(f"{header.width}x{header.height} in {scans} scans is more work than any picture needs")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -2,29 +2,35 @@
 
 Images are picked by index, not read in file order. DALI's own webdataset reader shuffles inside a buffer of
 `initial_fill` images and reads one shard set after the other; picking gives every epoch a true permutation, mixes all
-batches evenly from the first image to the last, and makes resuming a matter of counting. Pixels of an epoch depend on
-(seed, epoch) alone: not on the number of threads, not on what ran before.
+batches evenly from the first image to the last, and makes resuming a matter of counting. Pixels depend on (seed, epoch,
+place in the epoch) alone: not on the number of threads or processes, not on what ran before.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
 
 from stages.command import StageError
+from stages.data.crops import Windows, resize, throw_dice, windows
 from stages.data.shard_sets import read_index
 from stages.files import sha256
 
 if TYPE_CHECKING:
     import torch
 
-CROP_ASPECT = (3 / 4, 4 / 3)
+READERS = 8
+"""Threads that read ahead: a network disk answers slowly, but many at once."""
+BATCHES_AHEAD = 3
+
+Encoded = list[npt.NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,16 @@ class Samples:
         )  # fmt: skip
 
     def jpeg(self, index: int) -> bytes:
-        """The encoded image at `index`."""
-        with self.shards[self.shard[index]].open("rb") as file:
-            return os.pread(file.fileno(), self.size[index], self.offset[index])
+        """The encoded image at `index`.
+
+        Opened each time: a thousand shards are more files than a process may hold open. Read, not mapped: a shard that
+        changes under us is then a short read, not a bus error.
+        """
+        file = os.open(self.shards[self.shard[index]], os.O_RDONLY)
+        try:
+            return os.pread(file, self.size[index], self.offset[index])
+        finally:
+            os.close(file)
 
 
 def read_samples(shard_sets: Sequence[Path], split: str) -> Samples:
@@ -68,31 +81,37 @@ def read_samples(shard_sets: Sequence[Path], split: str) -> Samples:
     Raises:
         StageError: a shard is missing or damaged (checksums of index.json).
     """
-    shards: list[Path] = []
-    batch_of_shard: list[int] = []
-    entries: list[list[tuple[str, int, int, int]]] = []
-    for number, shard_set in enumerate(shard_sets):
-        listed = read_index(shard_set)["splits"].get(split, {"shards": []})["shards"]
-        with ThreadPoolExecutor() as pool:
-            entries += pool.map(lambda entry, folder=shard_set: _checked_entries(folder, entry), listed)
-        shards += [shard_set / entry["file"] for entry in listed]
-        batch_of_shard += [number] * len(listed)
-    rows = [(*row, shard) for shard, each in enumerate(entries) for row in each]
-    shard = np.array([row[4] for row in rows], np.int32)
+    listed = [
+        (number, shard_set, entry)
+        for number, shard_set in enumerate(shard_sets)
+        for entry in read_index(shard_set)["splits"].get(split, {"shards": []})["shards"]
+    ]
+    with ThreadPoolExecutor() as pool:
+        entries = list(pool.map(lambda each: _checked_entries(each[1], each[2]), listed))
+    counts = [len(each.key) for each in entries]
     return Samples(
-        key=[row[0] for row in rows],
-        batch=np.array(batch_of_shard, np.int32)[shard] if rows else np.empty(0, np.int32),
+        key=[key for each in entries for key in each.key],
+        batch=np.repeat(np.array([number for number, _, _ in listed], np.int32), counts),
         batch_names=[shard_set.name for shard_set in shard_sets],
-        shards=shards,
-        shard=shard,
-        offset=np.array([row[1] for row in rows], np.int64),
-        size=np.array([row[2] for row in rows], np.int64),
-        label=np.array([row[3] for row in rows], np.int64),
+        shards=[shard_set / entry["file"] for _, shard_set, entry in listed],
+        shard=np.repeat(np.arange(len(listed), dtype=np.int32), counts),
+        offset=np.concatenate([np.empty(0, np.int64), *(each.offset for each in entries)]),
+        size=np.concatenate([np.empty(0, np.int64), *(each.size for each in entries)]),
+        label=np.concatenate([np.empty(0, np.int64), *(each.label for each in entries)]),
     )
 
 
-def _checked_entries(folder: Path, entry: dict[str, Any]) -> list[tuple[str, int, int, int]]:
-    """(key, offset, size, label) of each image of a shard, after its checksums were found right."""
+class _Entries(NamedTuple):
+    """The images of one shard, as in `Samples`."""
+
+    key: list[str]
+    offset: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+
+
+def _checked_entries(folder: Path, entry: dict[str, Any]) -> _Entries:
+    """What a shard holds, after its checksums were found right."""
     path = folder / entry["file"]
     idx = path.with_suffix(".idx")
     for file, expected in ((path, entry["sha256"]), (idx, entry["idx_sha256"])):
@@ -102,13 +121,16 @@ def _checked_entries(folder: Path, entry: dict[str, Any]) -> list[tuple[str, int
                 f"{file} is {state}. Restore it: `rm -rf {folder} && dvc checkout {folder}`, or make it anew: "
                 f"`dvc repro --force --single-item shard@{folder.name}`"
             )
-    rows = []
+    # jpg, offset, size, name, cls, offset, size, name
+    lines = [line.split(" ") for line in idx.read_text(encoding="utf-8").splitlines()[1:]]
     with path.open("rb") as tar:
-        for line in idx.read_text(encoding="utf-8").splitlines()[1:]:
-            _, offset, size, name, _, cls_offset, cls_size, _ = line.split(" ")
-            label = int(os.pread(tar.fileno(), int(cls_size), int(cls_offset)))
-            rows.append((unquote(name.removesuffix(".jpg"), errors="surrogateescape"), int(offset), int(size), label))
-    return rows
+        labels = [int(os.pread(tar.fileno(), int(line[6]), int(line[5]))) for line in lines]
+    return _Entries(
+        key=[unquote(line[3].removesuffix(".jpg"), errors="surrogateescape") for line in lines],
+        offset=np.array([int(line[1]) for line in lines], np.int64),
+        size=np.array([int(line[2]) for line in lines], np.int64),
+        label=np.array(labels, np.int64),
+    )
 
 
 def epoch_order(samples: Samples, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -127,27 +149,35 @@ def epoch_order(samples: Samples, seed: int, epoch: int) -> npt.NDArray[np.int64
 
 def training_batches(
     samples: Samples, *, image_size: int, batch_size: int, min_crop_area: float, seed: int, epoch: int,
-    threads: int, device: str,
+    threads: int, device: str, start: int = 0, rank: int = 0, world_size: int = 1,
 ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:  # fmt: skip
-    """One epoch of training: RandomResizedCrop (Szegedy et al. 2015) and horizontal flip, every image exactly once.
+    """One epoch of training: RandomResizedCrop and horizontal flip, every image exactly once over all processes.
+
+    Args:
+        batch_size: over all processes.
+        start: the batch to begin with; those before it are neither read nor decoded.
+        rank: of this process; it gets its part of every batch.
+        world_size: number of processes.
+
+    Raises:
+        StageError: a batch has fewer images than there are processes.
 
     Yields:
         images (n, 3, image_size, image_size) uint8 in channels-last memory, labels (n,) int64, on `device`.
-        Batches are of nearly equal size, at most `batch_size`.
+        Batches are of nearly equal size, at most `batch_size`, and so are the parts of the processes.
     """
-    from nvidia.dali import fn, types
-
-    def augment(jpegs: Any) -> Any:
-        images = fn.decoders.image_random_crop(
-            jpegs, device=_decoder(device), output_type=types.RGB,
-            random_area=[min_crop_area, 1.0], random_aspect_ratio=list(CROP_ASPECT), num_attempts=10,
-        )  # fmt: skip
-        images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_TRIANGULAR, antialias=True)
-        return fn.flip(images, horizontal=fn.random.coin_flip(probability=0.5))
-
-    order = epoch_order(samples, seed, epoch)
-    pipeline_seed = int(np.random.default_rng([seed, epoch, 1]).integers(2**31))
-    yield from _run(samples, order, augment, batch_size, threads, device, pipeline_seed)
+    batches = _equal_batches(epoch_order(samples, seed, epoch), batch_size)
+    if batches and len(batches[-1]) < world_size:
+        raise StageError(f"{world_size} processes cannot share a batch of {len(batches[-1])} images; use fewer")
+    parts, dice = [], []
+    for number, batch in enumerate(batches[start:], start=start):
+        thrown = throw_dice(np.random.default_rng([seed, epoch, 1, number]), len(batch), min_crop_area)
+        parts.append(np.array_split(batch, world_size)[rank])
+        dice.append(np.array_split(thrown, world_size)[rank])
+    largest = max(map(len, parts), default=0)
+    run = _crops_on_gpu if device == "cuda" else _crops_on_cpu
+    crops = run(_with_windows(samples, parts, dice), len(parts), image_size, largest, threads)
+    yield from _with_labels(crops, samples, parts, device)
 
 
 def evaluation_batches(
@@ -159,68 +189,162 @@ def evaluation_batches(
         images (n, 3, image_size, image_size) uint8 in channels-last memory, labels (n,) int64, on `device`.
         Batches are of nearly equal size, at most `batch_size`.
     """
-    from nvidia.dali import fn, types
+    from nvidia.dali import fn, pipeline_def, types
 
-    def centre(jpegs: Any) -> Any:
+    batches = _equal_batches(np.arange(len(samples)), batch_size)
+    encoded = _read_ahead(samples, batches)
+
+    @pipeline_def(**_settings(batch_size, threads, device))
+    def pipeline() -> Any:
+        jpegs = fn.external_source(source=encoded, batch=True, dtype=types.UINT8, ndim=1)
         images = fn.decoders.image(jpegs, device=_decoder(device), output_type=types.RGB)
         images = fn.resize(images, resize_shorter=resize, interp_type=types.INTERP_CUBIC, antialias=True)
         return fn.crop(images, crop=(image_size, image_size))
 
-    yield from _run(samples, np.arange(len(samples)), centre, batch_size, threads, device, seed=0)
+    images = (_tensor(*outputs) for outputs in _run(pipeline(), len(batches)))
+    yield from _with_labels(images, samples, batches, device)
+
+
+def _crops_on_cpu(
+    source: Iterator[tuple[Encoded, Windows]], count: int, side: int, batch_size: int, threads: int
+) -> Iterator["torch.Tensor"]:
+    """DALI decodes the windows alone; threads of ours bring one batch to size while DALI decodes the next."""
+    import cv2
+    import torch
+    from nvidia.dali import fn, pipeline_def, types
+
+    cv2.setNumThreads(0)  # an image is too small to share out
+    mirrored: deque[npt.NDArray[np.bool_]] = deque()
+
+    def read() -> Iterator[tuple[Any, ...]]:
+        for jpegs, found in source:
+            mirrored.append(found.mirrored)
+            yield jpegs, found.anchor, found.shape
+
+    @pipeline_def(**_settings(batch_size, threads, "cpu"))
+    def pipeline() -> Any:
+        jpegs, anchor, shape = _windowed(read())
+        return fn.decoders.image_slice(jpegs, anchor, shape, axis_names="HW", output_type=types.RGB)
+
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
+        for (decoded,) in _run(pipeline(), count):
+            out = torch.empty((len(decoded), side, side, 3), dtype=torch.uint8)
+            parts = np.array_split(np.arange(len(decoded)), threads)
+            flips = mirrored.popleft()
+            begun.append((out, [pool.submit(_resize_all, decoded, flips, out.numpy(), part) for part in parts]))
+            if len(begun) > 1:
+                yield _finished(*begun.popleft())
+        while begun:
+            yield _finished(*begun.popleft())
+
+
+def _resize_all(
+    decoded: Any, mirrored: npt.NDArray[np.bool_], out: npt.NDArray[np.uint8], which: npt.NDArray[np.int64]
+) -> None:
+    for index in which:
+        resize(np.asarray(decoded[index]), bool(mirrored[index]), out[index])
+
+
+def _finished(out: "torch.Tensor", parts: "list[Future[None]]") -> "torch.Tensor":
+    for part in parts:
+        part.result()
+    return out.permute(0, 3, 1, 2)
+
+
+def _crops_on_gpu(
+    source: Iterator[tuple[Encoded, Windows]], count: int, side: int, batch_size: int, threads: int
+) -> Iterator["torch.Tensor"]:
+    """All by DALI, where decoding is nvJPEG's and resizing costs nothing."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    def read() -> Iterator[tuple[Any, ...]]:
+        for jpegs, found in source:
+            yield jpegs, found.anchor, found.shape, found.mirrored.astype(np.int32)
+
+    @pipeline_def(**_settings(batch_size, threads, "cuda"))
+    def pipeline() -> Any:
+        jpegs, anchor, shape, mirrored = _windowed(read(), types.INT32)
+        images = fn.decoders.image_slice(
+            jpegs, anchor, shape, axis_names="HW", device="mixed", output_type=types.RGB
+        )  # fmt: skip
+        images = fn.resize(images, size=[side, side], interp_type=types.INTERP_TRIANGULAR, antialias=True)
+        return fn.flip(images, horizontal=mirrored)
+
+    for outputs in _run(pipeline(), count):
+        yield _tensor(*outputs)
+
+
+def _windowed(source: Iterator[tuple[Any, ...]], *more: Any) -> Any:
+    """Nodes of encoded images, anchors and shapes, and of what else (a number an image, of the given types) follows."""
+    from nvidia.dali import fn, types
+
+    kinds, dimensions = [types.UINT8, types.INT32, types.INT32, *more], [1, 1, 1, *(0 for _ in more)]
+    return fn.external_source(source=source, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=dimensions)
+
+
+def _settings(batch_size: int, threads: int, device: str) -> dict[str, Any]:
+    # DALI draws nothing, so its seed decides nothing; without one it would take the time.
+    gpu = 0 if device == "cuda" else None
+    return {"batch_size": max(batch_size, 1), "num_threads": threads, "device_id": gpu, "seed": 0, "exec_dynamic": True}
 
 
 def _decoder(device: str) -> str:
     return "mixed" if device == "cuda" else "cpu"
 
 
-def _run(
-    samples: Samples,
-    order: npt.NDArray[np.int64],
-    operators: Callable[[Any], Any],
-    batch_size: int,
-    threads: int,
-    device: str,
-    seed: int,
+def _run(pipeline: Any, count: int) -> Iterator[Any]:
+    for _ in range(count):
+        yield pipeline.run()
+
+
+def _tensor(images: Any) -> "torch.Tensor":
+    """DALI's batch (n, H, W, 3) as a tensor (n, 3, H, W), without a copy on the CPU."""
+    import torch
+
+    pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+    if pixels.is_cuda:
+        # DALI may fill its buffer again as soon as it is let go, while kernels that read it still wait.
+        pixels = pixels.clone()
+        torch.cuda.current_stream().synchronize()
+    return pixels
+
+
+def _with_labels(
+    images: Iterator["torch.Tensor"], samples: Samples, batches: list[npt.NDArray[np.int64]], device: str
 ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
     import torch
-    from nvidia.dali import fn, pipeline_def, types
 
-    # Of nearly equal size, so that no last batch is too small for batch normalisation.
-    batches = np.array_split(order, -(-len(order) // batch_size)) if len(order) else []
-    files = [path.open("rb") for path in samples.shards]
+    for pixels, batch in zip(images, batches, strict=True):
+        yield pixels, torch.from_numpy(samples.label[batch]).to(device, non_blocking=True)
 
-    def read(number: int) -> list[npt.NDArray[np.uint8]]:
-        # pread, not a memory map: a shard that changes under us is then a short read, not a bus error.
-        if number >= len(batches):
-            raise StopIteration
-        return [
-            np.frombuffer(os.pread(files[samples.shard[i]].fileno(), samples.size[i], samples.offset[i]), np.uint8)
-            for i in batches[number]
-        ]
 
-    gpu = 0 if device == "cuda" else None
+def _equal_batches(order: npt.NDArray[np.int64], batch_size: int) -> list[npt.NDArray[np.int64]]:
+    """Of nearly equal size, so that no last batch is too small for batch normalisation."""
+    return np.array_split(order, -(-len(order) // batch_size)) if len(order) else []
 
-    @pipeline_def(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=gpu,
-        seed=seed,
-        exec_dynamic=True,
-    )
-    def pipeline() -> Any:
-        return operators(fn.external_source(source=read, batch=True, dtype=types.UINT8, ndim=1))
 
-    try:
-        built = pipeline()
+def _with_windows(
+    samples: Samples, batches: list[npt.NDArray[np.int64]], dice: list[npt.NDArray[np.float64]]
+) -> Iterator[tuple[Encoded, Windows]]:
+    import simplejpeg
+
+    for jpegs, thrown in zip(_read_ahead(samples, batches), dice, strict=True):
+        sizes = np.array([simplejpeg.decode_jpeg_header(jpeg)[:2] for jpeg in jpegs], np.int64).reshape(-1, 2)
+        yield jpegs, windows(thrown, sizes)
+
+
+def _read_ahead(samples: Samples, batches: list[npt.NDArray[np.int64]]) -> Iterator[Encoded]:
+    """The encoded images of each batch; those of the next few are being read meanwhile."""
+
+    def read(indexes: npt.NDArray[np.int64]) -> Encoded:
+        return [np.frombuffer(samples.jpeg(index), np.uint8) for index in indexes]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        begun: deque[list[Future[Encoded]]] = deque()
         for batch in batches:
-            (images,) = built.run()
-            labels = torch.from_numpy(samples.label[batch]).to(device, non_blocking=True)
-            pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-            if device == "cuda":
-                # DALI may fill its buffer again as soon as it is let go, while kernels that read it still wait.
-                pixels = pixels.clone()
-                torch.cuda.current_stream().synchronize()
-            yield pixels, labels
-    finally:
-        for file in files:
-            file.close()
+            begun.append([pool.submit(read, part) for part in np.array_split(batch, min(READERS, len(batch)))])
+            if len(begun) > BATCHES_AHEAD:
+                yield [jpeg for part in begun.popleft() for jpeg in part.result()]
+        while begun:
+            yield [jpeg for part in begun.popleft() for jpeg in part.result()]

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +10,15 @@ import numpy as np
 import pandas as pd
 
 from stages.command import StageError
+from stages.data.expectations import LEAK
 from stages.data.images import to_rgb
 from stages.data.raw import read_at
 from stages.data.splits import PRECEDENCE
 
 SHOWN_PER_REASON = 24
+SHOWN_PER_NOTE = 12
+SHOWN_COLLAPSED = 12  # classes, and images of each
+SHOWN_ALIKE = 8
 THUMBNAIL = 96  # longer side in pixels
 LARGEST_SHOWN = 50_000_000  # pixels; larger ones are not decoded for a thumbnail
 LISTED_CLASSES = 60  # with more, the smallest and the largest half of so many are listed, beside a chart of all
@@ -35,20 +39,39 @@ class Picture(NamedTuple):
 
 
 class Exhibit(NamedTuple):
-    """A quarantined image; `stays` is the one that it yields to, where it is a duplicate."""
+    """A quarantined or noted image; `stays` is the one that it is the same as, where it is a duplicate."""
 
     picture: Picture
     stays: Picture | None
     remarks: list[str]
 
 
-def render(report: dict[str, Any], images: pd.DataFrame, raw: Path) -> str:
+class Collapsed(NamedTuple):
+    """A class of a batch with some of its images that look alike."""
+
+    batch: str
+    class_name: str
+    alike: int
+    images: int
+    pictures: list[Picture]
+
+
+def render(
+    report: dict[str, Any],
+    images: pd.DataFrame,
+    raw: Path,
+    noted: Mapping[str, np.ndarray],
+    collapsed: pd.DataFrame,
+) -> str:
     """The page as HTML: self-contained, the same for the same data.
 
     Args:
         report: as in reports/validation.json.
-        images: all of them: facts with role, arrival, split, reason (empty: accepted) and duplicate_of.
+        images: all of them: facts with role, arrival, split, reason (empty: accepted), duplicate_of, look and the
+            columns that the expectations of outliers look at.
         raw: folder of the raw tars, `<raw>/<role>/<batch>/`, for thumbnails.
+        noted: positions in `images` of what is noted of accepted images, by expectation.
+        collapsed: classes that look like one picture: batch, arrival, class_name, look, alike, images.
     """
     import jinja2
 
@@ -57,16 +80,23 @@ def render(report: dict[str, Any], images: pd.DataFrame, raw: Path) -> str:
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = percent
-    by_reason = {
-        expectation["name"]: exhibits(images, expectation["name"], raw)
-        for expectation in report["expectations"]
-        if report["quarantined_by"].get(expectation["name"])
-    }
+    by_reason, by_note = {}, {}
+    for expectation in report["expectations"]:
+        name, column = expectation["name"], expectation["column"]
+        if report["quarantined_by"].get(name):
+            by_reason[name] = exhibits(images[images["reason"] == name], images, raw, SHOWN_PER_REASON)
+        if len(noted.get(name, ())):
+            rows = images.iloc[noted[name]]
+            if column.endswith("_outlying"):  # what lies furthest out comes first
+                rows = rows.nlargest(SHOWN_PER_NOTE, column, keep="first")
+            by_note[name] = exhibits(rows, images, raw, SHOWN_PER_NOTE)
     accepted = images[images["reason"] == ""]
     return environment.get_template("validation.html.j2").render(
         report=report,
         splits=SPLITS,
         exhibits=by_reason,
+        noted=by_note,
+        collapsed=[collapsed_class(row, images, raw) for row in collapsed.head(SHOWN_COLLAPSED).to_dict("records")],
         classes={role: class_chart(counts) for role, counts in report["classes"].items() if counts},
         facts=[fact_charts(name, accepted[accepted["batch"] == name]) for name in report["order"]],
     )
@@ -82,9 +112,9 @@ def percent(share: float) -> str:
 # ------------------------------------------------------------------------------------------------ quarantined
 
 
-def exhibits(images: pd.DataFrame, reason: str, raw: Path) -> list[Exhibit]:
-    """The first images that were quarantined for one reason, by arrival and key, with thumbnails."""
-    chosen = images[images["reason"] == reason].sort_values(["arrival", "key"]).head(SHOWN_PER_REASON)
+def exhibits(rows: pd.DataFrame, images: pd.DataFrame, raw: Path, most: int) -> list[Exhibit]:
+    """The first of `rows`, by arrival and key, with thumbnails of them and of what they are duplicates of."""
+    chosen = rows.sort_values(["arrival", "key"]).head(most)
     kept = images[images["key"].isin(set(chosen["duplicate_of"]) - {""})].to_dict("records")
     stays = {row["key"]: row for row in kept}
     shown = []
@@ -99,13 +129,24 @@ def remarks(row: dict[Any, Any], stays: dict[Any, Any] | None) -> list[str]:
     if stays is None:
         return []
     notes = []
-    if row["split"] == "train" and stays["split"] in ("test", "fresh"):
+    if row["split"] == "train" and stays["split"] != "train":
         notes.append("would have leaked into training")
+    if row["split"] != "train" and stays["split"] == "train":
+        notes.append("training has seen it")
+    if row["reason"] == LEAK:
+        notes.append("the same bytes" if row["sha256"] == stays["sha256"] else "resized, recoded or brightened")
     if row["class_name"] != stays["class_name"] and row["role"] == stays["role"]:
         notes.append("two classes for one picture")
     if row["batch"] != stays["batch"]:
         notes.append("came in an earlier batch")
     return notes
+
+
+def collapsed_class(row: dict[Any, Any], images: pd.DataFrame, raw: Path) -> Collapsed:
+    """Some of the images of one class that look alike, accepted or not, by key."""
+    alike = images[images["look"] == row["look"]].sort_values("key").head(SHOWN_ALIKE)
+    pictures = [picture(image, raw) for image in alike.to_dict("records")]
+    return Collapsed(row["batch"], row["class_name"], row["alike"], row["images"], pictures)
 
 
 def picture(row: dict[Any, Any], raw: Path) -> Picture:

@@ -15,18 +15,10 @@ from stages.params.reconcile import Reconcile
 from stages.params.register import Register
 from stages.params.retrain import Retrain
 from stages.params.serve import Serve
-from stages.params.shard import Shard
+from stages.params.shard import Shards
 from stages.params.split import Split
 from stages.params.training import Training
 from stages.params.validate import Validate
-
-
-class Shards(Section):
-    """A section of `shard` per role."""
-
-    pretrain: Shard
-    finetune: Shard
-
 
 SECTIONS: dict[str, type[Section]] = {
     "split": Split,

@@ -16,3 +16,12 @@ class Shard(Section):
     images_per_shard: Annotated[int, Field(ge=1)] = 1000
     seed: Annotated[int, Field(ge=0)] = 1
     """Of the global shuffle at writing."""
+
+
+class Shards(Section):
+    """The whole section: a set per role, and where the work is done."""
+
+    cluster: Annotated[str, Field(pattern=r"^(tcp|tls)://\S+:\d+$")] | None = None
+    """A Dask scheduler, `tcp://host:8786`; null: the cores of this machine. Never changes bytes."""
+    pretrain: Shard
+    finetune: Shard

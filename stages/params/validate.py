@@ -2,12 +2,78 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from stages.params.load import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
+
+
+Severity = Literal["quarantine", "note", "stop"]
+
+
+def _only(*allowed: Severity, why: str) -> AfterValidator:
+    def check(severity: Severity) -> Severity:
+        if severity not in allowed:
+            raise ValueError(f"expected {' or '.join(allowed)} ({why})")
+        return severity
+
+    return AfterValidator(check)
+
+
+_images = _only("quarantine", "note", why="it is of single images, and one image is no reason to stop")
+_tables = _only("stop", "note", why="it is of a batch or a class, and there is no single image to quarantine")
+OfImages = Annotated[Severity, _images]
+OfTables = Annotated[Severity, _tables]
+
+
+class Severities(Section):
+    """What follows where an expectation fails; a key for each in stages/data/expectations.py, which gives the reasons.
+
+    `quarantine`: the image stays out. `stop`: nothing is written but why. `note`: counted and shown on the page.
+    """
+
+    not_empty: OfImages = "quarantine"
+    known_format: OfImages = "quarantine"
+    sane_size: OfImages = "quarantine"
+    decodes: Annotated[
+        Severity, _only("quarantine", why="training and sharding fail at an image that does not decode")
+    ] = "quarantine"
+    large_enough: OfImages = "quarantine"
+    sane_aspect: OfImages = "quarantine"
+    not_flat: OfImages = "quarantine"
+    usual_resolution: OfImages = "note"
+    usual_brightness: OfImages = "note"
+    no_leak_of_test: OfImages = "quarantine"
+    no_exact_duplicate: OfImages = "quarantine"
+    no_near_duplicate: OfImages = "quarantine"
+    some_accepted: Annotated[Severity, _only("stop", why="an empty batch cannot be sharded")] = "stop"
+    few_quarantined: OfTables = "stop"
+    labelled: Annotated[Severity, _only("stop", why="fine-tuning cannot do without labels")] = "stop"
+    varied_class: OfTables = "note"
+    enough_to_train: OfTables = "stop"
+    balanced: OfTables = "note"
+    known_class: OfTables = "stop"
+    no_drift: OfTables = "note"
+
+
+class Outliers(Section):
+    """How far beyond the middle half of its own batch an image may lie, in widths of that half; null: any distance."""
+
+    resolution: Annotated[float, Field(gt=0)] | None = 3.0
+    """Of the logarithm of width times height. The middle half counts as one octave wide at least."""
+    brightness: Annotated[float, Field(gt=0)] | None = 2.5
+    """Of mean luminance. The middle half counts as 16 of 255 levels wide at least."""
+
+
+class Collapse(Section):
+    """When the images of a class look like one picture under one name: a placeholder, a video, a folder mixed up."""
+
+    max_share: Share = 0.2
+    """Of the images of a class in a batch: so many may be one picture, or have one perceptual hash."""
+    min_images: Annotated[int, Field(ge=2)] = 20
+    """Smaller classes are not judged."""
 
 
 class Drift(Section):
@@ -17,11 +83,11 @@ class Drift(Section):
     min_effect: Share = 0.1
     """The KS distance below which a significant difference is not called drift: large batches always differ."""
     stop: bool = False
-    """Stop on drift, unless the batch has `accept_drift`."""
+    """The same as `severity.no_drift: stop`: stop on drift, unless the batch has `accept_drift`."""
 
 
 class Validate(Section):
-    """Row-level limits quarantine an image, table-level ones stop the run."""
+    """Limits, and what follows where one is not kept."""
 
     formats: Annotated[tuple[Format, ...], Field(min_length=1, strict=False)] = ("JPEG", "PNG", "WEBP", "BMP")
     """By magic number; what a file is called does not count."""
@@ -47,6 +113,11 @@ class Validate(Section):
     """Of any batch."""
     min_images_per_class: Annotated[int, Field(ge=1)] = 5
     """Accepted training images of every class, over all batches of a role."""
+    max_imbalance: Annotated[float, Field(ge=1)] = 10.0
+    """How many times the training images of a class the largest class of its role may have."""
+    outliers: Outliers = Outliers()
+    collapse: Collapse = Collapse()
     allow_new_classes: bool = False
     """Let a later finetune batch bring classes that earlier ones did not have."""
     drift: Drift = Drift()
+    severity: Severities = Severities()

@@ -1,6 +1,7 @@
 """Digests: what a source holds, and ingest that refuses one which holds anything else."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def test_a_source_without_images_has_none(tmp_path: Path) -> None:
 
 def ingest(folder: Path) -> "subprocess.CompletedProcess[str]":
     """The stage, in a folder with nothing but params.yaml and deliveries."""
+    shutil.copy(ROOT / "dvc.yaml", folder / "dvc.yaml")
     command = [sys.executable, "-m", "stages.ingest", "new"]
     environment = {"PYTHONPATH": str(ROOT), "SYNSET_INCOMING": str(folder), "SYNSET_WORKERS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

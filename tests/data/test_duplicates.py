@@ -11,7 +11,14 @@ from PIL import Image, ImageFilter
 
 from stages.command import StageError
 from stages.data import duplicates
-from stages.data.duplicates import find_duplicates, near_pairs, pixel_confirmation, same_thumbnails
+from stages.data.duplicates import (
+    find_duplicates,
+    look_alikes,
+    near_pairs,
+    pixel_confirmation,
+    same_thumbnails,
+    thumbnails,
+)
 from stages.data.images import decode_strictly, difference_hash, read_header
 from stages.params.validate import Validate
 
@@ -133,6 +140,15 @@ def test_what_comes_below_never_changes_what_is_above() -> None:
         assert part.exact.tolist() == whole.exact[:count].tolist()
 
 
+def test_look_alikes_share_a_hash_or_what_they_yield_to_within_a_class_of_a_batch() -> None:
+    rows = _rows([1, 2, 2, 3, 4, 2, 2, 9]).assign(arrival=[0, 0, 0, 0, 0, 0, 1, 1], class_name=list("aaaaabab"))
+    yields_to = np.array([-1, -1, -1, 0, 1, -1, -1, 0])
+    look = look_alikes(rows, yields_to)
+    pairs = {(i, j) for i in range(8) for j in range(i) if look[i] == look[j]}
+    assert pairs == {(2, 1), (4, 1), (4, 2), (3, 0)}
+    assert look_alikes(rows.iloc[:0], yields_to[:0]).tolist() == []
+
+
 # ------------------------------------------------------------------------------------------------ on pixels
 
 
@@ -220,6 +236,37 @@ def test_thumbnails_must_agree_in_level_and_in_structure() -> None:
         False,
         False,
     ]
+
+
+def test_same_thumbnails_is_what_numpy_says_of_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "PAIRS_AT_ONCE", 7)
+    rng = np.random.default_rng(4)
+    first = rng.integers(0, 256, (40, 1024))
+    pictures = np.clip(np.concatenate([first, first + rng.normal(0, 18, first.shape)]), 0, 255).astype(np.uint8)
+    left, right = np.arange(40), np.arange(40, 80)
+    limits = Validate(near_duplicate_difference=14.0, near_duplicate_correlation=0.97)
+    expected = [
+        np.abs(one - other).mean() <= 14.0 and np.corrcoef(one, other)[0, 1] >= 0.97
+        for one, other in zip(pictures[:40].astype(float), pictures[40:].astype(float), strict=True)
+    ]
+    assert 0 < sum(expected) < 40
+    assert same_thumbnails(pictures, left, right, limits).tolist() == expected
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_thumbnails_are_in_the_order_of_the_rows_whatever_the_tars(
+    workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNSET_WORKERS", workers)
+    monkeypatch.setattr(duplicates, "IMAGES_A_TASK", 2)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    parts = [_archive(folder, [_jpeg(_picture(10 * n + k)) for k in range(5)]) for n, folder in enumerate(folders)]
+    rows = pd.concat(parts, ignore_index=True)
+    raw = [folders[0]] * 5 + [folders[1]] * 5
+    order = np.random.default_rng(1).permutation(10)
+    shuffled = thumbnails(rows.iloc[order], [raw[position] for position in order])
+    assert np.array_equal(shuffled, thumbnails(rows, raw)[order])
+    assert len(np.unique(shuffled, axis=0)) == 10
 
 
 def test_a_missing_raw_tar_says_how_to_get_it_back(tmp_path: Path) -> None:

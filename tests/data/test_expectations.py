@@ -1,23 +1,31 @@
 """The table of expectations, checked by Great Expectations itself."""
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from stages.data.expectations import (
     SEVERITIES,
     duplicate_expectations,
+    expectations,
     explain,
     failures,
     first_failures,
     image_expectations,
+    outlier_expectations,
+    outlying,
     printable,
     table_expectations,
     with_measures,
 )
-from stages.params.validate import Drift, Validate
+from stages.params.load import ParamsError, check
+from stages.params.validate import Drift, Outliers, Severities, Validate
+from tests.workspace import ROOT
 
 GOOD = {"bytes": 900, "format": "JPEG", "decodes": True, "width": 64, "height": 48, "contrast": 40.0}
 BAD: dict[str, Mapping[str, object]] = {
@@ -76,9 +84,10 @@ def test_limits_come_from_params() -> None:
 
 
 def test_duplicates_are_expectations_too() -> None:
-    table = pd.DataFrame({"duplicate_of": [None, "a", None], "near_duplicate_of": ["b", None, None]}, dtype=object)
-    failed = failures(table, duplicate_expectations())
+    columns = {"leak_of": [None, None, "c"], "duplicate_of": [None, "a", None], "near_duplicate_of": ["b", None, None]}
+    failed = failures(pd.DataFrame(columns, dtype=object), duplicate_expectations(Validate()))
     assert {name: rows.tolist() for name, rows in failed.items()} == {
+        "no_leak_of_test": [2],
         "no_exact_duplicate": [1],
         "no_near_duplicate": [0],
     }
@@ -91,20 +100,101 @@ def test_an_empty_table_fails_nothing() -> None:
 
 def test_every_row_of_the_table_is_complete() -> None:
     limits = Validate(drift=Drift(stop=True))
-    table = [*image_expectations(limits), *duplicate_expectations(), *table_expectations(limits)]
+    table = expectations(limits)
     names = [expectation.name for expectation in table]
     assert len(set(names)) == len(names)
     for expectation in table:
         assert expectation.reason.endswith(".") and expectation.limit and expectation.severity in SEVERITIES
-        assert expectation.fault or expectation.severity != "quarantine"
+        assert expectation.fault or expectation.scope != "image"
         if expectation.parameter:
-            key = expectation.parameter.removeprefix("validate.")
-            assert key in Validate.model_fields, expectation.parameter
+            section, *keys = expectation.parameter.split(".")
+            assert section == "validate"
+            values = limits.model_dump()
+            for key in keys:
+                assert key in values, expectation.parameter
+                values = values[key]
+
+
+def test_the_table_in_params_names_every_expectation_in_the_same_order_with_its_default() -> None:
+    names = [expectation.name for expectation in expectations(Validate())]
+    assert list(Severities.model_fields) == names
+    for path in [Path("params.yaml"), *sorted(Path("presets").glob("*.yaml"))]:
+        written = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))["validate"]["severity"]
+        assert list(written) == names, path
+        assert Severities(**written) == Severities(), path
+
+
+def test_severities_come_from_params() -> None:
+    severity = Severities(not_flat="note", enough_to_train="note", varied_class="stop", no_drift="stop")
+    found = {each.name: each.severity for each in expectations(Validate(severity=severity))}
+    changed = {name: found[name] for name in ("not_flat", "enough_to_train", "varied_class", "no_drift")}
+    assert changed == {"not_flat": "note", "enough_to_train": "note", "varied_class": "stop", "no_drift": "stop"}
+    assert {each.name: each.severity for each in expectations(Validate(drift=Drift(stop=True)))}["no_drift"] == "stop"
+    grey = _facts({"contrast": 0.1}, {"contrast": 0.1, "bytes": 0})
+    table = image_expectations(Validate(severity=severity))
+    assert first_failures(2, table, failures(with_measures(grey), table)).tolist() == ["", "not_empty"]
+
+
+@pytest.mark.parametrize(
+    ("name", "severity", "rule"),
+    [
+        ("not_flat", "stop", "expected quarantine or note (it is of single images"),
+        ("no_leak_of_test", "stop", "expected quarantine or note"),
+        ("enough_to_train", "quarantine", "expected stop or note (it is of a batch or a class"),
+        ("varied_class", "quarantine", "expected stop or note"),
+        ("decodes", "note", "expected quarantine (training and sharding fail"),
+        ("labelled", "note", "expected stop (fine-tuning"),
+        ("some_accepted", "note", "expected stop (an empty batch"),
+        ("not_flat", "ignore", "input should be 'quarantine', 'note' or 'stop'"),
+    ],
+)
+def test_a_severity_that_makes_no_sense_names_the_key_and_the_rule(name: str, severity: str, rule: str) -> None:
+    with pytest.raises(ParamsError) as raised:
+        check("validate", {"severity": {name: severity}}, Validate)
+    assert f"`validate.severity.{name}`: {rule}" in str(raised.value)
+
+
+def test_an_expectation_that_there_is_not_is_an_unknown_key() -> None:
+    with pytest.raises(ParamsError, match=r"unknown key `validate.severity.is_pretty`"):
+        check("validate", {"severity": {"is_pretty": "note"}}, Validate)
+
+
+def _light(values: list[float], arrival: int = 0) -> pd.DataFrame:
+    return pd.DataFrame({"arrival": arrival, "width": 64, "height": 64, "brightness": values})
+
+
+def test_an_outlier_is_told_by_the_quartiles_of_its_own_batch() -> None:
+    even = [float(value) for value in range(100, 181)]  # quartiles 120 and 160
+    beyond = outlying(_light([*even, 10.0, 300.0]))["brightness_outlying"].to_numpy()
+    low, high = np.quantile([*even, 10.0, 300.0], [0.25, 0.75])
+    assert beyond[-2:].tolist() == pytest.approx([(low - 10) / (high - low), (300 - high) / (high - low)])
+    assert beyond[40] == 0 and beyond[0] == pytest.approx((low - 100) / (high - low))
+    together = outlying(pd.concat([_light([*even, 10.0, 300.0]), _light([5.0] * 500, arrival=1)], ignore_index=True))
+    assert together["brightness_outlying"].to_numpy()[: len(beyond)].tolist() == beyond.tolist()
+    assert not together["brightness_outlying"].to_numpy()[len(beyond) :].any()
+
+
+def test_a_batch_of_one_size_has_no_outlier_a_pixel_away_but_one_eight_times_away() -> None:
+    rows = _light([100.0] * 60)
+    rows.loc[0, ["width", "height"]] = [65, 64]
+    rows.loc[1, ["width", "height"]] = [64 * 3, 64 * 3]
+    failed = failures(outlying(rows), outlier_expectations(Validate()))
+    assert failed["usual_resolution"].tolist() == [1] and failed["usual_brightness"].tolist() == []
+
+
+def test_of_a_handful_of_images_none_is_an_outlier() -> None:
+    assert not outlying(_light([100.0] * 10 + [0.0])).to_numpy().any()
+
+
+def test_outliers_may_be_left_alone() -> None:
+    names = [each.name for each in outlier_expectations(Validate(outliers=Outliers(brightness=None)))]
+    assert names == ["usual_resolution"]
 
 
 def test_every_stop_has_words() -> None:
     limits = Validate(drift=Drift(stop=True))
-    counts = {"images": 9, "accepted": 1, "quarantined": 8, "share_quarantined": 8 / 9, "unlabelled": 2, "train": 0}
+    counts = {"images": 9, "accepted": 1, "quarantined": 8, "share_quarantined": 8 / 9, "unlabelled": 2, "train": 0,
+              "alike": 8, "largest": 300}  # fmt: skip
     names = {"batch": "b", "role": "finetune", "class_name": "cat", "new_in": "b", "fact": "width", "distance": 0.5}
     wrong = pd.DataFrame([counts | names])
     images = pd.DataFrame(
@@ -114,6 +204,9 @@ def test_every_stop_has_words() -> None:
         (message,) = explain(expectation, wrong, images)
         assert "`b`" in message or "finetune" in message
         assert expectation.parameter in message, expectation.name
+        if expectation.severity == "stop" and expectation.name in ("known_class", "no_drift"):
+            (noted,) = explain(dataclasses.replace(expectation, severity="note"), wrong, images)
+            assert message.startswith(noted) and noted != message  # a note asks nobody to do anything
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\u202eb"])

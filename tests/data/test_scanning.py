@@ -43,7 +43,7 @@ def test_the_same_files_make_the_same_tar_and_come_out_again(tmp_path: Path) -> 
     first, second = ((tmp_path / place / "train/week.1.tar").read_bytes() for place in ("a", "b"))
     assert first == second
     path = tmp_path / "a/train/week.1.tar"
-    assert {name: read_at(path, offset, size) for name, offset, size in members(path)} == {
+    assert {each.name: read_at(path, each.offset, each.size) for each in members(path, tmp_path / "a")} == {
         "one.JPEG": b"first",
         "two.JPEG": b"",
     }

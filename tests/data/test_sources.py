@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stages.command import StageError
-from stages.data.sources import Group, read_source
+from stages.data.sources import Source, read_source
 
 
 def put(folder: Path, *names: str) -> None:
@@ -16,9 +16,13 @@ def put(folder: Path, *names: str) -> None:
         (folder / name).write_text(name, encoding="utf-8")
 
 
-def listed(groups: list[Group]) -> dict[str, list[str]]:
-    """`split/class` with the names of its files."""
-    return {f"{group.split}/{group.class_name}": [file.name for file in group.files] for group in groups}
+def listed(source: Source) -> dict[str, list[str]]:
+    """`split/class` with the names of its files that are taken."""
+    found: dict[str, list[str]] = {}
+    for part in source.parts:
+        for name in filter(source.choice.takes, part.names()):
+            found.setdefault(f"{name.split}/{name.class_name}", []).append(name.name)
+    return found
 
 
 def test_split_folders(tmp_path: Path) -> None:
@@ -30,7 +34,7 @@ def test_split_folders(tmp_path: Path) -> None:
         "pets/train/cat/1.jpg",
         "pets/x.md",
     )
-    assert listed(list(read_source("pets", tmp_path))) == {
+    assert listed(read_source("pets", tmp_path)) == {
         "train/cat": ["1.jpg"],
         "train/dog": ["10.jpg", "2.jpg"],
         "val/dog": ["3.jpg"],
@@ -39,15 +43,14 @@ def test_split_folders(tmp_path: Path) -> None:
 
 def test_one_level_of_classes(tmp_path: Path) -> None:
     put(tmp_path, "pets/cat/1.jpg", "pets/dog/notes.txt", "pets/.git/x", "pets/cat/.DS_Store", "pets/cat/deep/2.jpg")
-    groups = list(read_source("pets", tmp_path))
-    assert listed(groups) == {"all/cat": ["1.jpg", "deep/2.jpg"], "all/dog": ["notes.txt"]}
-    with groups[0].files[1].open() as file:
-        assert file.read() == b"pets/cat/deep/2.jpg"
+    source = read_source("pets", tmp_path)
+    assert listed(source) == {"all/cat": ["1.jpg", "deep/2.jpg"], "all/dog": ["notes.txt"]}
+    assert [image.data.read() for image in source.parts[0].images()] == [b"pets/cat/1.jpg", b"pets/cat/deep/2.jpg"]
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     put(tmp_path, "vehicles/train/1.jpg", "vehicles/bus/2.jpg")
-    assert listed(list(read_source("vehicles", tmp_path))) == {"all/bus": ["2.jpg"], "all/train": ["1.jpg"]}
+    assert listed(read_source("vehicles", tmp_path)) == {"all/bus": ["2.jpg"], "all/train": ["1.jpg"]}
 
 
 def test_split_folders_beside_others_are_refused(tmp_path: Path) -> None:
@@ -62,7 +65,7 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     (tmp_path / "tiny/val/val_annotations.txt").write_text(
         "val_1.JPEG\tn02\t0\t0\t9\t9\nval_0.JPEG\tn02\t0\t0\t9\t9\n", encoding="utf-8"
     )
-    assert listed(list(read_source("tiny", tmp_path))) == {
+    assert listed(read_source("tiny", tmp_path)) == {
         "train/n01": ["n01_0.JPEG"],
         "train/n02": ["n02_0.JPEG"],
         "val/n02": ["val_0.JPEG", "val_1.JPEG"],
@@ -71,20 +74,20 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
 
 def test_subsets(tmp_path: Path) -> None:
     put(tmp_path, *(f"pets/{name}/{number}.jpg" for name in ("ant", "bee", "cat") for number in range(9)))
-    assert listed(list(read_source("pets?classes=bee", tmp_path))).keys() == {"all/bee"}
-    assert len(listed(list(read_source("pets?num_classes=2&seed=3", tmp_path)))) == 2
-    few, more = (listed(list(read_source(f"pets?images_per_class={n}", tmp_path))) for n in (3, 5))
+    assert listed(read_source("pets?classes=bee", tmp_path)).keys() == {"all/bee"}
+    assert len(listed(read_source("pets?num_classes=2&seed=3", tmp_path))) == 2
+    few, more = (listed(read_source(f"pets?images_per_class={n}", tmp_path)) for n in (3, 5))
     assert all(len(files) == 3 for files in few.values())
     assert all(set(few[name]) < set(more[name]) for name in few)
-    assert few != listed(list(read_source("pets?images_per_class=3&seed=1", tmp_path)))
+    assert few != listed(read_source("pets?images_per_class=3&seed=1", tmp_path))
     with pytest.raises(StageError, match="no class dog"):
-        list(read_source("pets?classes=dog", tmp_path))
+        read_source("pets?classes=dog", tmp_path)
 
 
 def test_links_are_followed_and_hidden_folders_are_not(tmp_path: Path) -> None:
     put(tmp_path, "store/1.jpg", "pets/cat/2.jpg", "pets/cat/.ipynb_checkpoints/2.jpg")
     (tmp_path / "pets/cat/more").symlink_to(tmp_path / "store")
-    assert listed(list(read_source("pets", tmp_path))) == {"all/cat": ["2.jpg", "more/1.jpg"]}
+    assert listed(read_source("pets", tmp_path)) == {"all/cat": ["2.jpg", "more/1.jpg"]}
     (tmp_path / "store/back").symlink_to(tmp_path / "pets/cat")
     with pytest.raises(StageError, match="link"):
         read_source("pets", tmp_path)
@@ -93,9 +96,13 @@ def test_links_are_followed_and_hidden_folders_are_not(tmp_path: Path) -> None:
 def test_what_cannot_be_read_or_named_is_said(tmp_path: Path) -> None:
     put(tmp_path, "pets/cat/1.jpg")
     (tmp_path / "pets/cat/gone.jpg").symlink_to(tmp_path / "nowhere")
-    (group,) = read_source("pets", tmp_path)
     with pytest.raises(StageError, match=r"gone\.jpg cannot be read"):
-        group.files[1].open()
+        read_source("pets", tmp_path)
+    (tmp_path / "pets/cat/gone.jpg").unlink()
+    os.mkfifo(tmp_path / "pets/cat/pipe.jpg")
+    with pytest.raises(StageError, match=r"pipe\.jpg is no plain file"):
+        read_source("pets", tmp_path)
+    (tmp_path / "pets/cat/pipe.jpg").unlink()
     Path(os.fsdecode(bytes(tmp_path / "pets/cat") + b"/caf\xe9.jpg")).touch()
     with pytest.raises(StageError, match=r"caf\\xe9\.jpg.*not UTF-8"):
         read_source("pets", tmp_path)
@@ -118,4 +125,4 @@ def test_a_class_of_tiny_imagenet_without_images(tmp_path: Path) -> None:
 
 def test_an_absolute_path_is_taken_as_it_is(tmp_path: Path) -> None:
     put(tmp_path, "pets/cat/1.jpg")
-    assert listed(list(read_source(str(tmp_path / "pets"), Path("elsewhere")))) == {"all/cat": ["1.jpg"]}
+    assert listed(read_source(str(tmp_path / "pets"), Path("elsewhere"))) == {"all/cat": ["1.jpg"]}

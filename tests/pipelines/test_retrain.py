@@ -150,7 +150,7 @@ def validate():
     for folder in Path("data/raw").glob("*/*"):
         if folder.name not in raw:
             shutil.rmtree(folder)
-    files = {name: [m[0] for tar in raw_tars(folder) for m in members(tar)] for name, folder in raw.items()}
+    files = {name: [m.name for tar in raw_tars(folder) for m in members(tar, folder)] for name, folder in raw.items()}
     stops = [f"batch {name}: a bad file" for name, each in files.items() if any("bad" in file for file in each)]
     facts = {name: {"accepted": len(each), "quarantined": 0, "quarantined_by": {}, "splits": {"train": len(each)},
                     "drift": []} for name, each in files.items()}

@@ -1,0 +1,49 @@
+"""Data for measurements: shards that our own stages write, in a checkout of their own."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from bench.rounds import ROOT
+from stages.data.facts import ACCEPTED, read_table, write_table
+from tests.workspace import Workspace
+
+
+def written_shards(images: Path, side: int, work: Path) -> Path:
+    """A shard set of the images of a folder, written once below `work`; all that decode are accepted.
+
+    Args:
+        images: `CLASS/*`, all for training, or `train/CLASS/*` and `val/CLASS/*`.
+        side: shorter side of the images in the shards, in pixels.
+
+    Raises:
+        SystemExit: a stage failed, with its words.
+    """
+    done = work / "checkout/data/shards/pretrain/all"
+    if (done / "index.json").is_file():
+        return done
+    (work / "checkout").mkdir(parents=True)
+    workspace = Workspace(work / "checkout", SYNSET_INCOMING=str(images.parent))
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["batches"] = {"all": {"role": "pretrain", "source": images.name}}
+    params["shard"]["pretrain"] |= {"resize": side, "quality": 90}
+    workspace.write_params(params)
+    for stage in ("ingest", "scan"):
+        _run(workspace, stage)
+    # Not by validate, which would find that images are repeated, and would make a split of its own.
+    facts = read_table(workspace.root / "data/facts/pretrain/all.parquet")
+    facts = facts[facts["decodes"]]
+    labels = np.unique(facts["class_name"].to_numpy(dtype=object), return_inverse=True)[1]
+    split = facts["source_split"].replace({"all": "train"})
+    accepted = facts.assign(split=split, label=labels.astype(np.int32))
+    write_table(accepted, ACCEPTED, workspace.root / "data/accepted/pretrain/all.parquet")
+    _run(workspace, "shard")
+    return done
+
+
+def _run(workspace: Workspace, stage: str) -> None:
+    ended = workspace.run(sys.executable, "-m", f"stages.{stage}", "all")
+    if ended.returncode:
+        sys.exit(f"stages.{stage} failed:\n{ended.stdout}")
