@@ -134,7 +134,8 @@ def s3_server() -> Iterator[tuple[str, dict[str, str]]]:
 
     credentials = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1"}
     before = dict(os.environ)
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for every request otherwise
+    for talker in ("werkzeug", "aiobotocore", "botocore"):
+        logging.getLogger(talker).setLevel(logging.WARNING)  # a line for every request otherwise
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
