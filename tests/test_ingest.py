@@ -1,5 +1,6 @@
 """ingest: the same tars for any number of workers, killed or not; what was whole is never made again."""
 
+import errno
 import hashlib
 import json
 import os
@@ -286,3 +287,20 @@ def test_a_batch_to_fine_tune_on_has_labels(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert "source flat has no labels, and batch new is to fine-tune on: role: pretrain" in ended.stderr
     assert not (checkout.root / "data").exists()
+
+
+def test_where_the_file_system_has_no_links_tars_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.ingest import main
+
+    def link(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    write(tmp_path / "a.tgz", tar_bytes({"top/cat/1.jpg": b"a"}, "w:gz"))
+    checkout = Checkout(tmp_path / "checkout", "a.tgz")
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(sys, "argv", ["ingest", "new"])
+    monkeypatch.setenv("SYNSET_INCOMING", str(tmp_path))
+    monkeypatch.chdir(checkout.root)
+    main()
+    assert checkout.contents() == {"all/cat/1.jpg": b"a"}
+    assert not checkout.whole()

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from stages.command import StageError
 from stages.data.source_kinds.parts import Image, Name, Part, check_class, splits_of, stamp_of
-from stages.data.source_kinds.places import Place, check_name, check_size
+from stages.data.source_kinds.places import Place, check_name, check_size, first_line
 
 logger = logging.getLogger(__name__)
 ROWS = 16
@@ -119,8 +119,8 @@ def parquet_file(place: Place) -> Iterator[Any]:
         except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StageError(f"{place} is no Parquet file, or a damaged one ({what}); bring it whole") from error
+            what = f"no Parquet file, or a damaged one ({first_line(error)})"
+            raise StageError(f"{place} is {what}; bring it whole") from error
 
 
 def parquet_shards(

@@ -333,7 +333,7 @@ def _again(where: str, call: Callable[[], T], failed: Callable[[Exception], bool
                 continue
             if attempt == TRIES - 1:
                 raise broken(where, error) from error
-            logger.info("%s: %s; trying again", where, _first_line(error))
+            logger.info("%s: %s; trying again", where, first_line(error))
             time.sleep(2**attempt)
     raise AssertionError("the last attempt returns or raises")
 
@@ -364,19 +364,21 @@ def check_size(where: str, size: int, largest: int = LARGEST_FILE) -> None:
 
 def unreadable(where: str, error: BaseException) -> StageError:
     """The message for what cannot be read."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     return StageError(f"{where} cannot be read: {reason}")
 
 
 def broken(where: str, error: BaseException) -> StageError:
     """The message for a connection that broke."""
     return StageError(
-        f"{where}: the connection broke ({_first_line(error)}). Run the same command again: it goes on with what it has"
+        f"{where}: the connection broke ({first_line(error)}). Run the same command again: it goes on with what it has"
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+def first_line(error: BaseException) -> str:
+    """What an error of other people's code says, fit for a message: it may quote bytes of a damaged file."""
+    line = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return "".join(each if each.isprintable() else "?" for each in line)
 
 
 def _refuse(error: OSError) -> None:
