@@ -74,14 +74,13 @@ def read_header(data: bytes) -> Header:
         return plain
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             return Header(
                 # Cameras' multi-picture files are JPEGs with more behind the first one.
                 format="JPEG" if image.format == "MPO" else image.format or "",
                 width=min(image.width, LONGEST_SIDE),
                 height=min(image.height, LONGEST_SIDE),
                 mode=image.mode,
-                orientation=orientation if orientation in range(1, 9) else 1,
+                orientation=_orientation(image),
             )
     except DAMAGED:
         return Header()
@@ -203,6 +202,14 @@ def _plain_jpeg_header(data: bytes) -> Header | None:
             at += 2 + length
     except (struct.error, IndexError):
         return None  # it ends too early
+
+
+def _orientation(image: Image.Image) -> int:
+    # Pillow decodes a PNG to get at its EXIF, which may come after the pixels: a bomb must not even be asked.
+    if image.width * image.height > MAX_PIXELS:
+        return 1
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _plain(frame: tuple[int, ...] | None, scanned: int) -> Header | None:
