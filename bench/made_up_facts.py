@@ -20,16 +20,18 @@ from PIL import Image, ImageFilter
 
 PICTURES = 400
 CLASSES = 1000
-VAL_SHARE = 50_000 / 1_331_167
+IMAGENET = 1_331_167
+VAL_SHARE = 50_000 / IMAGENET
 STRUCTURE, GRAIN = 0.8, 1.0
 CHANCE = 0.08
+"""Share of images of a collection the size of ImageNet; of a smaller one it is as many times smaller."""
 PLAIN = 0.0015
 """Share of images of a small thing on an even ground."""
 EXACT, NEAR, BROKEN, DARK, HUGE = 0.002, 0.003, 0.0005, 0.0002, 0.0001
 """Shares of what is planted: copies, recoded copies, broken files, and outliers."""
 COLLAPSED = 0.6
 """Share of the first class's images that are one picture, recoded."""
-SIZES = [(500, 375), (500, 333), (375, 500), (333, 500), (500, 500), (1024, 768), (1600, 1200), (250, 188), (160, 120)]
+SIZES = [(500, 375), (500, 333), (375, 500), (333, 500), (500, 500), (1024, 768), (1280, 960), (250, 188), (200, 150)]
 SIZE_SHARES = [0.34, 0.22, 0.08, 0.06, 0.08, 0.07, 0.03, 0.08, 0.04]
 
 
@@ -107,7 +109,7 @@ def made_up_facts(batch: str, rows: int, tar: str, places: pd.DataFrame, seed: i
             "contrast": np.clip(rng.normal(58, 15, rows), 5, 120),
         }
     )
-    some = rng.permutation(rows)[: int(CHANCE * rows)]
+    some = rng.permutation(rows)[: int(CHANCE * rows * rows / IMAGENET)]
     _look_like(facts, rng.integers(0, rows, len(some)), some, bits=6, light=4.0, rng=rng)
     planted = _plant(facts, picture, names[0], rng)
     facts["offset"], facts["bytes"] = places["offset"].to_numpy()[picture], places["bytes"].to_numpy()[picture]
