@@ -75,7 +75,7 @@ class Checkout:
 
     def use(self, remote: "Remote") -> None:
         """Makes it the default remote."""
-        self.run("dvc", "remote", "add", "--local", "-q", "-f", "-d", "team", remote.url)
+        self.run("dvc", "remote", "add", "--local", "-f", "-d", "team", remote.url)
         if remote.endpoint:
             self.run("dvc", "remote", "modify", "--local", "team", "endpointurl", remote.endpoint)
 
@@ -134,7 +134,8 @@ def s3_server() -> Iterator[tuple[str, dict[str, str]]]:
 
     credentials = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1"}
     before = dict(os.environ)
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for every request otherwise
+    for talker in ("werkzeug", "aiobotocore", "botocore"):
+        logging.getLogger(talker).setLevel(logging.WARNING)  # a line for every request otherwise
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
@@ -164,25 +165,25 @@ def passed_on(history: History, remote: Remote, folder: Path) -> dict[str, float
     author, found = history.checkout, {}
     author.run("git", "checkout", "-q", history.before)
     author.use(remote)
-    found[SECONDS[0]] = author.seconds("dvc", "push", "-q", *history.targets)
+    found[SECONDS[0]] = author.seconds("dvc", "push", *history.targets)
     first = remote.contents()
     colleague = author.clone(folder)
     colleague.use(remote)
-    found[SECONDS[1]] = colleague.seconds("dvc", "pull", "-q", *history.targets)
+    found[SECONDS[1]] = colleague.seconds("dvc", "pull", *history.targets)
     had = colleague.cached()
 
     author.run("git", "checkout", "-q", history.after)
-    found[SECONDS[2]] = author.seconds("dvc", "push", "-q", *history.targets)
+    found[SECONDS[2]] = author.seconds("dvc", "push", *history.targets)
     colleague.run("git", "fetch", "-q")
     colleague.run("git", "checkout", "-q", history.after)
-    found[SECONDS[3]] = colleague.seconds("dvc", "pull", "-q", *history.targets)
+    found[SECONDS[3]] = colleague.seconds("dvc", "pull", *history.targets)
     pushed, pulled = _added(first, remote.contents()), _added(had, colleague.cached())
     found[SHARES[0]] = 100 * sum(pushed.values()) / sum(first.values())
     found[SHARES[1]] = 100 * sum(pulled.values()) / sum(had.values())
     found["objects"], found["objects of the fresh 1 %"] = len(first), len(pushed)
     found["MB"], found["MB of the fresh 1 %"] = sum(first.values()) / 1e6, sum(pushed.values()) / 1e6
 
-    author.run("dvc", "checkout", "-q", *history.targets)
+    author.run("dvc", "checkout", *history.targets)
     if author.data() != colleague.data():
         raise StageError(f"{colleague.root}: what came through {remote.url} differs from what was pushed")
     colleague.run("dvc", "status", *history.targets)
@@ -222,7 +223,7 @@ def _stages(checkout: Checkout, batches: Mapping[str, Any]) -> str:
     params["validate"] |= {"min_images_per_class": 1, "allow_new_classes": True, "max_quarantined": 1}
     params["shard"]["finetune"]["resize"] = 256
     path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
-    checkout.run("dvc", "repro", "-q", "shard")
+    checkout.run("dvc", "repro", "shard")
     return checkout.commit("data up to its shards")
 
 
@@ -231,7 +232,7 @@ def loose_history(images: Sequence[Path], folder: Path) -> History:
     folder.mkdir(parents=True)
     checkout = Checkout(folder)
     checkout.run("git", "init", "-q")
-    checkout.run("dvc", "init", "-q")
+    checkout.run("dvc", "init")
     shutil.copyfile(ROOT / ".dvc/config", folder / ".dvc/config")
     checkout.run("dvc", "config", "--local", "core.site_cache_dir", str(folder / ".dvc/site"))
     commits: list[str] = []
@@ -241,7 +242,7 @@ def loose_history(images: Sequence[Path], folder: Path) -> History:
                 target = folder / "data/images" / path.parent.name / path.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-        checkout.run("dvc", "add", "-q", "data/images")
+        checkout.run("dvc", "add", "data/images")
         commits.append(checkout.commit("images"))
     before, after = commits
     return History(checkout, before, after)

@@ -9,6 +9,7 @@ from pathlib import Path
 from stages.command import StageError, run
 from stages.data.digests import raw_digest
 from stages.data.ingesting import Tally, assemble, shown, write_parts
+from stages.data.raw import UNLABELLED
 from stages.data.source_kinds.tars import ChangedError
 from stages.data.sources import read_source
 from stages.files import replaced_directory
@@ -17,6 +18,8 @@ from stages.params.batches import load_batch
 from stages.progress import worker_count
 
 logger = logging.getLogger(__name__)
+WAITING = 4
+"""How many parts of a remote source a core reads at a time."""
 
 
 def main() -> None:
@@ -31,13 +34,17 @@ def main() -> None:
     tally = Tally()
     try:
         with shown(tally, f"ingest {name}"):
-            made = dict(write_parts(source, work, worker_count(), tally))
+            # A store far away is waited for more than computed with.
+            workers = worker_count() * (WAITING if source.is_remote else 1)
+            made = dict(write_parts(source, work, workers, tally))
     except ChangedError:
         shutil.rmtree(work)
         raise
     source.check_classes(each for part in made.values() for each in part.classes)
     if not tally.images:
         raise StageError(f"source {batch.source} of batch {name} holds no file")
+    if batch.role == "finetune" and all(tar.startswith(UNLABELLED) for part in made.values() for tar in part.tars):
+        raise StageError(f"source {batch.source} has no labels, and batch {name} is to fine-tune on: role: pretrain")
     with replaced_directory(Path("data/raw") / batch.role / name) as aside:
         count = assemble([made[part] for part in sorted(made)], work, aside)
         if batch.digest and raw_digest(aside) != batch.digest:

@@ -217,7 +217,7 @@ def _judge_duplicates(images: pd.DataFrame, limits: Validate, confirmation: Conf
     rows = images.iloc[sound]
     found = find_duplicates(rows, limits, confirmation(rows, _raw_folders(rows), limits))
     images["look"] = np.int64(-1)
-    images.loc[sound, "look"] = look_alikes(rows, found.yields_to)
+    images.loc[sound, "look"] = look_alikes(rows, found.same)
     yielding = np.flatnonzero(found.yields_to >= 0)
     below, above = sound[yielding], sound[found.yields_to[yielding]]
     trains = (images["split"] == "train").to_numpy()

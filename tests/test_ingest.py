@@ -1,5 +1,6 @@
 """ingest: the same tars for any number of workers, killed or not; what was whole is never made again."""
 
+import errno
 import hashlib
 import json
 import os
@@ -24,13 +25,13 @@ class Checkout:
     """A folder in which ingest of the batch `new` runs."""
 
     def __init__(self, root: Path, source: str) -> None:
-        self.root, self.raw = root, root / "data/raw/finetune/new"
+        self.root, self.raw = root, root / "data/raw/pretrain/new"
         self.name(source)
 
-    def name(self, source: str, **more: str) -> None:
+    def name(self, source: str) -> None:
         """Writes params.yaml."""
         self.root.mkdir(exist_ok=True)
-        batches = {"new": {"role": "finetune", "source": source, **more}}
+        batches = {"new": {"role": "pretrain", "source": source}}
         (self.root / "params.yaml").write_text(yaml.safe_dump({"batches": batches}), encoding="utf-8")
         shutil.copy(ROOT / "dvc.yaml", self.root / "dvc.yaml")
 
@@ -275,3 +276,31 @@ def test_nothing_is_written_outside_the_checkout(tmp_path: Path) -> None:
     assert outside == before
     record = json.dumps(sorted(str(path) for path in checkout.root.rglob("*") if path.is_file()))
     assert "x.jpg" not in record
+
+
+def test_a_batch_to_fine_tune_on_has_labels(tmp_path: Path) -> None:
+    write(tmp_path / "flat/1.jpg", b"a")
+    checkout = Checkout(tmp_path / "checkout", "flat")
+    params = checkout.root / "params.yaml"
+    params.write_text(params.read_text().replace("pretrain", "finetune"))
+    ended = checkout.ingest()
+    assert ended.returncode == 1
+    assert "source flat has no labels, and batch new is to fine-tune on: role: pretrain" in ended.stderr
+    assert not (checkout.root / "data").exists()
+
+
+def test_where_the_file_system_has_no_links_tars_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.ingest import main
+
+    def link(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    write(tmp_path / "a.tgz", tar_bytes({"top/cat/1.jpg": b"a"}, "w:gz"))
+    checkout = Checkout(tmp_path / "checkout", "a.tgz")
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(sys, "argv", ["ingest", "new"])
+    monkeypatch.setenv("SYNSET_INCOMING", str(tmp_path))
+    monkeypatch.chdir(checkout.root)
+    main()
+    assert checkout.contents() == {"all/cat/1.jpg": b"a"}
+    assert not checkout.whole()

@@ -14,7 +14,7 @@ from tests.workspace import ROOT
 SEED = 11
 REASONS = {
     "truncated": {"decodes"}, "zero_byte": {"not_empty"}, "one_pixel": {"large_enough"}, "text": {"known_format"},
-    "duplicate": {"no_exact_duplicate"}, "near_duplicate": {"no_near_duplicate"},
+    "duplicate": {"no_exact_duplicate", "no_leak_of_test"}, "near_duplicate": {"no_near_duplicate", "no_leak_of_test"},
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -90,34 +91,38 @@ def test_all_that_is_pushed_arrives_and_a_fresh_batch_moves_only_what_is_new(
     assert moved["MB of the fresh 1 %"] * 1e6 == pytest.approx(sum(arrived[name] for name in new - old))
 
 
+def images(folder: Path, count: int) -> list[Path]:
+    """So many files of the sample, in a folder a class."""
+    found = []
+    for file in islice(draw("target", 3, 40), count):
+        split, class_name, name = file.path.split("/")
+        found.append(folder / class_name / f"{split}-{name}")
+        found[-1].parent.mkdir(parents=True, exist_ok=True)
+        found[-1].write_bytes(file.data)
+    return found
+
+
+@pytest.fixture(scope="module")
+def loose(tmp_path_factory: pytest.TempPathFactory) -> History:
+    """A hundred loose files under DVC, the last of them in a later commit."""
+    folder = tmp_path_factory.mktemp("loose")
+    return loose_history(images(folder / "images", 100), folder / "checkout")
+
+
+def test_loose_images_are_as_many_objects(loose: History, tmp_path: Path) -> None:
+    moved = passed_on(loose, Remote(str(tmp_path / "remote")), tmp_path / "clone")
+    assert 90 < moved["objects"] <= 100, "99 images, a few of them twice, and the list of the folder"
+    assert moved["objects of the fresh 1 %"] == 2
+
+
 def test_data_that_differs_from_what_was_pushed_is_an_error(
-    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loose: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents = Checkout.data
     clone = tmp_path / "clone"
     monkeypatch.setattr(Checkout, "data", lambda it: contents(it) | ({"data/x": "0"} if it.root == clone else {}))
     with pytest.raises(StageError, match="differs from what was pushed"):
-        passed_on(history, Remote(str(tmp_path / "remote")), clone)
-
-
-def images(folder: Path, count: int) -> list[Path]:
-    """So many JPEGs of the sample, in a folder a class."""
-    found: list[Path] = []
-    for file in draw("target", 3, 40):
-        _, class_name, name = file.path.split("/")
-        if len(found) < count and name.endswith(".jpg"):
-            target = folder / class_name / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.data)
-            found.append(target)
-    return found
-
-
-def test_loose_images_are_as_many_objects(tmp_path: Path) -> None:
-    history = loose_history(images(tmp_path / "images", 100), tmp_path / "loose")
-    moved = passed_on(history, Remote(str(tmp_path / "remote")), tmp_path / "clone")
-    assert 90 < moved["objects"] <= 100, "99 images, a few of them twice, and the list of the folder"
-    assert moved["objects of the fresh 1 %"] == 2
+        passed_on(loose, Remote(str(tmp_path / "remote")), clone)
 
 
 @pytest.mark.slow

@@ -36,10 +36,14 @@ SamePicture = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Duplicates(NamedTuple):
-    """Per image: position of the image that it yields to (-1: it stays), and whether the bytes are the same."""
+    """Per image: position of the image that it yields to (-1: it stays), and whether the bytes are the same.
+
+    `same` are pairs (P, 2) of positions that are the same picture, enough to lead from each to all that it is like.
+    """
 
     yields_to: np.ndarray
     exact: np.ndarray
+    same: np.ndarray
 
 
 def find_duplicates(rows: pd.DataFrame, limits: Validate, same_picture: SamePicture) -> Duplicates:
@@ -56,38 +60,57 @@ def find_duplicates(rows: pd.DataFrame, limits: Validate, same_picture: SamePict
     _, first = np.unique(codes, return_index=True)
     original = first[codes]  # factorize numbers by first appearance, so this is the topmost row with these bytes
     distinct = np.flatnonzero(original == np.arange(len(rows)))
-    yields_to = _near_duplicates(rows, distinct, limits, same_picture)
+    yields_to, near = _near_duplicates(rows, distinct, limits, same_picture)
     copy = original != np.arange(len(rows))
     original_yields = yields_to[original] >= 0
     exact = copy & ~original_yields
     yields_to[copy] = np.where(original_yields, yields_to[original], original)[copy]
-    return Duplicates(yields_to, exact)
+    same = np.concatenate([near, np.stack([original[copy], np.flatnonzero(copy)], axis=1)])
+    return Duplicates(yields_to, exact, same)
 
 
-def look_alikes(rows: pd.DataFrame, yields_to: np.ndarray) -> np.ndarray:
+def look_alikes(rows: pd.DataFrame, same: np.ndarray) -> np.ndarray:
     """Which images of a class in a batch look like one picture, (N,) int64: the same number, the same look.
 
-    Alike are images that yield to the same one, wherever that is, and images with the same perceptual hash: so hashes
-    also of different photographs count, where a class has hardly any others.
+    Alike are images that are the same picture, also by way of others, wherever these are; and images with the same
+    perceptual hash, so that different photographs count too where a class has hardly two that differ.
 
     Args:
         rows: as given to `find_duplicates`, with the columns arrival and class_name.
-        yields_to: as it answers.
+        same: as it answers.
     """
-    original = np.where(yields_to >= 0, yields_to, np.arange(len(rows)))
-    look, looks = pd.factorize(rows["hash"].to_numpy()[original])
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    arrival = rows["arrival"].to_numpy(np.int64)
     class_name, classes = pd.factorize(rows["class_name"])
-    group = rows["arrival"].to_numpy(np.int64) * len(classes) + class_name
-    _, number = np.unique(group * max(len(looks), 1) + look, return_inverse=True)
+    group = arrival * max(len(classes), 1) + class_name
+    code, codes = pd.factorize(rows["hash"].to_numpy())
+    _, first, member = np.unique(group * max(len(codes), 1) + code, return_index=True, return_inverse=True)
+    above, below = same.T
+    # An image of an earlier batch stands in the graph once for each later batch, apart from itself: otherwise a later
+    # batch could join what was apart in an earlier one, and change what was said of that.
+    earlier = arrival[above] != arrival[below]
+    stand_ins, stand_in = np.unique(
+        np.stack([above[earlier], arrival[below[earlier]]], axis=1), axis=0, return_inverse=True
+    )
+    above = above.copy()
+    above[earlier] = len(rows) + stand_in
+    one, other = np.concatenate([above, first[member]]), np.concatenate([below, np.arange(len(rows))])
+    size = len(rows) + len(stand_ins)
+    graph = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(size, size))
+    count, picture = connected_components(graph, directed=False)
+    _, number = np.unique(group * max(count, 1) + picture[: len(rows)], return_inverse=True)
     return number.astype(np.int64)
 
 
 def _near_duplicates(
     rows: pd.DataFrame, distinct: np.ndarray, limits: Validate, same_picture: SamePicture
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
+    """Position of the image that each yields to, (N,); and the pairs (P, 2) that pixels confirm."""
     yields_to = np.full(len(rows), -1, dtype=np.int64)
     if limits.near_duplicate_distance is None:
-        return yields_to
+        return yields_to, np.empty((0, 2), dtype=np.int64)
     looks = rows[["hash", "brightness", "contrast"]].iloc[distinct]
     upper, lower = (
         distinct[side] for side in near_pairs(looks, limits.near_duplicate_distance, limits.near_duplicate_difference)
@@ -98,7 +121,7 @@ def _near_duplicates(
     for above, below in zip(upper[by_row].tolist(), lower[by_row].tolist(), strict=True):
         if yields_to[below] < 0 and yields_to[above] < 0:
             yields_to[below] = above
-    return yields_to
+    return yields_to, np.stack([upper, lower], axis=1)
 
 
 def near_pairs(looks: pd.DataFrame, distance: int, difference: float) -> tuple[np.ndarray, np.ndarray]:

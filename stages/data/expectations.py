@@ -150,7 +150,7 @@ def duplicate_expectations(limits: Validate) -> list[Expectation]:
               reason="An image of train is the same picture as one of test, fresh or val that stays: the score would "
                      "count what was learnt by heart."),
         image(name=EXACT, column="duplicate_of", parameter="", fault="exact duplicates",
-              reason="The same bytes as an image that stays: it would count twice, or be a test of what was trained on."),
+              reason="The same bytes as an image that stays: it would count twice, or test what was trained on."),
         image(name=NEAR, column="near_duplicate_of", parameter="validate.near_duplicate_distance",
               fault="near-duplicates",
               reason="The same picture as an image that stays (resized, recoded, brightened); confirmed on pixels."),

@@ -48,6 +48,7 @@ class Source:
     text: str
     parts: list[Part]
     choice: Choice
+    is_remote: bool = False
 
     @property
     def listing(self) -> str:
@@ -181,8 +182,9 @@ def read_source(text: str, incoming: Path | str) -> Source:
         parts = _sample_parts(uri)
         rest = {key: value for key, value in uri.query.items() if key != "images_per_class"}
         return _chosen(replace(uri, query=rest), parts, incoming)
-    parts = _parts(uri, Place.of(uri.location, incoming), incoming)
-    return _chosen(uri, parts, incoming)
+    place = Place.of(uri.location, incoming)
+    parts = _parts(uri, place, incoming)
+    return replace(_chosen(uri, parts, incoming), is_remote=not place.is_local)
 
 
 def _parts(uri: SourceUri, place: Place, incoming: Path | str) -> list[Part]:

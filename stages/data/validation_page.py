@@ -113,8 +113,13 @@ def percent(share: float) -> str:
 
 
 def exhibits(rows: pd.DataFrame, images: pd.DataFrame, raw: Path, most: int) -> list[Exhibit]:
-    """The first of `rows`, by arrival and key, with thumbnails of them and of what they are duplicates of."""
-    chosen = rows.sort_values(["arrival", "key"]).head(most)
+    """The first of `rows`, by arrival and key, with thumbnails of them and of what they are duplicates of.
+
+    Of many copies of one image, the others come only after a copy of each other one.
+    """
+    by_key = rows.sort_values(["arrival", "key"])
+    copies = by_key.groupby("duplicate_of").cumcount().where(by_key["duplicate_of"] != "", 0)
+    chosen = by_key.iloc[np.argsort(copies.to_numpy(), kind="stable")[:most]]
     kept = images[images["key"].isin(set(chosen["duplicate_of"]) - {""})].to_dict("records")
     stays = {row["key"]: row for row in kept}
     shown = []

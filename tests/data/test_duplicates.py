@@ -121,6 +121,7 @@ def test_images_yield_only_to_images_that_stay() -> None:
     found = find_duplicates(_rows([a, b, c, b], ["a", "b", "c", "b"]), Validate(near_duplicate_distance=4), _always)
     assert found.yields_to.tolist() == [-1, 0, -1, 0]
     assert found.exact.tolist() == [False] * 4
+    assert sorted(map(tuple, found.same.tolist())) == [(0, 1), (1, 2), (1, 3)]
 
 
 def test_null_distance_looks_for_exact_duplicates_only() -> None:
@@ -140,13 +141,19 @@ def test_what_comes_below_never_changes_what_is_above() -> None:
         assert part.exact.tolist() == whole.exact[:count].tolist()
 
 
-def test_look_alikes_share_a_hash_or_what_they_yield_to_within_a_class_of_a_batch() -> None:
-    rows = _rows([1, 2, 2, 3, 4, 2, 2, 9]).assign(arrival=[0, 0, 0, 0, 0, 0, 1, 1], class_name=list("aaaaabab"))
-    yields_to = np.array([-1, -1, -1, 0, 1, -1, -1, 0])
-    look = look_alikes(rows, yields_to)
-    pairs = {(i, j) for i in range(8) for j in range(i) if look[i] == look[j]}
-    assert pairs == {(2, 1), (4, 1), (4, 2), (3, 0)}
-    assert look_alikes(rows.iloc[:0], yields_to[:0]).tolist() == []
+def test_look_alikes_share_a_hash_or_are_the_same_picture_within_a_class_of_a_batch() -> None:
+    rows = _rows([1, 2, 2, 3, 4, 2, 2, 9, 8]).assign(arrival=[0] * 6 + [1] * 3, class_name=list("aaaaababb"))
+    # 3 is 0; 4 is 1, and so it is 2, which has the hash of 1; 7 and 8 are 0, of another batch, and so each other.
+    look = look_alikes(rows, np.array([[0, 3], [1, 4], [0, 7], [0, 8]]))
+    pairs = {(i, j) for i in range(9) for j in range(i) if look[i] == look[j]}
+    assert pairs == {(2, 1), (4, 1), (4, 2), (3, 0), (8, 7)}
+    assert look_alikes(rows.iloc[:0], np.empty((0, 2), np.int64)).tolist() == []
+
+
+def test_a_later_batch_never_joins_what_was_apart_in_an_earlier_one() -> None:
+    rows = _rows([1, 2, 3, 4]).assign(arrival=[0, 0, 1, 1], class_name="a")
+    look = look_alikes(rows, np.array([[0, 2], [1, 2], [1, 3]]))
+    assert look[0] != look[1] and look[2] == look[3]
 
 
 # ------------------------------------------------------------------------------------------------ on pixels

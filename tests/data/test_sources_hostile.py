@@ -8,6 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -251,6 +252,24 @@ def fuzz(rounds: int, path: Path, seed: int) -> dict[str, int]:
 def test_mutated_archives_are_read_or_refused(tmp_path: Path) -> None:
     ended = fuzz(500, tmp_path / "a.tar", seed=1)
     assert min(ended.values()) > 50
+
+
+@pytest.mark.parametrize("cell", [{"bytes": b"x" * 60, "path": "a.jpg"}, b"x" * 60])
+def test_mutated_parquet_is_read_or_refused(tmp_path: Path, cell: Any) -> None:
+    draw, ended = random.Random(4), {"read": 0, "refused": 0}
+    original = parquet(tmp_path / "a.parquet", [{"image": cell, "label": n % 2} for n in range(8)], ["cat", "dog"])
+    whole = original.read_bytes()
+    for _ in range(300):
+        data = bytearray(whole)
+        flip(data, draw)
+        original.write_bytes(data)
+        try:
+            contents(str(original))
+            ended["read"] += 1
+        except StageError as error:
+            assert str(error).isprintable(), error
+            ended["refused"] += 1
+    assert min(ended.values()) > 10
 
 
 @pytest.mark.slow

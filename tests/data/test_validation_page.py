@@ -60,7 +60,7 @@ def test_a_thousand_classes_and_many_faults_make_a_small_page() -> None:
 
 def test_every_note_and_every_reason_has_a_place_that_the_table_links_to() -> None:
     facts = _facts(classes=3, each=40)
-    facts.loc[1, "sha256"] = facts.loc[0, "sha256"]
+    facts.loc[[0, 1], "sha256"] = "0" * 64
     facts.loc[2, "decodes"] = False
     facts.loc[3, "brightness"] = 0.0
     facts.loc[40:70, "hash"] = np.uint64(0x0123456789ABCDEF)
@@ -74,8 +74,8 @@ def test_every_note_and_every_reason_has_a_place_that_the_table_links_to() -> No
 def test_the_furthest_outlier_is_shown() -> None:
     facts = _facts(classes=2, each=200)
     far = facts.index[300:340]
+    facts["brightness"] = 120.0
     facts.loc[far, "brightness"] = np.linspace(0, 3, len(far))[::-1]
-    facts.loc[facts.index[:260], "brightness"] = 120.0
     page, report = _page(facts)
     assert report["noted_by"]["usual_brightness"] == 40
     shown = re.findall(r'class="file">(\d+)\.jpg', page)

@@ -56,7 +56,7 @@ class ClassFiles:
             StageError: one cannot be read, or the folder is no longer as it was listed.
         """
         for entry in self._entries():
-            with self.folder.child(entry.name).open() as data:
+            with self.folder.child(entry.name).open_listed(entry.size) as data:
                 size = entry.size
                 if size < 0:  # a listing of a web server
                     size = data.seek(0, os.SEEK_END)

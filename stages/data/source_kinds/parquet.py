@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from stages.command import StageError
 from stages.data.source_kinds.parts import Image, Name, Part, check_class, splits_of, stamp_of
-from stages.data.source_kinds.places import Place, check_name, check_size
+from stages.data.source_kinds.places import Place, check_name, check_size, first_line
 
 logger = logging.getLogger(__name__)
 ROWS = 16
@@ -119,8 +119,8 @@ def parquet_file(place: Place) -> Iterator[Any]:
         except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StageError(f"{place} is no Parquet file, or a damaged one ({what}); bring it whole") from error
+            what = f"no Parquet file, or a damaged one ({first_line(error)})"
+            raise StageError(f"{place} is {what}; bring it whole") from error
 
 
 def parquet_shards(
@@ -139,16 +139,20 @@ def parquet_shards(
         StageError: a column is missing or of another type, or some names tell a split and others do not.
     """
     splits = splits_of(shards, where)
-    found = [_part(place, splits[below], below, image or "image", label) for below, place in sorted(shards.items())]
-    parts = [part for part, labelled in found if labelled or part.split != "test"]
-    if len(parts) < len(found) and any(labelled for _, labelled in found) and not unlabelled:
+    parts = [_part(place, splits[below], below, image or "image", label) for below, place in sorted(shards.items())]
+    test = [part for part in parts if part.split == "test"]
+    others = [part for part in parts if part.split != "test"]
+    if test and not unlabelled and any(part.label for part in others) and not any(map(_has_labels, test)):
         logger.info("%s: the test split is left out, as its labels were never published", where)
-        return list(parts)
-    return [part for part, _ in found]
+        return list(others)
+    return list(parts)
 
 
-def _part(place: Place, split: str, below: str, image: str, label: str | None) -> tuple[ParquetFile, bool]:
-    """One shard, and whether any of its rows has a label, as far as its footer tells."""
+def _has_labels(part: ParquetFile) -> bool:
+    return any(name.class_name for name in part.names())
+
+
+def _part(place: Place, split: str, below: str, image: str, label: str | None) -> ParquetFile:
     with parquet_file(place) as file:
         schema = file.schema_arrow
         for name in [image, *([label] if label else [])]:
@@ -160,8 +164,7 @@ def _part(place: Place, split: str, below: str, image: str, label: str | None) -
         label = label or ("label" if "label" in schema.names else None)
         _check_types(place, schema, image, label)
         names = _class_names(schema.metadata or {}, label)
-        labelled = label is not None and not _all_unlabelled(file.metadata, label)
-    return ParquetFile(place, split, below, image, label, names, stamp_of([place.entry()])), labelled
+    return ParquetFile(place, split, below, image, label, names, stamp_of([place.entry()]))
 
 
 def _check_types(place: Place, schema: Any, image: str, label: str | None) -> None:
@@ -191,17 +194,3 @@ def _class_names(metadata: dict[bytes, bytes], label: str | None) -> tuple[str, 
         return None
     often = Counter(names)
     return tuple(f"{name} ({number})" if often[name] > 1 else name for number, name in enumerate(names))
-
-
-def _all_unlabelled(metadata: Any, label: str) -> bool:
-    """Whether the footer says that every label is -1 or missing."""
-    for group in range(metadata.num_row_groups):
-        columns = (metadata.row_group(group).column(each) for each in range(metadata.num_columns))
-        statistics = next((each.statistics for each in columns if each.path_in_schema == label), None)
-        if statistics is None:
-            return False
-        if statistics.has_min_max and (statistics.min, statistics.max) != (-1, -1):
-            return False
-        if not statistics.has_min_max and statistics.null_count != metadata.row_group(group).num_rows:
-            return False
-    return True

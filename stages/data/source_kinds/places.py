@@ -1,5 +1,6 @@
 """Places: files and folders that may be on this machine or anywhere that fsspec reads (s3://, gs://, https://)."""
 
+import io
 import logging
 import os
 import stat
@@ -137,6 +138,17 @@ class Place:
             return Path(self.address).open("rb")
         except OSError as error:
             raise unreadable(self.address, error) from error
+
+    def open_listed(self, size: int) -> IO[bytes]:
+        """The file, of which a listing told the size: a small remote one in one request.
+
+        Raises:
+            StageError: it cannot be read.
+        """
+        if self.is_local or not 0 <= size <= BLOCK:
+            return self.open()
+        filesystem, path = self.filesystem()
+        return io.BytesIO(_again(self.address, partial(filesystem.cat_file, path)))
 
     def read(self) -> bytes:
         """All bytes of a small file.
@@ -296,23 +308,34 @@ class RemoteFile:
         return self._file
 
     def _tried(self, call: Callable[[], T]) -> T:
-        for attempt in range(TRIES):
-            try:
-                return call()
-            except (FileNotFoundError, PermissionError) as error:
-                raise unreadable(str(self._place), error) from error
-            except Exception as error:
-                self._file = None
-                if "range requests" in str(error) and self._in_parts:  # fsspec's words for such a server
-                    if self._to_and_fro:
-                        raise StageError(f"{self._place}: this server sends whole files only; download it") from error
-                    self._in_parts = False
-                    continue
-                if attempt == TRIES - 1:
-                    raise broken(str(self._place), error) from error
-                logger.info("%s: %s; trying again", self._place, _first_line(error))
-                time.sleep(2**attempt)
-        raise AssertionError("the last attempt returns or raises")
+        return _again(str(self._place), call, self._failed)
+
+    def _failed(self, error: Exception) -> bool:
+        """Whether to try again at once."""
+        self._file = None
+        if "range requests" not in str(error) or not self._in_parts:  # fsspec's words for such a server
+            return False
+        if self._to_and_fro:
+            raise StageError(f"{self._place}: this server sends whole files only; download it") from error
+        self._in_parts = False
+        return True
+
+
+def _again(where: str, call: Callable[[], T], failed: Callable[[Exception], bool] = lambda _: False) -> T:
+    """What a store far away answers; asked again, later and later, where the connection breaks."""
+    for attempt in range(TRIES):
+        try:
+            return call()
+        except (FileNotFoundError, PermissionError) as error:
+            raise unreadable(where, error) from error
+        except Exception as error:
+            if failed(error):
+                continue
+            if attempt == TRIES - 1:
+                raise broken(where, error) from error
+            logger.info("%s: %s; trying again", where, first_line(error))
+            time.sleep(2**attempt)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def check_name(where: str, name: str, what: str = "file") -> None:
@@ -341,19 +364,21 @@ def check_size(where: str, size: int, largest: int = LARGEST_FILE) -> None:
 
 def unreadable(where: str, error: BaseException) -> StageError:
     """The message for what cannot be read."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     return StageError(f"{where} cannot be read: {reason}")
 
 
 def broken(where: str, error: BaseException) -> StageError:
     """The message for a connection that broke."""
     return StageError(
-        f"{where}: the connection broke ({_first_line(error)}). Run the same command again: it goes on with what it has"
+        f"{where}: the connection broke ({first_line(error)}). Run the same command again: it goes on with what it has"
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+def first_line(error: BaseException) -> str:
+    """What an error of other people's code says, fit for a message: it may quote bytes of a damaged file."""
+    line = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return "".join(each if each.isprintable() else "?" for each in line)
 
 
 def _refuse(error: OSError) -> None:

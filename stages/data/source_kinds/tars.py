@@ -12,7 +12,7 @@ from typing import IO, NamedTuple, Protocol, cast
 
 from stages.command import StageError
 from stages.data.source_kinds.parts import check_path
-from stages.data.source_kinds.places import LARGEST_FILE, Place, check_size
+from stages.data.source_kinds.places import LARGEST_FILE, Place, check_size, first_line
 
 CHUNK = 2**20
 HEADERS = 2**16
@@ -286,7 +286,7 @@ class _Unpacked:
         except (EOFError, zlib.error, gzip.BadGzipFile, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise StageError(f"{self._where} is damaged or cut off ({error}); bring it whole") from error
+            raise StageError(f"{self._where} is damaged or cut off ({first_line(error)}); bring it whole") from error
         self._count += len(data)
         if self._count > max(RATIO_FROM, RATIO * self._packed.count):
             raise StageError(f"{self._where} expands more than {RATIO}-fold, as no images do; it is refused as a bomb")
@@ -323,8 +323,8 @@ def _explained(where: str, stream: _Forward) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, ValueError, TypeError, OverflowError, LookupError, RecursionError) as error:
-        what = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise StageError(f"{where} is no tar, or damaged at byte {stream.tell()} ({what}); bring it whole") from error
+        what = f"no tar, or damaged at byte {stream.tell()} ({first_line(error)})"
+        raise StageError(f"{where} is {what}; bring it whole") from error
 
 
 def _kind(member: tarfile.TarInfo) -> str:
