@@ -146,6 +146,8 @@ def upright_pixels(data: bytes) -> tuple[np.ndarray, bool]:
 
     That is so of a baseline RGB JPEG without an orientation. Not strict: scan has judged the bytes.
     """
+    if (plain := _plain_jpeg_header(data)) and plain.mode in ("RGB", "L"):
+        return simplejpeg.decode_jpeg(data, "RGB", strict=False), plain.mode == "RGB"
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L") or orientation in TURNS:

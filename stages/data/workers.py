@@ -14,8 +14,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
-
 from stages.command import StageError
 from stages.progress import worker_count
 
@@ -56,11 +54,15 @@ def spread(
 
 def processor() -> str:
     """What of the processor decides the bytes of resized images: OpenCV chooses its code by it."""
+    import cv2  # here, so that a worker without it is told so
+
     ipp = cv2.ipp.getIppVersion() if cv2.ipp.useIPP() else "without IPP"
     return f"{platform.machine()}; {cv2.getCPUFeaturesLine()}; {ipp}"
 
 
 def _on_this_machine(function: Callable[[P], R], pieces: Sequence[P], workers: int) -> Iterator[R]:
+    import cv2
+
     # A forked process waits for ever for threads that OpenCV had; with one it has none.
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
