@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from bench.rounds import ROOT, Bound, Candidate, Goal, Table, arguments, machine, measure, report, versions
+from bench.rounds import ROOT, Bound, Candidate, Table, arguments, machine, measure, report, versions
 from pipelines.environment import settings
 from stages.command import StageError, run
 from stages.files import sha256
@@ -260,8 +260,7 @@ def tables(where: str, figures: Mapping[str, Sequence[Mapping[str, float]]], alo
     found = []
     for what in SECONDS:
         values = {name: [each[what] for each in figures[name]] for name in (OURS, LOOSE)}
-        goals = [] if what == SECONDS[4] else [Goal(OURS, LOOSE, 1)]
-        found.append(Table(f"{where}: {what}", "s", {OURS: "ours", LOOSE: "peer"}, values, goals, lower_is_better=True))
+        found.append(Table(f"{where}: {what}", "s", {OURS: "ours", LOOSE: "peer"}, values, lower_is_better=True))
     for what in SHARES:
         values = {name: [each[what] for each in figures[name]] for name in (OURS, LOOSE)}
         values[ALONE] = [alone] * rounds
