@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from stages.command import StageError
+
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 30
 logger = logging.getLogger(__name__)
@@ -31,5 +33,11 @@ def worker_count() -> int:
     """How many processes parallel work uses: SYNSET_WORKERS, or all cores that this process may use.
 
     Not a parameter: it never changes bytes, so it must not make DVC run anything again.
+
+    Raises:
+        StageError: SYNSET_WORKERS is no number.
     """
-    return int(os.environ.get("SYNSET_WORKERS", 0)) or len(os.sched_getaffinity(0))
+    wanted = os.environ.get("SYNSET_WORKERS") or "0"
+    if not wanted.isdecimal():
+        raise StageError(f"SYNSET_WORKERS must be a number of processes (or unset: all cores), got {wanted!r}")
+    return int(wanted) or len(os.sched_getaffinity(0))

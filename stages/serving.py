@@ -29,6 +29,7 @@ MAX_PIXELS = 178_956_970
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own check of the same would end as an error of the server
 DAMAGED = (
     OSError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, AttributeError, struct.error,
+    MemoryError,
 )  # fmt: skip
 """What Pillow raises at a damaged image, besides ValueError."""
 TURNS = {

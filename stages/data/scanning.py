@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import cv2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -106,6 +107,7 @@ def scan_pieces(
 
 def write_piece(piece: Piece, say: Say, folder: Path, batch: str, work: Path) -> None:
     """Writes the facts of a piece to its file in `work`."""
+    cv2.setNumThreads(1)  # there are as many processes as cores
     write_tables(_tables(_rows(piece, folder, batch, say)), FACTS, piece.file(work))
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +24,7 @@ R = TypeVar("R")
 
 # Of the packages that decide the bytes of a piece, and that a worker therefore has in the same version.
 PACKAGES = ("numpy", "opencv-python-headless", "pillow", "pyarrow", "simplejpeg")
+SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_CONNECT = 10
 SECONDS_FOR_WORKERS = 30
 KEPT = "What is finished is kept: run the same command again"
@@ -66,7 +68,8 @@ def _on_this_machine(function: Callable[[P], R], pieces: Sequence[P], workers: i
     # A forked process waits for ever for threads that OpenCV had; with one it has none.
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
-    pool = ProcessPoolExecutor(workers, initializer=_end_with_parent)
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent, initargs=(os.getpid(),))
     try:
         for future in as_completed([pool.submit(function, piece) for piece in pieces]):
             yield future.result()
@@ -79,13 +82,13 @@ def _on_this_machine(function: Callable[[P], R], pieces: Sequence[P], workers: i
         cv2.setNumThreads(threads)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """A killed parent cannot stop its workers, and they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def watch() -> None:
-        parent.join()
+        # Its end closes no pipe: processes forked later hold them as well.
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
