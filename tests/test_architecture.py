@@ -22,7 +22,7 @@ WITHOUT_EFFECT = {"mlflow", "pydantic", "pyyaml", "tqdm", "psutil", "fsspec", "d
 LAYERS = {
     "stages.command": 0,
     "stages.files": 0,
-    "stages.progress": 0,
+    "stages.progress": 1,
     "stages.params": 1,
     "stages.fingerprint": 2,
     "stages.tracking": 2,
