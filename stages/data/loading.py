@@ -67,12 +67,22 @@ class Samples:
 
         Opened each time: a thousand shards are more files than a process may hold open. Read, not mapped: a shard that
         changes under us is then a short read, not a bus error.
+
+        Raises:
+            StageError: the shard is gone, cannot be read, or is shorter than it was.
         """
-        file = os.open(self.shards[self.shard[index]], os.O_RDONLY)
+        path, size = self.shards[self.shard[index]], int(self.size[index])
         try:
-            return os.pread(file, self.size[index], self.offset[index])
-        finally:
-            os.close(file)
+            file = os.open(path, os.O_RDONLY)
+            try:
+                data = os.pread(file, size, int(self.offset[index]))
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise _unusable(path, f"cannot be read ({error.strerror})") from error
+        if len(data) < size:
+            raise _unusable(path, "was changed while it was read")
+        return data
 
 
 def read_samples(shard_sets: Sequence[Path], split: str) -> Samples:
@@ -115,12 +125,14 @@ def _checked_entries(folder: Path, entry: dict[str, Any]) -> _Entries:
     path = folder / entry["file"]
     idx = path.with_suffix(".idx")
     for file, expected in ((path, entry["sha256"]), (idx, entry["idx_sha256"])):
-        if not file.is_file() or sha256(file) != expected:
-            state = "damaged (its checksum is not that of index.json)" if file.is_file() else "missing"
-            raise StageError(
-                f"{file} is {state}. Restore it: `rm -rf {folder} && dvc checkout {folder}`, or make it anew: "
-                f"`dvc repro --force --single-item shard@{folder.name}`"
-            )
+        try:
+            found = sha256(file)
+        except FileNotFoundError:
+            raise _unusable(file, "is missing") from None
+        except OSError as error:
+            raise _unusable(file, f"cannot be read ({error.strerror})") from error
+        if found != expected:
+            raise _unusable(file, "is damaged (its checksum is not that of index.json)")
     # jpg, offset, size, name, cls, offset, size, name
     lines = [line.split(" ") for line in idx.read_text(encoding="utf-8").splitlines()[1:]]
     with path.open("rb") as tar:
@@ -130,6 +142,14 @@ def _checked_entries(folder: Path, entry: dict[str, Any]) -> _Entries:
         offset=np.array([int(line[1]) for line in lines], np.int64),
         size=np.array([int(line[2]) for line in lines], np.int64),
         label=np.array(labels, np.int64),
+    )
+
+
+def _unusable(file: Path, how: str) -> StageError:
+    folder = file.parent
+    return StageError(
+        f"{file} {how}. Restore it: `rm -rf {folder} && dvc checkout {folder}`, or make it anew: "
+        f"`dvc repro --force --single-item shard@{folder.name}`"
     )
 
 
@@ -155,6 +175,7 @@ def training_batches(
 
     Args:
         batch_size: over all processes.
+        device: `cpu`, or `cuda`: this process's current one, as `torch.cuda.set_device` has it.
         start: the batch to begin with; those before it are neither read nor decoded.
         rank: of this process; it gets its part of every batch.
         world_size: number of processes.
@@ -169,11 +190,13 @@ def training_batches(
     batches = _equal_batches(epoch_order(samples, seed, epoch), batch_size)
     if batches and len(batches[-1]) < world_size:
         raise StageError(f"{world_size} processes cannot share a batch of {len(batches[-1])} images; use fewer")
-    parts, dice = [], []
-    for number, batch in enumerate(batches[start:], start=start):
-        thrown = throw_dice(np.random.default_rng([seed, epoch, 1, number]), len(batch), min_crop_area)
-        parts.append(np.array_split(batch, world_size)[rank])
-        dice.append(np.array_split(thrown, world_size)[rank])
+    parts = [np.array_split(batch, world_size)[rank] for batch in batches[start:]]
+    # Thrown when their batch comes: those of a million images are a quarter of a gigabyte.
+    thrown = (
+        throw_dice(np.random.default_rng([seed, epoch, 1, number]), len(batch), min_crop_area)
+        for number, batch in enumerate(batches[start:], start=start)
+    )
+    dice = (np.array_split(each, world_size)[rank] for each in thrown)
     largest = max(map(len, parts), default=0)
     run = _crops_on_gpu if device == "cuda" else _crops_on_cpu
     crops = run(_with_windows(samples, parts, dice), len(parts), image_size, largest, threads)
@@ -284,8 +307,11 @@ def _windowed(source: Iterator[tuple[Any, ...]], *more: Any) -> Any:
 
 
 def _settings(batch_size: int, threads: int, device: str) -> dict[str, Any]:
+    import torch
+
+    # The process's own, where there are several: labels and model are there too.
+    gpu = torch.cuda.current_device() if device == "cuda" else None
     # DALI draws nothing, so its seed decides nothing; without one it would take the time.
-    gpu = 0 if device == "cuda" else None
     return {"batch_size": max(batch_size, 1), "num_threads": threads, "device_id": gpu, "seed": 0, "exec_dynamic": True}
 
 
@@ -325,7 +351,7 @@ def _equal_batches(order: npt.NDArray[np.int64], batch_size: int) -> list[npt.ND
 
 
 def _with_windows(
-    samples: Samples, batches: list[npt.NDArray[np.int64]], dice: list[npt.NDArray[np.float64]]
+    samples: Samples, batches: list[npt.NDArray[np.int64]], dice: Iterator[npt.NDArray[np.float64]]
 ) -> Iterator[tuple[Encoded, Windows]]:
     import simplejpeg
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 from functools import partial
@@ -16,6 +17,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from stages.command import StageError
+from stages.data import loading
 from stages.data.ingesting import write_tar
 from stages.data.loading import Samples, epoch_order, evaluation_batches, read_samples, training_batches
 from stages.data.scanning import scan_tar
@@ -200,6 +202,26 @@ def test_processes_share_every_batch_and_see_the_same_pixels_as_one(shards: Path
         assert torch.equal(images, together[0])
         assert torch.equal(labels, together[1])
         assert max(len(part[number][1]) for part in parts) - min(len(part[number][1]) for part in parts) <= 1
+
+
+def test_a_shard_that_changes_while_it_is_read_is_named(shards: Path, tmp_path: Path) -> None:
+    samples = read_samples([shutil.copytree(shards, tmp_path / "mine")], "train")
+    last = int(samples.offset.argmax())
+    shard = samples.shards[samples.shard[last]]
+    os.truncate(shard, int(samples.offset[last]) + 10)
+    with pytest.raises(StageError, match=rf"{shard} was changed while it was read. Restore it: `rm -rf .*mine && dvc"):
+        samples.jpeg(last)
+    shard.unlink()
+    with pytest.raises(StageError, match=r"cannot be read \(No such file"):
+        list(training_batches(
+            samples, image_size=32, batch_size=7, min_crop_area=0.5, seed=3, epoch=1, threads=2, device="cpu",
+        ))  # fmt: skip
+
+
+def test_several_gpus_decode_each_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert loading._settings(7, 2, "cuda")["device_id"] == 3
+    assert loading._settings(7, 2, "cpu")["device_id"] is None
 
 
 def test_more_processes_than_images_of_a_batch_are_refused(shards: Path) -> None:
