@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple, cast
 from stages.command import StageError
 from stages.data.raw import UNLABELLED
 from stages.data.source_kinds.parts import Image, Part
+from stages.data.source_kinds.places import unreadable
 from stages.data.source_kinds.tars import ChangedError
 from stages.data.sources import Source
 from stages.files import replaced_file, write_json
@@ -214,7 +215,10 @@ def _made_before(folder: Path) -> Made | None:
     path = folder / DONE
     if not path.is_file():
         return None
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # a disk that lost it
+        return None
     stored["whole_class"] = tuple(stored["whole_class"]) if stored["whole_class"] else None
     made = Made(**stored)
     sizes = {name: (folder / name).stat().st_size for name in made.tars if (folder / name).is_file()}
@@ -325,7 +329,11 @@ class _Whole:
         """`size` bytes."""
         chunks = []
         while size > 0:
-            if not (data := self._image.data.read(size)):
+            try:
+                data = self._image.data.read(size)
+            except OSError as error:
+                raise unreadable(_where(self._image), error) from error
+            if not data:
                 raise _resized(self._image)
             chunks.append(data)
             size -= len(data)
@@ -340,8 +348,13 @@ def _changed(tar: Path) -> ChangedError:
 
 
 def _resized(image: Image) -> StageError:
-    where = f"{image.split}/{image.class_name}/{image.name}"
-    return StageError(f"{where} has not the {image.size} bytes that its source told; run again when nothing changes it")
+    return StageError(
+        f"{_where(image)} has not the {image.size} bytes that its source told; run again when nothing changes it"
+    )
+
+
+def _where(image: Image) -> str:
+    return f"{image.split}/{image.class_name}/{image.name}"
 
 
 def _tar(file: IO[bytes]) -> tarfile.TarFile:

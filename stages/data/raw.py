@@ -91,13 +91,23 @@ def read_at(tar: Path, offset: int, size: int) -> bytes:
     """Bytes of one file in a raw tar.
 
     Raises:
-        StageError: the tar is not there.
+        StageError: the tar is not there, or its disk does not give it.
     """
     try:
         with tar.open("rb") as file:
             return os.pread(file.fileno(), size, offset)
     except FileNotFoundError:
         raise StageError(f"{tar} is missing; `dvc pull` brings it back, or `dvc repro` by ingesting anew") from None
+    except OSError as error:
+        raise unreadable(tar, error) from error
+
+
+def unreadable(tar: Path, error: OSError) -> StageError:
+    """The message for a raw tar that its disk does not give."""
+    return StageError(
+        f"{tar} cannot be read: {error.strerror or error}. Where the disk is sound again, `dvc checkout --force {tar}` "
+        f"or `dvc pull --force {tar}` restores it"
+    )
 
 
 def _place(path: Path, folder: Path) -> tuple[str, str | None]:
@@ -134,6 +144,8 @@ def _files(path: Path, folder: Path, start: int) -> Iterator[tuple[int, str, int
         raise StageError(f"{path} is missing; restore {_restored(folder)}") from None
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise _damaged(path, folder, error) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _odd_file(file: IO[bytes], at: int) -> tuple[str, int, int]:

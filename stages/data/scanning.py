@@ -23,7 +23,7 @@ from stages.command import StageError
 from stages.data.facts import FACTS, write_tables
 from stages.data.images import Header, brightness_and_contrast, decode_strictly, difference_hash, read_header
 from stages.data.isolation import Death, Say, each_apart
-from stages.data.raw import Member, members, parts
+from stages.data.raw import Member, members, parts, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -168,19 +168,22 @@ def _tables(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
 
 def _rows(piece: Piece, folder: Path, batch: str, say: Say) -> Iterator[dict[str, Any]]:
     path = folder / piece.tar
-    with path.open("rb", buffering=0) as tar:
-        for member in members(path, folder, piece.start, piece.end):
-            say(member.offset)
-            yield {
-                "key": f"{batch}/{member.path}",
-                "batch": batch,
-                "source_split": member.split,
-                "class_name": member.class_name,
-                "tar": piece.tar,
-                "offset": member.offset,
-                "bytes": member.size,
-                **_member_facts(tar, member, member.offset in piece.crashed),
-            }
+    try:
+        with path.open("rb", buffering=0) as tar:
+            for member in members(path, folder, piece.start, piece.end):
+                say(member.offset)
+                yield {
+                    "key": f"{batch}/{member.path}",
+                    "batch": batch,
+                    "source_split": member.split,
+                    "class_name": member.class_name,
+                    "tar": piece.tar,
+                    "offset": member.offset,
+                    "bytes": member.size,
+                    **_member_facts(tar, member, member.offset in piece.crashed),
+                }
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _member_facts(tar: IO[bytes], member: Member, crashed: bool) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def _finished(piece: Piece, work: Path) -> dict[str, Any] | None:
     try:
         entry = json.loads(_entry_path(piece, work).read_text(encoding="utf-8"))
         found = {f"{what}sha256": sha256(work / "shards" / f"{piece.name}.{suffix}") for what, suffix in FILES.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a kill, or a disk that lost it
         return None
     return entry if entry == entry | found | {"processor": processor()} else None
 

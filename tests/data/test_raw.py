@@ -1,6 +1,8 @@
 """Raw tars: three kinds of them, and a damaged one is never taken for a whole one."""
 
+import errno
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 from stages.command import StageError
 from stages.data.raw import Member, members, raw_tars, read_at
+from stages.data.scanning import scan_tar
 
 
 def write(path: Path, *files: tuple[str, bytes], kind: bytes = tarfile.REGTYPE) -> Path:
@@ -97,3 +100,19 @@ def test_a_missing_tar_says_how_to_restore_it(tmp_path: Path) -> None:
         list(members(tmp_path / "train/n01.tar", tmp_path))
     with pytest.raises(StageError, match="dvc pull"):
         read_at(tmp_path / "train/n01.tar", 0, 1)
+
+
+def test_a_disk_that_does_not_give_a_tar_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "train/n01.tar", ("a.JPEG", b"x"))
+
+    def broken(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", broken)
+    for read in (
+        lambda: read_at(path, 512, 1),
+        lambda: list(members(path, tmp_path)),
+        lambda: scan_tar(path, tmp_path, "b"),
+    ):
+        with pytest.raises(StageError, match=rf"{path} cannot be read: Input/output error"):
+            read()

@@ -1,5 +1,6 @@
 """Sources made to do harm, or damaged on the way: each is refused by name with one error, and nothing is written."""
 
+import errno
 import gzip
 import io
 import os
@@ -15,8 +16,9 @@ import pytest
 from PIL import Image
 
 from stages.command import StageError
+from stages.data.ingesting import write_tar
 from stages.data.source_kinds import tars
-from stages.data.sources import read_source
+from stages.data.sources import Group, SourceFile, read_source
 from tests.packing import contents, odd_tar, parquet, tar_bytes, write
 
 GIB = 2**30
@@ -126,6 +128,43 @@ def test_a_damaged_header_does_not_end_a_tar_in_silence(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", bytes(data))
     with pytest.raises(StageError, match=r"damaged at byte \d+ \(it is cut off or damaged\)"):
         contents("a.tar", tmp_path)
+
+
+class Broken(io.BytesIO):
+    """A file on a disk that fails."""
+
+    def read(self, _: int | None = -1) -> bytes:
+        """Fails."""
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_disk_that_fails_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group("train", "cat", [SourceFile("1.jpg", lambda: Broken(b"x"))])
+    with pytest.raises(StageError, match=r"train/cat/1\.jpg cannot be read: Input/output error"):
+        write_tar(group, tmp_path)
+    with pytest.raises(StageError, match=r"^a\.tar cannot be read: Input/output error"):
+        list(tars.members(Broken(), "a.tar"))
+
+
+def test_a_file_that_claims_to_end_just_behind_its_section_is_refused() -> None:
+    archive = tar_bytes({"1.jpg": bytes(3 * tars.CHUNK), "2.jpg": b"x"})
+    for missing in range(1, 4):
+        size = 512 + 3 * tars.CHUNK - missing
+        outer = io.BytesIO(archive[:size] + bytes(10_000))
+        with pytest.raises(StageError, match="damaged"):
+            list(tars.members(tars.Section(outer, 0, size), "class.tar"))
+        assert outer.tell() < size + 1000
+
+
+def test_odd_numbers_of_classes(tmp_path: Path) -> None:
+    write(tmp_path / "names.txt", b"zero\none\n")
+    for label, found in ((b"1", "one"), (b"-1", ""), (b"--1", "--1"), (b"0" * 30 + b"1", None), (b"7" * 5000, None)):
+        write(tmp_path / "a.tar", tar_bytes({"1.jpg": b"x", "1.cls": label}))
+        if found is None:
+            with pytest.raises(StageError, match="none of the 2 class names"):
+                contents("a.tar?class_names=names.txt", tmp_path)
+        else:
+            assert list(contents("a.tar?class_names=names.txt", tmp_path)) == [f"all/{found}/a/1.jpg"]
 
 
 def test_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

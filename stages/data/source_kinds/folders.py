@@ -18,7 +18,7 @@ from stages.data.source_kinds.parts import (
     check_class,
     stamp_of,
 )
-from stages.data.source_kinds.places import Entry, Place
+from stages.data.source_kinds.places import Entry, Place, check_size
 
 logger = logging.getLogger(__name__)
 PIECE = 20_000
@@ -61,6 +61,7 @@ class ClassFiles:
                 if size < 0:  # a listing of a web server
                     size = data.seek(0, os.SEEK_END)
                     data.seek(0)
+                    check_size(f"{self.folder}/{entry.name}", size)
                 yield Image(self.split, self.class_name, entry.name, size, data)
 
     def names(self) -> Iterator[Name]:

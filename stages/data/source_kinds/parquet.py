@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from stages.command import StageError
 from stages.data.source_kinds.parts import Image, Name, Part, check_class, splits_of, stamp_of
-from stages.data.source_kinds.places import Place, check_name, check_size, first_line
+from stages.data.source_kinds.places import Place, check_name, check_size, first_line, unreadable
 
 logger = logging.getLogger(__name__)
 ROWS = 16
@@ -118,7 +118,7 @@ def parquet_file(place: Place) -> Iterator[Any]:
             yield pq.ParquetFile(source, buffer_size=READ_AHEAD, pre_buffer=False, memory_map=False)
         except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise
+                raise unreadable(str(place), error) from error
             what = f"no Parquet file, or a damaged one ({first_line(error)})"
             raise StageError(f"{place} is {what}; bring it whole") from error
 

@@ -12,7 +12,7 @@ from typing import IO, NamedTuple, Protocol, cast
 
 from stages.command import StageError
 from stages.data.source_kinds.parts import check_path
-from stages.data.source_kinds.places import LARGEST_FILE, Place, check_size, first_line
+from stages.data.source_kinds.places import LARGEST_FILE, Place, check_size, first_line, unreadable
 
 CHUNK = 2**20
 HEADERS = 2**16
@@ -95,11 +95,17 @@ class _Forward:
     def take(self, size: int) -> bytes:
         """`size` bytes, fewer only at the end."""
         chunks = []
-        while size > 0 and (data := self._file.read(min(size, CHUNK))):
+        while size > 0 and (data := self._read(min(size, CHUNK))):
             chunks.append(data)
             size -= len(data)
             self._position += len(data)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            raise unreadable(self._where, error) from error
 
     def tell(self) -> int:
         """Bytes read so far."""
@@ -131,7 +137,7 @@ class Section:
 
     def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes."""
-        left = self._size - self._position
+        left = max(self._size - self._position, 0)  # a file may claim to end behind it
         data = self._file.read(left if size < 0 else min(size, left))
         self._position += len(data)
         return data

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -118,9 +119,9 @@ class WebdatasetTar:
             raise StageError(f"{where}.{kind} is no label ({error})") from error
         if kind == "json" and label == "":
             return ""
-        if self.class_names is None or not label.lstrip("-").isdecimal():
+        if self.class_names is None or not re.fullmatch(r"-?\d+", label, re.ASCII):
             return "" if label == "-1" else check_class(label, f"{where}.{kind}")
-        number = int(label[:20])
+        number = int(label) if len(label) < 20 else len(self.class_names)
         if not -1 <= number < len(self.class_names):
             raise StageError(f"{where}.{kind}: {number} is none of the {len(self.class_names)} class names")
         return "" if number == -1 else check_class(self.class_names[number], f"{where}.{kind}")
