@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import fsspec  # type: ignore[import-untyped]
@@ -68,6 +69,21 @@ def test_every_kind_from_a_store(tmp_path: Path, bucket: str) -> None:
         assert read_source(f"{bucket}/{source}", bucket).listing == read_source(source, bucket).listing
         if "class_names" not in query:
             assert contents(f"file://{tmp_path}/{location}{mark}{query}", "elsewhere") == contents(source, tmp_path)
+
+
+def test_a_folder_made_in_the_console_of_s3_is_no_file(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/1.jpg", "a/deep/2.jpg", "b/3.jpg"):
+        write(tmp_path / "pets" / name, b"x")
+    upload(tmp_path, bucket)
+    memory, find = fsspec.filesystem("memory"), fsspec.filesystem("memory").find
+
+    def with_placeholders(path: str, **options: bool) -> dict[str, dict[str, Any]]:
+        return find(path, **options) | {f"{each}/": {"size": 0, "type": "file"} for each in (path, f"{path}/deep")}
+
+    monkeypatch.setattr(memory, "find", with_placeholders)
+    assert contents("pets", bucket) == contents("pets", tmp_path)
 
 
 def test_what_is_not_there(tmp_path: Path, bucket: str) -> None:

@@ -224,7 +224,8 @@ class Place:
         for name, info in self._asked(partial(filesystem.find, path, detail=True)).items():
             below = unquote(name) if self.address.startswith("http") else name
             below = below.strip("/").removeprefix(own)
-            if below and not any(part.startswith(".") for part in below.split("/")):
+            # A name that ends in a slash is no file: the S3 console makes such an object of every new folder.
+            if below and not name.endswith("/") and not any(part.startswith(".") for part in below.split("/")):
                 yield _remote_entry(info, below)
 
 
@@ -329,7 +330,7 @@ def _again(where: str, call: Callable[[], T], failed: Callable[[Exception], bool
         except (FileNotFoundError, PermissionError) as error:
             raise unreadable(where, error) from error
         except Exception as error:
-            if failed(error):
+            if failed(error) and attempt < TRIES - 1:
                 continue
             if attempt == TRIES - 1:
                 raise broken(where, error) from error
@@ -345,7 +346,9 @@ def check_name(where: str, name: str, what: str = "file") -> None:
         StageError: it is not UTF-8, has control characters, or is longer than any file system has them.
     """
     if not name.isprintable():
-        raise StageError(f"{os.fsencode(where)!r}: the name is not UTF-8, or has control characters; rename the {what}")
+        raise StageError(
+            f"{os.fsencode(where)!r}: the name is not UTF-8, or has control characters or odd spaces; rename the {what}"
+        )
     if len(name.encode()) > 4096:
         raise StageError(f"{where[:200]}...: the name has {len(name)} characters; rename the {what}")
 
