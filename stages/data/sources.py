@@ -201,6 +201,8 @@ def _parts(uri: SourceUri, place: Place, incoming: Path | str) -> list[Part]:
     if not place.is_folder():
         raise _missing(uri, f"the folder {place}")
     if shards := _shards_below(place, place.entries()):
+        if len(shards) == 1 and not shards[0].name.endswith(".tar"):  # rather an archive of class folders
+            return _parts(uri, shards[0], incoming)
         return _shards(uri, shards, incoming)
     uri.check()
     return _folder_parts(uri, place)
@@ -251,7 +253,10 @@ def _without_common(shards: list[Place]) -> dict[str, Place]:
 def _shards_below(folder: Place, entries: list[Entry], depth: int = 3) -> list[Place]:
     """The Parquet files or webdataset tars of a folder that holds such and no images, in it or in folders below."""
     files = [entry.name for entry in entries if not entry.is_folder]
-    if {TRAIN, VAL} & set(files) or any(name.lower().endswith(IMAGE_SUFFIXES) for name in files):
+    # Kaggle's and Tiny ImageNet's folders often have the archive that they came from beside them.
+    if {TRAIN, VAL, "ILSVRC", "wnids.txt"} & {entry.name for entry in entries} or any(
+        name.lower().endswith(IMAGE_SUFFIXES) for name in files
+    ):
         return []
     for suffixes in ((".parquet",), ARCHIVES):
         if any(name.endswith(suffixes) for name in files):

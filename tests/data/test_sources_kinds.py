@@ -119,6 +119,14 @@ def test_kaggle(tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture) ->
     write(tmp_path / "in/LOC_val_solution.csv", b"id,label\n1,2\n")
     with pytest.raises(StageError, match=r"expected the columns ImageId,PredictionString, found 'id,label'"):
         read_source(place, tmp_path)
+    write(tmp_path / "in/LOC_val_solution.csv", kaggle_table({"v1.JPEG": "n02", "v2.JPEG": "n01"}))
+    write(tmp_path / "in/imagenet_object_localization_patched2019.tar.gz", tar_bytes({"ILSVRC/x.JPEG": b"x"}, "w:gz"))
+    assert contents(place, tmp_path) == packed
+
+
+def test_a_folder_that_holds_one_archive_is_that_archive(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.tgz", tar_bytes({f"set/{path}": data for path, data in PETS.items()}, "w:gz"))
+    assert contents("in", tmp_path) == PETS
 
 
 # -------------------------------------------------------------------------------------------------------------- Parquet
