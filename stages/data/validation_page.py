@@ -11,7 +11,7 @@ import pandas as pd
 
 from stages.command import StageError
 from stages.data.expectations import LEAK
-from stages.data.images import to_rgb
+from stages.data.images import DAMAGED, to_rgb
 from stages.data.raw import read_at
 from stages.data.splits import PRECEDENCE
 
@@ -177,7 +177,7 @@ def _thumbnail(row: dict[Any, Any], raw: Path) -> tuple[str, str]:
     try:
         data = read_at(raw / row["role"] / row["batch"] / row["tar"], row["offset"], row["bytes"])
         image = to_rgb(data)
-    except (StageError, OSError, ValueError, SyntaxError):
+    except (StageError, *DAMAGED):
         return "", "cannot be shown"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
