@@ -14,6 +14,8 @@ ASPECT = (3 / 4, 4 / 3)
 ATTEMPTS = 10
 LARGEST_SMOOTHED = 3.0
 """Ratio of window to target from which area averaging is cheaper than smoothing, and as good."""
+LEAST_SMOOTHED = 1.2
+"""Below it a neighbour's weight would be less than 1 in 500."""
 SMOOTHING = 5  # pixels; holds 98 % of the widest Gaussian that is asked for
 
 
@@ -80,7 +82,7 @@ def resize(window: npt.NDArray[np.uint8], mirrored: bool, out: npt.NDArray[np.ui
     pixels, method = cast(Any, window), cv2.INTER_LINEAR
     if max(ratios) > LARGEST_SMOOTHED:
         method = cv2.INTER_AREA
-    elif max(ratios) > 1:
+    elif max(ratios) > LEAST_SMOOTHED:
         # 0 would mean "as the other axis"; this little changes nothing.
         x, y = (max((ratio**2 - 1) / 6, 1e-4) ** 0.5 for ratio in ratios)
         pixels = cv2.GaussianBlur(pixels, (SMOOTHING, SMOOTHING), x, sigmaY=y, borderType=cv2.BORDER_REPLICATE)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 READERS = 8
 """Threads that read ahead: a network disk answers slowly, but many at once."""
-BATCHES_AHEAD = 3
+BATCHES_AHEAD = 1
 
 Encoded = list[npt.NDArray[np.uint8]]
 
