@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 
 from stages.command import StageError
 from stages.data import loading
+from stages.data.crops import throw_dice, windows
 from stages.data.ingesting import write_tar
 from stages.data.loading import Samples, epoch_order, evaluation_batches, read_samples, training_batches
 from stages.data.scanning import scan_tar
@@ -268,3 +269,20 @@ def test_unlabelled_images_are_kept_apart(tmp_path: Path) -> None:
     assert len(samples) == 9
     assert len(samples.labelled()) == 5
     assert json.loads((tmp_path / "mine/index.json").read_text(encoding="utf-8"))["labels"]["train"]["-1"] == 4
+
+
+def test_every_training_image_is_its_window_and_has_its_label(shards: Path) -> None:
+    samples = read_samples([shards], "train")
+    batches = epoch(shards, 2)
+    order = np.array_split(epoch_order(samples, seed=3, epoch=2), len(batches))
+    for number, ((images, labels), members) in enumerate(zip(batches, order, strict=True)):
+        dice = throw_dice(np.random.default_rng([3, 2, 1, number]), len(members), 0.5)
+        pictures = [Image.open(io.BytesIO(samples.jpeg(member))) for member in members]
+        found = windows(dice, np.array([(each.height, each.width) for each in pictures]))
+        assert labels.tolist() == samples.label[members].tolist()
+        for place, picture in enumerate(pictures):
+            (row, column), (high, wide) = found.anchor[place].tolist(), found.shape[place].tolist()
+            crop = picture.crop((column, row, column + wide, row + high)).resize((32, 32), Image.Resampling.BILINEAR)
+            expected = np.asarray(crop).astype(int)
+            expected = expected[:, ::-1] if found.mirrored[place] else expected
+            assert np.abs(images[place].permute(1, 2, 0).numpy().astype(int) - expected).mean() < 4
