@@ -4,11 +4,12 @@ import argparse
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from stages.command import StageError, run
 from stages.data.digests import raw_digest
-from stages.data.ingesting import Tally, assemble, shown, write_parts
+from stages.data.ingesting import Made, Tally, assemble, shown, write_parts
 from stages.data.raw import UNLABELLED
 from stages.data.source_kinds.tars import ChangedError
 from stages.data.sources import read_source
@@ -54,7 +55,13 @@ def main() -> None:
                 f"never changed: put it back as it was, `dvc pull` the raw data, or deliver it under a new name"
             )
     shutil.rmtree(work)
-    logger.info("ingest %s: %d files in %d tars", name, tally.images, count)
+    logger.info("ingest %s: %d files in %d tars%s", name, tally.images, count, _without_labels(made.values()))
+
+
+def _without_labels(made: Iterable[Made]) -> str:
+    """Said even where it is meant: an archive read as another layout than its owner thinks has lost its labels."""
+    images = sum(part.images for part in made if all(tar.startswith(UNLABELLED) for tar in part.tars))
+    return f", {images} of them without a label" if images else ""
 
 
 if __name__ == "__main__":

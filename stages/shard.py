@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from stages.command import StageError, run
+from stages.data.isolation import alone
 from stages.data.sharding import COLUMNS, write_shard_set
 from stages.fingerprint import fingerprint, prune, work_folder
 from stages.params.batches import load_batch
@@ -27,9 +28,10 @@ def main() -> None:
     if accepted.empty:
         raise StageError(f"no image of batch {name} was accepted; reports/validation.html says why")
     work = work_folder(f"shard@{name}", fingerprint(f"shard@{name}"))
-    prune(work.parent, keep=work)
     raw, out = (Path("data") / kind / role / name for kind in ("raw", "shards"))
-    count = write_shard_set(accepted, raw, out, getattr(shards, role), role, name, work, shards.cluster)
+    with alone(work.parent):
+        prune(work.parent, keep=work)
+        count = write_shard_set(accepted, raw, out, getattr(shards, role), role, name, work, shards.cluster)
     logger.info("shard %s: %d images", name, count)
 
 

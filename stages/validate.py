@@ -43,6 +43,7 @@ from stages.params.validate import Validate
 logger = logging.getLogger(__name__)
 DATA, REPORTS = Path("data"), Path("reports")
 FAILED = Path(".synset/validation-failed")
+WORK = Path(".synset/work")
 Confirmation = Callable[[pd.DataFrame, Sequence[Path], Validate], SamePicture]
 
 
@@ -70,7 +71,14 @@ def main() -> None:
 
 
 def sweep(batches: dict[str, Batch]) -> None:
-    """Removes what batches no longer listed left in data/: DVC lets it lie, and the next training would read it."""
+    """Removes what batches no longer listed left in data/: DVC lets it lie, and the next training would read it.
+
+    And their unfinished work: of a killed ingest that may be as large as the source.
+    """
+    for path in sorted(WORK.glob("*@*")):
+        if path.name.partition("@")[2] not in batches:
+            logger.info("validate: removing %s (params.yaml lists no such batch)", path)
+            shutil.rmtree(path)
     for kind in ("raw", "facts", "shards", "accepted"):
         for role in ROLES:
             # A stage that was killed leaves `.<batch>.tmp`; .gitkeep stays.

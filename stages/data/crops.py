@@ -53,10 +53,10 @@ def windows(dice: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]) -> Wind
     fits = (rows >= 1) & (columns >= 1) & (rows <= height) & (columns <= width)
     each, first = np.arange(len(sizes)), fits.argmax(axis=1)
     shape = np.stack([rows[each, first], columns[each, first]], axis=1)
-    place = dice[:, -3:-1].copy()
+    anchor = np.floor(dice[:, -3:-1] * (sizes - shape + 1))
     (none,) = np.nonzero(~fits.any(axis=1))
-    shape[none], place[none] = _largest(sizes[none]), 0.5
-    anchor = np.floor(place * (sizes - shape + 1))
+    shape[none] = _largest(sizes[none])
+    anchor[none] = (sizes[none] - shape[none]) // 2
     return Windows(anchor.astype(np.int32), shape.astype(np.int32), dice[:, -1] < 0.5)
 
 

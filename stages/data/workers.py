@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -83,7 +84,9 @@ def _on_this_machine(function: Callable[[P], R], pieces: Sequence[P], workers: i
 
 
 def _end_with_parent(parent: int) -> None:
-    """A killed parent cannot stop its workers, and they would wait for work for ever."""
+    """A killed parent cannot stop its workers, and they would wait for work for ever. Ctrl-C goes to all: the parent
+    ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         # Its end closes no pipe: processes forked later hold them as well.

@@ -25,22 +25,10 @@ from stages.data.scanning import scan_tar
 from stages.data.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
 from stages.data.sharding import write_shard_set
 from stages.data.sources import Group, SourceFile
-from stages.params.shard import Shard
-
-SHARD = Shard(resize=40, quality=90, images_per_shard=16, seed=1)
+from tests.shard_batch import SHARD, jpeg
 
 
-def jpeg(
-    seed: int, size: tuple[int, int] = (60, 50), mode: str = "RGB", form: str = "JPEG", **options: object
-) -> bytes:
-    """A blurred picture of noise."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode).save(file, form, **options)
-    return file.getvalue()
-
-
-def accepted_batch(folder: Path, count: int, splits: dict[str, float] | None = None) -> pd.DataFrame:
+def accepted_batch(folder: Path, count: int) -> pd.DataFrame:
     """Raw tars with `count` images of three classes, and their accepted rows."""
     rows = []
     for label, name in enumerate("abc"):

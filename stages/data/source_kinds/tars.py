@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import hashlib
+import io
 import re
 import tarfile
 import zlib
@@ -65,7 +66,7 @@ class Checked:
 
     def seek(self, _: int) -> int:
         """Not possible."""
-        raise NotImplementedError
+        raise io.UnsupportedOperation("seek")
 
     def rest(self) -> str:
         """The checksum of the whole stream, in hex."""
@@ -277,7 +278,7 @@ class _Resumed:
         return False
 
     def seek(self, _: int) -> int:
-        raise NotImplementedError
+        raise io.UnsupportedOperation("seek")
 
 
 class _Unpacked:
@@ -302,7 +303,7 @@ class _Unpacked:
         return False
 
     def seek(self, _: int) -> int:
-        raise NotImplementedError
+        raise io.UnsupportedOperation("seek")
 
     def finish(self) -> None:
         """Reads what follows the tar, so that the compression's own checksum is compared."""
