@@ -532,16 +532,19 @@ def test_what_a_vanished_batch_left_behind_is_removed(workspace: Path, caplog: p
         (workspace / "data" / kind / "train-00000.tar").touch()
     for role in ("pretrain", "finetune"):
         (workspace / "data/shards" / role / ".gitkeep").touch()
+    for name in ("ingest@up", "ingest@target", "finetune"):
+        (workspace / ".synset/work" / name).mkdir(parents=True)
     _params(target="finetune")
     with caplog.at_level(logging.INFO):
         validate.main()
+    assert sorted(path.name for path in (workspace / ".synset/work").iterdir()) == ["finetune", "ingest@target"]
     left = {path.relative_to(workspace / "data").as_posix() for path in (workspace / "data").rglob("*")}
     assert not {path for path in left if "/up" in path}
     assert {"shards/pretrain/.gitkeep", "shards/finetune/.gitkeep", "shards/finetune/target"} <= left
     assert {"raw/finetune/target", "facts/finetune/target.parquet"} <= left
     assert "shards/pretrain/target" not in left  # listed, but of the other role
     removed = [message for message in caplog.messages if "removing" in message]
-    assert len(removed) == 5 and "removing data/raw/pretrain/up" in removed[0]
+    assert len(removed) == 6 and "removing data/raw/pretrain/up" in removed[1]
     assert json.loads(Path("data/classes/pretrain.json").read_text()) == []
 
 
