@@ -5,21 +5,20 @@ Prints seconds and peak memory (of all processes, shared pages once) of every st
 and of a fresh batch, with the stages that ran.
 """
 
+import argparse
 import re
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
+from bench.memory import sampled_memory
 from bench.peers.protocol import labelled_images
-from bench.rounds import arguments, machine
+from bench.rounds import machine
 from tests.workspace import Workspace
 
 STAGES = ("ingest", "scan", "validate", "shard")
@@ -29,7 +28,9 @@ CLASSES = 100
 
 def main() -> int:
     """Makes the images, runs the stages, prints the table; 1 with `--check` where nothing to do takes too long."""
-    parser = arguments(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="a folder with a folder a class")
+    parser.add_argument("--check", action="store_true", help="ends with 1 where nothing to do takes too long")
     parser.add_argument("--count", type=int, default=200_000, help="images of the first batch")
     parser.add_argument("--fresh", type=int, default=2_000, help="images of the batch that comes later")
     parser.add_argument("--work", type=Path, help="keeps everything there (default: a temporary folder)")
@@ -61,43 +62,17 @@ def _write(workspace: Workspace, batches: dict[str, dict[str, str]]) -> None:
 
 def _timed(what: str, workspace: Workspace, stage: str) -> float:
     began = time.perf_counter()
-    with _peak() as peak:
+    with sampled_memory() as samples:
         done = workspace.run("dvc", "repro", stage)
     seconds = time.perf_counter() - began
     if done.returncode:
         sys.exit(f"dvc repro {stage} failed:\n{done.stdout}")
     ran = re.findall(r"Running stage '([^']+)'", done.stdout)
     print(
-        f"{what:<28} {seconds:8.1f} s {max(peak, default=0) / 1e6:8.0f} MB  {', '.join(ran) or 'nothing ran'}",
+        f"{what:<28} {seconds:8.1f} s {max(samples) / 1e6:8.0f} MB  {', '.join(ran) or 'nothing ran'}",
         flush=True,
     )
     return seconds
-
-
-@contextmanager
-def _peak() -> Iterator[list[int]]:
-    """Samples of the memory of all processes below this one, in bytes: proportional sets, shared pages once."""
-    samples: list[int] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        own = psutil.Process()
-        while not over.wait(0.25):
-            total = 0
-            for process in own.children(recursive=True):
-                try:
-                    total += process.memory_full_info().pss
-                except psutil.Error:
-                    continue  # it has ended meanwhile
-            samples.append(total)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        over.set()
-        thread.join()
 
 
 def _make(images: Path, count: int, folder: Path, seed: int) -> None:

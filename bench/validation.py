@@ -12,25 +12,23 @@ planted found under its own name.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 import yaml
 
 from bench.made_up_facts import Planted, made_up_facts, write_pictures
+from bench.memory import sampled_memory
+from bench.rounds import ROOT, machine, versions
 from stages.data.facts import FACTS, read_table, write_table
 from stages.files import sha256, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 GOALS = {"seconds": 180.0, "peak_gb": 6.0, "page_mb": 5.0}
 FIRST, SECOND = "imagenet", "fresh"
 SAME_PICTURE = {"no_leak_of_test", "no_exact_duplicate", "no_near_duplicate"}
@@ -46,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="ends with 1 where a goal is missed")
     parser.add_argument("--folder", type=Path, help="works there and leaves everything lying (an empty folder)")
     options = parser.parse_args(arguments)
+    before = machine()
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
         rounds = measure(options.folder, options.rows, options.fresh)
@@ -53,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             rounds = measure(Path(folder), options.rows, options.fresh)
     if options.json:
-        machine = {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
-        write_json(options.json, {"rounds": rounds, **machine, "versions": {name: version(name) for name in PACKAGES}})
+        write_json(options.json, {"rounds": rounds, "machine": before, "versions": versions(*PACKAGES)})
     missed = [f"{each['rows']:,} rows: {goal}" for each in rounds for goal in each["missed"]]
     print("every goal is met" if not missed else "missed: " + "; ".join(missed))
     return int(options.check and bool(missed))
@@ -111,32 +109,14 @@ def run_round(folder: Path, batches: list[str], planted: list[Planted]) -> dict[
 
 def _timed(command: list[str], folder: Path) -> tuple[float, int, float]:
     """Seconds, the most bytes held by the process and its children together (sampled), and seconds of CPU."""
-    began, peak, before = time.perf_counter(), 0, os.times()
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=folder, env=environment) as process:
-        watched = psutil.Process(process.pid)
-        while process.poll() is None:
-            peak = max(peak, sum(_held(each) for each in _family(watched)))
-            time.sleep(0.1)
-    if process.returncode:
-        sys.exit(f"error: {' '.join(command)} ended with {process.returncode}")
+    began, before = time.perf_counter(), os.times()
+    with sampled_memory() as samples:
+        done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} ended with {done.returncode}")
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return time.perf_counter() - began, peak, cpu
-
-
-def _family(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _held(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
-        return 0
+    return time.perf_counter() - began, max(samples), cpu
 
 
 def _not_found(planted: Planted, folder: Path, report: dict[str, Any]) -> Iterable[str]:
@@ -156,14 +136,6 @@ def _not_found(planted: Planted, folder: Path, report: dict[str, Any]) -> Iterab
             yield f"{name} noted {failed.get(name, 0)} of {len(keys)} planted outliers"
     if not any(planted.collapsed in note for note in report.get("notes", [])):
         yield f"no note names the collapsed class {planted.collapsed}"
-
-
-def _cpu() -> str:
-    """Its name, as Linux has it."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":
