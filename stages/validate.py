@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 
 from stages.command import StageError, run
 from stages.data.drift import FactDrift, compare
-from stages.data.duplicates import SamePicture, find_duplicates, look_alikes, pixel_confirmation
+from stages.data.duplicates import SamePicture, find_duplicates, look_alikes
 from stages.data.expectations import (
     EXACT,
     LEAK,
@@ -32,9 +33,11 @@ from stages.data.expectations import (
     with_measures,
 )
 from stages.data.facts import ACCEPTED, QUARANTINE, read_table, write_table
+from stages.data.same_picture import maker, pixel_confirmation
 from stages.data.splits import PRECEDENCE, assign_splits, class_list, labels, precedence
 from stages.data.validation_page import render
 from stages.files import write_text
+from stages.fingerprint import prune, work_folder
 from stages.params.batches import ROLES, Batch, load_batches
 from stages.params.load import load_section
 from stages.params.split import Split
@@ -54,7 +57,7 @@ def main() -> None:
     sweep(batches)
     images = read_facts(batches)
     assign(images, batches, load_section("split", Split))
-    verdict = judge(images, batches, limits)
+    verdict = judge(images, batches, limits, partial(pixel_confirmation, kept=kept_thumbnails()))
     report = summary(verdict, batches, limits)
     page = render(report, verdict.images, DATA / "raw", verdict.noted, verdict.collapsed)
     folder = FAILED if verdict.stops else REPORTS
@@ -68,6 +71,13 @@ def main() -> None:
     write_outputs(verdict, batches)
     for name, counts in report["batches"].items():
         logger.info("validate %s: %d accepted, %d quarantined", name, counts["accepted"], counts["quarantined"])
+
+
+def kept_thumbnails() -> Path:
+    """The file of thumbnails for the next time; those of other code are removed."""
+    folder = work_folder("validate", maker())
+    prune(folder.parent, keep=folder)
+    return folder / "thumbnails.npz"
 
 
 def sweep(batches: dict[str, Batch]) -> None:

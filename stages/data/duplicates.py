@@ -1,23 +1,19 @@
-"""Exact and near-duplicates without comparing all pairs: by sha256, and by perceptual hash confirmed on pixels."""
+"""Exact and near-duplicates without comparing all pairs: by sha256, and by perceptual hash, confirmed on pixels
+(same_picture.py)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, combinations
 from math import comb
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from stages.command import StageError
-from stages.data.images import decode_strictly, read_header
-from stages.data.raw import read_at
 from stages.params.validate import Validate
-from stages.progress import progress, worker_count
+from stages.progress import worker_count
 
-THUMBNAIL = 32  # side of the luminance thumbnails that confirm a hash match, in pixels
 BITS = 64
 # Brightness in the facts is of another scale of the image than the thumbnails are: it may differ by so much more.
 SCALING_SLACK = 2.0
@@ -29,7 +25,6 @@ PLAIN_CONTRAST = 2.0
 MAX_PAIRS = 20_000_000  # to confirm on pixels
 MAX_COMPARISONS = 20_000_000_000  # of hashes
 CHUNK = 2_000_000
-PAIRS_AT_ONCE, IMAGES_A_TASK = 10_000, 64
 
 SamePicture = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Positions of two images, (P,) and (P,) → whether they are the same picture on pixels, (P,) bool."""
@@ -312,97 +307,3 @@ def _masks(distance: int, intact: int) -> Iterator[int]:
     block_masks = [sum(1 << bit for bit in range(block, BITS, blocks)) for block in range(blocks)]
     for chosen in combinations(block_masks, intact):
         yield sum(chosen)
-
-
-# ------------------------------------------------------------------------------------------------ on pixels
-
-
-def pixel_confirmation(rows: pd.DataFrame, raw: Sequence[Path], limits: Validate) -> SamePicture:
-    """A `SamePicture` that reads the images themselves.
-
-    Args:
-        rows: images as given to `find_duplicates`, columns tar, offset, bytes.
-        raw: folder of the raw tars of each row.
-        limits: when two thumbnails are the same picture.
-    """
-
-    def same_picture(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        wanted = np.unique(np.concatenate([left, right]))
-        pictures = thumbnails(rows.iloc[wanted], [raw[position] for position in wanted])
-        return same_thumbnails(pictures, np.searchsorted(wanted, left), np.searchsorted(wanted, right), limits)
-
-    return same_picture
-
-
-def same_thumbnails(pictures: np.ndarray, left: np.ndarray, right: np.ndarray, limits: Validate) -> np.ndarray:
-    """Whether pairs of thumbnails are alike, (P,) bool: both in mean absolute difference and in correlation (Pearson).
-
-    Args:
-        pictures: (N, 1024) uint8.
-        left: (P,), positions in `pictures`.
-        right: (P,), positions in `pictures`.
-        limits: `near_duplicate_difference` and `near_duplicate_correlation`.
-    """
-    same = np.zeros(len(left), dtype=bool)
-    sums = pictures.sum(axis=1, dtype=np.int64)
-    squares = np.einsum("ij,ij->i", pictures, pictures, dtype=np.int64, casting="unsafe")
-    for start in range(0, len(left), PAIRS_AT_ONCE):
-        i, j = left[start : start + PAIRS_AT_ONCE], right[start : start + PAIRS_AT_ONCE]
-        one, other = pictures[i].astype(np.int32), pictures[j].astype(np.int32)
-        difference = np.abs(one - other).mean(axis=1)
-        products = np.einsum("ij,ij->i", one, other).astype(np.int64)  # at most 1024 * 255 * 255: it fits 32 bits
-        correlation = _correlation(one.shape[1], products, (sums[i], sums[j]), (squares[i], squares[j]))
-        same[start : start + PAIRS_AT_ONCE] = (difference <= limits.near_duplicate_difference) & (
-            correlation >= limits.near_duplicate_correlation
-        )
-    return same
-
-
-Two = tuple[np.ndarray, np.ndarray]
-
-
-def _correlation(count: int, products: np.ndarray, sums: Two, squares: Two) -> np.ndarray:
-    """From whole numbers, so that all machines agree; a picture of a single colour correlates with nothing."""
-    covariance = count * products - sums[0] * sums[1]
-    variances = [count * square - total * total for total, square in zip(sums, squares, strict=True)]
-    scale = np.sqrt(variances[0].astype(np.float64)) * np.sqrt(variances[1].astype(np.float64))
-    return np.divide(covariance, scale, out=np.zeros(len(products)), where=scale > 0)
-
-
-def thumbnails(rows: pd.DataFrame, raw: Sequence[Path]) -> np.ndarray:
-    """Luminance thumbnails, (N, 1024) uint8, of images in raw tars, read in the order of the tars.
-
-    Args:
-        rows: columns tar, offset, bytes.
-        raw: folder of the raw tars of each row.
-
-    Raises:
-        StageError: a raw tar is gone, or does not hold what the facts say.
-    """
-    places = pd.DataFrame({name: rows[name].to_numpy() for name in ("tar", "offset", "bytes")})
-    places["folder"] = [str(folder) for folder in raw]
-    places = places.sort_values(["folder", "tar", "offset"])
-    parts = np.array_split(np.arange(len(places)), max(len(places) // IMAGES_A_TASK, 1))
-    pictures = np.zeros((len(rows), THUMBNAIL * THUMBNAIL), dtype=np.uint8)
-    with ThreadPoolExecutor(worker_count()) as pool:  # decoding lets go of the interpreter's lock
-        made = pool.map(_thumbnails_of, (places.iloc[part] for part in parts))
-        for part, some in progress(zip(parts, made, strict=True), len(parts), "comparing pixels"):
-            pictures[places.index[part]] = some
-    return pictures
-
-
-def _thumbnails_of(places: pd.DataFrame) -> np.ndarray:
-    columns = (places[name].tolist() for name in ("folder", "tar", "offset", "bytes"))
-    pictures = [
-        _thumbnail(Path(folder) / tar, offset, size) for folder, tar, offset, size in zip(*columns, strict=True)
-    ]
-    return np.array(pictures, dtype=np.uint8).reshape(len(places), THUMBNAIL * THUMBNAIL)
-
-
-def _thumbnail(tar: Path, offset: int, size: int) -> np.ndarray:
-    data = read_at(tar, offset, size)
-    try:
-        luminance = decode_strictly(data, read_header(data))
-    except ValueError as error:
-        raise StageError(f"{tar} has changed since it was scanned ({error}); `dvc checkout` restores it") from error
-    return np.asarray(Image.fromarray(luminance).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)).reshape(-1)

@@ -10,16 +10,10 @@ import pytest
 from PIL import Image, ImageFilter
 
 from stages.command import StageError
-from stages.data import duplicates
-from stages.data.duplicates import (
-    find_duplicates,
-    look_alikes,
-    near_pairs,
-    pixel_confirmation,
-    same_thumbnails,
-    thumbnails,
-)
+from stages.data import duplicates, same_picture
+from stages.data.duplicates import find_duplicates, look_alikes, near_pairs
 from stages.data.images import decode_strictly, difference_hash, read_header
+from stages.data.same_picture import pixel_confirmation, same_thumbnails, thumbnails
 from stages.params.validate import Validate
 
 
@@ -246,7 +240,7 @@ def test_thumbnails_must_agree_in_level_and_in_structure() -> None:
 
 
 def test_same_thumbnails_is_what_numpy_says_of_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(same_picture, "PAIRS_AT_ONCE", 7)
     rng = np.random.default_rng(4)
     first = rng.integers(0, 256, (40, 1024))
     pictures = np.clip(np.concatenate([first, first + rng.normal(0, 18, first.shape)]), 0, 255).astype(np.uint8)
@@ -265,7 +259,7 @@ def test_thumbnails_are_in_the_order_of_the_rows_whatever_the_tars(
     workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SYNSET_WORKERS", workers)
-    monkeypatch.setattr(duplicates, "IMAGES_A_TASK", 2)
+    monkeypatch.setattr(same_picture, "IMAGES_A_TASK", 2)
     folders = [tmp_path / "one", tmp_path / "two"]
     parts = [_archive(folder, [_jpeg(_picture(10 * n + k)) for k in range(5)]) for n, folder in enumerate(folders)]
     rows = pd.concat(parts, ignore_index=True)
@@ -282,3 +276,53 @@ def test_a_missing_raw_tar_says_how_to_get_it_back(tmp_path: Path) -> None:
     confirm = pixel_confirmation(rows, [tmp_path / "raw/b"] * 2, Validate())
     with pytest.raises(StageError, match="dvc pull"):
         find_duplicates(rows, Validate(), confirm)
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many thumbnails are made, call by call."""
+    made: list[int] = []
+
+    def counting(rows: pd.DataFrame, raw: list[Path]) -> np.ndarray:
+        made.append(len(rows))
+        return thumbnails(rows, raw)
+
+    monkeypatch.setattr(same_picture, "thumbnails", counting)
+    return made
+
+
+def test_thumbnails_made_once_are_kept_and_those_no_longer_asked_for_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = _archive(tmp_path / "b", [_jpeg(_picture(seed)) for seed in range(6)])
+    made, kept, raw = _counted(monkeypatch), tmp_path / "work/kept.npz", [tmp_path / "b"] * 6
+    one, other = np.array([0, 0, 1]), np.array([1, 2, 3])
+    expected = pixel_confirmation(rows, raw, Validate())(one, other)
+    made.clear()
+    assert np.array_equal(pixel_confirmation(rows, raw, Validate(), kept)(one, other), expected)
+    assert np.array_equal(pixel_confirmation(rows, raw, Validate(), kept)(one, other), expected)
+    # A fresh batch stands below: other positions, and images of its own.
+    later = pd.concat([rows.iloc[[4]], rows.iloc[:4]], ignore_index=True)
+    pixel_confirmation(later, raw[:5], Validate(), kept)(np.array([0, 1]), np.array([1, 2]))
+    assert made == [4, 0, 1]
+    with np.load(kept) as arrays:
+        assert arrays["sha256"].astype(str).tolist() == sorted(rows["sha256"].iloc[[0, 1, 4]])
+        pictures = dict(zip(arrays["sha256"].astype(str), arrays["pixels"], strict=True))
+    for sha256, picture in zip(rows["sha256"].iloc[[0, 1, 4]], thumbnails(rows.iloc[[0, 1, 4]], raw[:3]), strict=True):
+        assert np.array_equal(pictures[sha256], picture)
+
+
+@pytest.mark.parametrize("cut", [0, 100, -30])
+def test_damaged_kept_thumbnails_are_made_anew(
+    cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = _archive(tmp_path / "b", [_jpeg(_picture(seed)) for seed in range(2)])
+    kept, raw = tmp_path / "kept.npz", [tmp_path / "b"] * 2
+    confirm = pixel_confirmation(rows, raw, Validate(), kept)
+    confirm(np.array([0]), np.array([1]))
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:cut])
+    made = _counted(monkeypatch)
+    confirm(np.array([0]), np.array([1]))
+    assert made == [2]
+    assert "damaged" in caplog.text
+    assert kept.read_bytes() == whole
