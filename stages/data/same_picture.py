@@ -65,7 +65,7 @@ def _kept_or_made(rows: pd.DataFrame, raw: Sequence[Path], kept: Path) -> np.nda
     pictures = np.zeros((len(rows), SIDE * SIDE), dtype=np.uint8)
     pictures[is_known] = of_known[place[is_known]]
     (new,) = np.nonzero(~is_known)
-    pictures[new] = thumbnails(rows.iloc[new], [raw[position] for position in new])
+    pictures[new] = thumbnails(rows.iloc[new], [raw[position] for position in new.tolist()])
     if len(new) or len(known) > len(names):
         order = np.argsort(names)
         with replaced_file(kept) as aside, aside.open("wb") as file:
