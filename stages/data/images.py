@@ -3,7 +3,7 @@
 import io
 import math
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -102,9 +102,11 @@ def decode_strictly(data: bytes, header: Header) -> np.ndarray:
     if header.format == "JPEG":
         _refuse_endless_scans(data, header)
         side = THUMBNAIL_SIDE
-        return simplejpeg.decode_jpeg(
+        luminance = _fast_decode(
             data, "GRAY", fastdct=True, fastupsample=True, min_height=side, min_width=side, strict=True
-        )[:, :, 0]
+        )
+        if luminance is not None:
+            return luminance[:, :, 0]
     try:
         # Checksums of all chunks of a PNG (decoding stops at the last pixel); a verified image must be opened anew.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -147,13 +149,14 @@ def upright_pixels(data: bytes) -> tuple[np.ndarray, bool]:
     That is so of a baseline RGB JPEG without an orientation. Not strict: scan has judged the bytes.
     """
     if (plain := _plain_jpeg_header(data)) and plain.mode in ("RGB", "L"):
-        return simplejpeg.decode_jpeg(data, "RGB", strict=False), plain.mode == "RGB"
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L") or orientation in TURNS:
-            return np.asarray(_eight_bit(_upright(image)).convert("RGB")), False
-        baseline = image.mode == "RGB" and not image.info.get("progressive") and orientation == 1
-    return simplejpeg.decode_jpeg(data, "RGB", strict=False), baseline
+        fast, baseline = True, plain.mode == "RGB"
+    else:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            fast = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and orientation not in TURNS
+            baseline = image.mode == "RGB" and not image.info.get("progressive") and orientation == 1
+    pixels = _fast_decode(data, "RGB", strict=False) if fast else None
+    return (np.asarray(to_rgb(data)), False) if pixels is None else (pixels, baseline)
 
 
 def resize_shorter(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -179,6 +182,19 @@ def resize_shorter(pixels: np.ndarray, side: int) -> np.ndarray:
 def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
     """Baseline JPEG of RGB pixels (H, W, 3), 4:2:0, without metadata."""
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "420")
+
+
+def _fast_decode(data: bytes, colourspace: str, **options: Any) -> np.ndarray | None:
+    """A JPEG by libjpeg-turbo's simple interface; None where colour is subsampled in a way that it has no name for.
+
+    Pillow decodes such a one. It notices a stream that ends too early, but not all damage.
+    """
+    try:
+        return simplejpeg.decode_jpeg(data, colourspace, **options)
+    except ValueError as error:
+        if "Could not determine subsampling" in str(error):
+            return None
+        raise
 
 
 def _plain_jpeg_header(data: bytes) -> Header | None:

@@ -1,5 +1,6 @@
 """What an image is: the quick way says what Pillow says, and no image is more work than a picture needs."""
 
+import base64
 import io
 import struct
 import zlib
@@ -19,6 +20,7 @@ from stages.data.images import (
     decode_strictly,
     difference_hash,
     read_header,
+    upright_pixels,
 )
 
 
@@ -86,6 +88,33 @@ def test_every_cut_of_every_kind_is_refused() -> None:
         for kept in range(len(data) - (4 if data[:1] == b"\x89" else 0)):
             with pytest.raises(ValueError, match=r".+"):
                 decode_strictly(data[:kept], read_header(data[:kept]))
+
+
+# 48x40, a ramp in each colour; colour at a quarter of the columns and half of the rows (cjpeg -sample 4x2), which Pillow
+# and simplejpeg cannot write.
+ODDLY_SAMPLED = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxO"
+    "UlNSMj5aYVpQYEpRUk//2wBDAQ4ODhMREyYVFSZPNS01T09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09P"
+    "T09PT09PT0//wAARCAAoADADAUIAAhEBAxEB/8QAGAABAQEBAQAAAAAAAAAAAAAABAADBQf/xAAXEAADAQAAAAAAAAAAAAAAAAAA"
+    "A2EC/8QAFgEBAQEAAAAAAAAAAAAAAAAABgIE/8QAGhEAAgMBAQAAAAAAAAAAAAAAAAECAwQSIv/aAAwDAQACEQMRAD8A88WiCMIg"
+    "nCIIwiGC0QThEEYRBOEQhTNOO8LhEELRCIVhEErRCIvsS03+TjrRBGEQThEEYRDBaIJwiCMIgnCIY1MBY7wuEQQtEIhWEQStEIi1"
+    "MS03+TjrRBGEQThEEYRCIiMqYFxzYnCIIWiERERFJiWmb5P/2Q=="
+)
+
+
+def test_a_jpeg_with_unusual_subsampling_is_a_picture_like_others() -> None:
+    header = read_header(ODDLY_SAMPLED)
+    assert (header.format, header.width, header.height, header.plain) == ("JPEG", 48, 40, True)
+    rows, columns = np.mgrid[:40, :48]
+    ramps = np.stack([columns * 5, rows * 6, (rows + columns) * 2], axis=-1)
+    with Image.open(io.BytesIO(ODDLY_SAMPLED)) as image:
+        grey = np.asarray(image.convert("L"))
+    assert np.array_equal(decode_strictly(ODDLY_SAMPLED, header), grey)
+    pixels, as_it_is = upright_pixels(ODDLY_SAMPLED)
+    assert not as_it_is  # its encoding is not one that every decoder takes
+    assert np.abs(pixels - ramps).mean() < 8
+    with pytest.raises(ValueError, match="truncated"):
+        decode_strictly(ODDLY_SAMPLED[:-20], header)
 
 
 def png_bomb() -> bytes:
