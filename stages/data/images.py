@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 # Above this nothing is decoded: a decompression bomb must not take the machine down (PIL's own limit).
 MAX_PIXELS = 178_956_970
@@ -40,6 +40,9 @@ MAX_SCANNED = 2**33
 # A scan costs something however small the image is.
 LEAST_SCAN = 2**20
 
+# So does a strip of a TIFF, of which a hostile one has millions. Ordinary ones have at most as many as rows.
+MAX_STRIPS = 2**17
+
 # A thumbnail with its shorter side at least this long is enough for hash, brightness and contrast.
 THUMBNAIL_SIDE = 32
 
@@ -52,6 +55,7 @@ BASELINE = (0xC0, 0xC1)
 START_OF_SCAN = 0xDA
 SKIPPED = frozenset([0xDB, 0xC4, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)])
 """JPEG segments that say nothing of size, mode or orientation: tables, comments, all APPn but EXIF and XMP."""
+BIG_TIFF = 43
 MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 """By the number of components."""
 
@@ -72,6 +76,8 @@ def read_header(data: bytes) -> Header:
     """By magic number, never by name; an unknown format or a broken header gives the empty one."""
     if plain := _plain_jpeg_header(data):
         return plain
+    if _tiff_strips(data) > MAX_STRIPS:
+        return Header("TIFF")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return Header(
@@ -99,6 +105,8 @@ def decode_strictly(data: bytes, header: Header) -> np.ndarray:
         raise ValueError("empty file" if not data else "not an image")
     if header.width * header.height > MAX_PIXELS:
         raise ValueError(f"{header.width}x{header.height} is more than {MAX_PIXELS} pixels")
+    if (strips := _tiff_strips(data)) > MAX_STRIPS:
+        raise ValueError(f"a TIFF in {strips} strips is more work than any picture needs")
     if header.format == "JPEG":
         _refuse_endless_scans(data, header)
         side = THUMBNAIL_SIDE
@@ -242,6 +250,21 @@ def _refuse_endless_scans(data: bytes, header: Header) -> None:
     scans = 1 if header.plain else data.count(b"\xff\xda")
     if scans * max(header.width * header.height, LEAST_SCAN) > MAX_SCANNED:
         raise ValueError(f"{header.width}x{header.height} in {scans} scans is more work than any picture needs")
+
+
+def _tiff_strips(data: bytes) -> int:
+    """Strips or tiles of a TIFF, read as Pillow reads its directory; 0 of all else."""
+    if data[:4] not in TiffImagePlugin.PREFIXES:
+        return 0
+    try:
+        directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2] == BIG_TIFF else 8])
+        file = io.BytesIO(data)
+        file.seek(directory.next)
+        directory.load(file)
+        tags = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS)
+        return max(np.size(directory.get(tag, ())) for tag in tags)
+    except DAMAGED:
+        return 0  # Pillow will not open it either
 
 
 def _upright(image: Image.Image) -> Image.Image:

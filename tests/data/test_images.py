@@ -90,8 +90,8 @@ def test_every_cut_of_every_kind_is_refused() -> None:
                 decode_strictly(data[:kept], read_header(data[:kept]))
 
 
-# 48x40, a ramp in each colour; colour at a quarter of the columns and half of the rows (cjpeg -sample 4x2), which Pillow
-# and simplejpeg cannot write.
+# 48x40, a ramp in each colour; colour at a quarter of the columns and half of the rows (cjpeg -sample 4x2), which
+# Pillow and simplejpeg cannot write.
 ODDLY_SAMPLED = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxO"
     "UlNSMj5aYVpQYEpRUk//2wBDAQ4ODhMREyYVFSZPNS01T09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09P"
@@ -115,6 +115,28 @@ def test_a_jpeg_with_unusual_subsampling_is_a_picture_like_others() -> None:
     assert np.abs(pixels - ramps).mean() < 8
     with pytest.raises(ValueError, match="truncated"):
         decode_strictly(ODDLY_SAMPLED[:-20], header)
+
+
+def tiff_in_strips(strips: int, order: str) -> bytes:
+    """A grey column of pixels, each a strip of its own (TIFF 6.0, section 2)."""
+    tags = {256: 1, 257: strips, 258: 8, 259: 1, 262: 1, 273: None, 277: 1, 278: 1, 279: None}
+    offsets_at = 8 + 2 + 12 * len(tags) + 4
+    lengths_at, pixels_at = offsets_at + 4 * strips, offsets_at + 8 * strips
+    out = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags))
+    for tag, value in tags.items():
+        place = offsets_at if tag == 273 else lengths_at
+        out += struct.pack(order + "HHII", tag, 4, *((strips, place) if value is None else (1, value)))
+    numbers = np.concatenate([pixels_at + np.arange(strips), np.ones(strips, int)])
+    return out + bytes(4) + numbers.astype(order + "u4").tobytes() + bytes(range(256)) * (strips // 256)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tiff_in_more_strips_than_any_picture_has_is_not_opened(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (tiff_in_strips(strips, order) for strips in (512, images.MAX_STRIPS + 256))
+    assert decode_strictly(few, read_header(few)).shape == (512, 1)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(ValueError, match=r"a TIFF in \d+ strips is more work"):
+        decode_strictly(many, read_header(many))
 
 
 def png_bomb() -> bytes:
