@@ -537,8 +537,8 @@ def test_what_a_vanished_batch_left_behind_is_removed(workspace: Path, caplog: p
     _params(target="finetune")
     with caplog.at_level(logging.INFO):
         validate.main()
-    left = sorted(path.name for path in (workspace / ".synset/work").iterdir())
-    assert left == ["finetune", "ingest@target", "validate"]
+    work = sorted(path.name for path in (workspace / ".synset/work").iterdir())
+    assert work == ["finetune", "ingest@target", "validate"]
     left = {path.relative_to(workspace / "data").as_posix() for path in (workspace / "data").rglob("*")}
     assert not {path for path in left if "/up" in path}
     assert {"shards/pretrain/.gitkeep", "shards/finetune/.gitkeep", "shards/finetune/target"} <= left

@@ -109,9 +109,11 @@ def test_killed_and_resumed_ends_in_the_same_weights_and_curve(
 
 
 def test_it_learns(data: tuple[Samples, Samples], compute: Compute, tmp_path: Path) -> None:
-    _, curve = train(data, compute, tmp_path, replace(RECIPE, epochs=8))
+    # A low rate: higher ones spike on four batches an epoch, after which another processor's rounding decides.
+    _, curve = train(data, compute, tmp_path, replace(RECIPE, epochs=8), lr=0.003)
     assert curve[-1]["train_loss"] < 0.6 * curve[0]["train_loss"]
-    assert curve[-1]["lr"] < 0.02
+    assert curve[-1]["val_top1"] > 0.8
+    assert curve[-1]["lr"] < 0.003
 
 
 def test_early_stopping_keeps_the_best_epoch(data: tuple[Samples, Samples], compute: Compute, tmp_path: Path) -> None:
