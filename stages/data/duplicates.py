@@ -233,6 +233,14 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return starts[number] + np.arange(len(number)) - before, number
 
 
+class Held(NamedTuple):
+    """What a table looks at: pairs of hashes that agree on `blocks` (bit masks) and differ in each of `changed`, the
+    other blocks in front of the last of these. So each pair is in one table alone, that of its first intact blocks."""
+
+    blocks: tuple[int, ...]
+    changed: tuple[int, ...]
+
+
 def _close_values(values: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
     """All pairs (i < j) of distinct hashes within `distance` bits, not both plain, by the pigeonhole principle.
 
@@ -244,35 +252,45 @@ def _close_values(values: np.ndarray, distance: int) -> tuple[np.ndarray, np.nda
     if distance == 0 or count < 2:
         return np.empty(0, np.int64), np.empty(0, np.int64)
 
-    def table(mask: int) -> tuple[np.ndarray, int]:
-        return _close_in_table(values, plain, mask, distance)
+    def table(held: Held) -> tuple[np.ndarray, int]:
+        return _close_in_table(values, plain, held, distance)
 
-    masks = list(_masks(distance, _intact_blocks(count, distance)))
-    codes, compared = np.empty(0, np.int64), 0
+    tables = list(_tables(distance, _intact_blocks(count, distance)))
+    pairs, compared = [np.empty((0, 2), np.int64)], 0
     with ThreadPoolExecutor(worker_count()) as pool:  # sorting and comparing let go of the interpreter's lock
         step = worker_count()  # no more ahead than can run, so that an exceeded budget ends it at once
-        for start in range(0, len(masks), step):
-            for found, looked_at in pool.map(table, masks[start : start + step]):
+        for start in range(0, len(tables), step):
+            for found, looked_at in pool.map(table, tables[start : start + step]):
                 compared += looked_at
                 _check_budget(compared, MAX_COMPARISONS, distance)
-                codes = np.union1d(codes, found)  # most tables find what others have found
-    return codes // count, codes % count
+                pairs.append(found)
+    one, other = np.concatenate(pairs).T
+    return np.minimum(one, other), np.maximum(one, other)
 
 
-def _close_in_table(values: np.ndarray, plain: np.ndarray, mask: int, distance: int) -> tuple[np.ndarray, int]:
-    """Pairs (i < j) among hashes that agree on `mask`, as i * count + j, and how many pairs were looked at."""
-    key = values & np.uint64(mask)
-    free = np.uint64(~mask & -~mask)  # lowest bit outside the mask: it sorts hashes behind the plain ones
-    order = np.argsort(np.where(plain, key, key | free))
+def _close_in_table(values: np.ndarray, plain: np.ndarray, held: Held, distance: int) -> tuple[np.ndarray, int]:
+    """Pairs (P, 2) of hashes that agree on what is held and are left to this table; how many pairs were looked at."""
+    mask = sum(held.blocks)
+    free = (~mask & -~mask).bit_length() - 1  # a bit that the mask leaves out, turned to the very end: it puts the
+    key = _rotated_right(values & np.uint64(mask), free)  # plain ones first among equal keys
+    order = np.argsort(np.where(plain, key, key | np.uint64(1)))
     key, structured, ordered = key[order], ~plain[order], values[order]
-    codes, compared = [np.empty(0, np.int64)], 0
+    pairs, compared = [np.empty((0, 2), np.int64)], 0
     for one, other in _neighbours(key, structured):
         compared += len(one)
         _check_budget(compared, MAX_COMPARISONS, distance)
-        near = np.bitwise_count(ordered[one] ^ ordered[other]) <= distance
-        i, j = order[one[near]], order[other[near]]
-        codes.append(np.minimum(i, j) * len(values) + np.maximum(i, j))
-    return np.unique(np.concatenate(codes)), compared
+        changed = ordered[one] ^ ordered[other]
+        near = np.bitwise_count(changed) <= distance
+        one, other, changed = one[near], other[near], changed[near]
+        mine = np.ones(len(one), dtype=bool)
+        for block in held.changed:
+            mine &= (changed & np.uint64(block)) != 0
+        pairs.append(np.stack([order[one[mine]], order[other[mine]]], axis=1))
+    return np.concatenate(pairs), compared
+
+
+def _rotated_right(values: np.ndarray, by: int) -> np.ndarray:
+    return (values >> np.uint64(by)) | (values << np.uint64(BITS - by)) if by else values
 
 
 def _neighbours(key: np.ndarray, structured: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -301,9 +319,10 @@ def _intact_blocks(count: int, distance: int) -> int:
     return min(range(1, 6), key=cost)
 
 
-def _masks(distance: int, intact: int) -> Iterator[int]:
-    """Bit masks of every choice of `intact` blocks. A block is every n-th bit: neighbouring bits are correlated."""
+def _tables(distance: int, intact: int) -> Iterator[Held]:
+    """Every choice of `intact` blocks. A block is every n-th bit: neighbouring bits are correlated."""
     blocks = distance + intact
-    block_masks = [sum(1 << bit for bit in range(block, BITS, blocks)) for block in range(blocks)]
-    for chosen in combinations(block_masks, intact):
-        yield sum(chosen)
+    masks = [sum(1 << bit for bit in range(block, BITS, blocks)) for block in range(blocks)]
+    for chosen in combinations(range(blocks), intact):
+        changed = (mask for block, mask in enumerate(masks[: chosen[-1]]) if block not in chosen)
+        yield Held(tuple(masks[block] for block in chosen), tuple(changed))

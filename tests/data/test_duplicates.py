@@ -34,10 +34,10 @@ def _rows(hashes: list[int], contents: list[str] | None = None) -> pd.DataFrame:
 
 
 def _clustered(count: int, seed: int) -> pd.DataFrame:
-    """Random hashes, most of them a few flipped bits away from another; some plain, some shared by many."""
+    """Random hashes, most of them a few flipped bits away from another; some plain or just not, some shared by many."""
     rng = np.random.default_rng(seed)
     centres = rng.integers(0, 2**64, count // 30, dtype=np.uint64)
-    centres[:3] = [0, 2**64 - 1, 0x0101]
+    centres[:12] = [0, 2**64 - 1, 0x0101, *(0b11111111 << 6 * number for number in range(9))]
     hashes = rng.choice(centres, count)
     for _ in range(4):
         flipped = rng.random(count) < 0.5
