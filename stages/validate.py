@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from stages.command import StageError, run
-from stages.data.drift import FactDrift, compare
+from stages.data.drift import FACTS, FactDrift, compare
 from stages.data.duplicates import SamePicture, find_duplicates, look_alikes
 from stages.data.expectations import (
     EXACT,
@@ -120,7 +120,7 @@ def assign(images: pd.DataFrame, batches: dict[str, Batch], limits: Split) -> No
     first_finetune = next((name for name, batch in batches.items() if batch.role == "finetune"), None)
     images["split"] = ""
     for arrival, (name, batch) in enumerate(batches.items()):
-        rows = images[images["arrival"] == arrival]
+        rows = images.loc[images["arrival"] == arrival, ["source_split", "sha256"]]
         later = batch.role == "finetune" and name != first_finetune
         images.loc[rows.index, "split"] = assign_splits(rows["source_split"], rows["sha256"], later, limits)
 
@@ -172,7 +172,7 @@ def judge(
     failed |= _judge_outliers(images, limits)
     failed |= _judge_duplicates(images, limits, confirmation)
     classes = _label(images, batches)
-    drift = _drift(images[images["reason"] == ""], batches, limits)
+    drift = _drift(images.loc[images["reason"] == "", ["role", "arrival", *FACTS]], batches, limits)
     tables = {
         "batch": batch_table(images, batches),
         "batch class": look_table(images, batches, limits),
@@ -218,7 +218,7 @@ def in_order_of_precedence(images: pd.DataFrame) -> pd.DataFrame:
 def _judge_outliers(images: pd.DataFrame, limits: Validate) -> dict[str, np.ndarray]:
     """Adds the columns of `outlying`, and fills in `reason` where an outlier is quarantined; positions that fail."""
     sound = np.flatnonzero((images["reason"] == "").to_numpy())
-    measures = outlying(images.iloc[sound])
+    measures = outlying(images[["arrival", "width", "height", "brightness"]].iloc[sound])
     images[measures.columns.tolist()] = np.nan
     for column in measures:
         images.loc[sound, column] = measures[column]
@@ -232,7 +232,7 @@ def _judge_outliers(images: pd.DataFrame, limits: Validate) -> dict[str, np.ndar
 def _judge_duplicates(images: pd.DataFrame, limits: Validate, confirmation: Confirmation) -> dict[str, np.ndarray]:
     """Adds `duplicate_of` and `look`, and fills in `reason` of what yields; positions that fail each expectation."""
     sound = np.flatnonzero((images["reason"] == "").to_numpy())
-    rows = images.iloc[sound]
+    rows = images[_FOR_DUPLICATES].iloc[sound]
     found = find_duplicates(rows, limits, confirmation(rows, _raw_folders(rows), limits))
     images["look"] = np.int64(-1)
     images.loc[sound, "look"] = look_alikes(rows, found.same)
@@ -253,6 +253,10 @@ def _judge_duplicates(images: pd.DataFrame, limits: Validate, confirmation: Conf
     return failed
 
 
+_FOR_DUPLICATES = [
+    *("arrival", "role", "batch", "class_name", "sha256", "hash", "brightness", "contrast"),
+    *("tar", "offset", "bytes"),
+]  # fmt: skip
 _DUPLICATE_COLUMNS = {LEAK: "leak_of", EXACT: "duplicate_of", NEAR: "near_duplicate_of"}
 
 
@@ -271,7 +275,7 @@ def _label(images: pd.DataFrame, batches: dict[str, Batch]) -> dict[str, list[st
     images["label"] = np.int32(-1)
     classes: dict[str, list[str]] = {}
     for role in ROLES:
-        rows = images[images["role"] == role]
+        rows = images.loc[images["role"] == role, ["arrival", "class_name"]]
         arrivals = [arrival for arrival, batch in enumerate(batches.values()) if batch.role == role]
         classes[role] = class_list(rows.loc[rows["arrival"] == arrival, "class_name"] for arrival in arrivals)
         images.loc[rows.index, "label"] = labels(rows["class_name"], classes[role])
@@ -293,7 +297,8 @@ def batch_table(images: pd.DataFrame, batches: dict[str, Batch]) -> pd.DataFrame
 def look_table(images: pd.DataFrame, batches: dict[str, Batch], limits: Validate) -> pd.DataFrame:
     """A row a class of a batch, of those with enough sound images to say: batch, role, class_name, images, look (the
     number that most of them have) and share_alike."""
-    judged = images[(images["look"] >= 0) & (images["class_name"] != "")]
+    is_judged = (images["look"] >= 0) & (images["class_name"] != "")
+    judged = images.loc[is_judged, ["arrival", "class_name", "look"]]
     alike = judged.groupby(["arrival", "class_name", "look"]).size().rename("alike").reset_index()
     of_class = alike.groupby(["arrival", "class_name"])["alike"]
     alike["images"] = of_class.transform("sum")
@@ -312,7 +317,8 @@ def class_table(images: pd.DataFrame, batches: dict[str, Batch], classes: dict[s
     """A row a class of a role: role, class_name, accepted images by split, `largest` (training images of the role's
     largest class), `imbalance` (how many times this one's that is) and `new_in`: the later finetune batch that brought
     it (none for a class that was there from the start)."""
-    accepted = images[(images["reason"] == "") & (images["class_name"] != "")]
+    is_accepted = (images["reason"] == "") & (images["class_name"] != "")
+    accepted = images.loc[is_accepted, ["role", "class_name", "split"]]
     index = pd.MultiIndex.from_tuples(
         [(role, name) for role in ROLES for name in classes[role]], names=["role", "class_name"]
     )
@@ -320,7 +326,8 @@ def class_table(images: pd.DataFrame, batches: dict[str, Batch], classes: dict[s
     table = counts.reindex(index=index, columns=list(PRECEDENCE)).fillna(0).astype(np.int64).reset_index()
     table["largest"] = table.groupby("role")["train"].transform("max")
     table["imbalance"] = table["largest"] / table["train"].where(table["train"] > 0, 0.1)  # never 0 / 0, nor infinite
-    finetune = images[(images["role"] == "finetune") & (images["class_name"] != "")]
+    is_finetune = (images["role"] == "finetune") & (images["class_name"] != "")
+    finetune = images.loc[is_finetune, ["class_name", "arrival"]]
     brought_by = finetune.groupby("class_name")["arrival"].min()
     first = next((arrival for arrival, batch in enumerate(batches.values()) if batch.role == "finetune"), -1)
     names = list(batches)

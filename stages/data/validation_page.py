@@ -90,7 +90,7 @@ def render(
             if column.endswith("_outlying"):  # what lies furthest out comes first
                 rows = rows.nlargest(SHOWN_PER_NOTE, column, keep="first")
             by_note[name] = exhibits(rows, images, raw, SHOWN_PER_NOTE)
-    accepted = images[images["reason"] == ""]
+    accepted = images.loc[images["reason"] == "", ["batch", *CHARTED]]
     return environment.get_template("validation.html.j2").render(
         report=report,
         splits=SPLITS,
@@ -265,6 +265,9 @@ class FactCharts(NamedTuple):
     sizes: SizeMap | None
     histograms: list[Histogram]
     kinds: list[tuple[str, int]]
+
+
+CHARTED = ("width", "height", "brightness", "contrast", "bytes", "format", "mode")
 
 
 def fact_charts(name: str, rows: pd.DataFrame) -> FactCharts:
