@@ -271,8 +271,9 @@ def _close_values(values: np.ndarray, distance: int) -> tuple[np.ndarray, np.nda
 def _close_in_table(values: np.ndarray, plain: np.ndarray, held: Held, distance: int) -> tuple[np.ndarray, int]:
     """Pairs (P, 2) of hashes that agree on what is held and are left to this table; how many pairs were looked at."""
     mask = sum(held.blocks)
-    free = (~mask & -~mask).bit_length() - 1  # a bit that the mask leaves out, turned to the very end: it puts the
-    key = _rotated_right(values & np.uint64(mask), free)  # plain ones first among equal keys
+    # A bit that the mask leaves out is turned to the very end: there it puts plain ones first among equal keys.
+    free = (~mask & -~mask).bit_length() - 1
+    key = _rotated_right(values & np.uint64(mask), free)
     order = np.argsort(np.where(plain, key, key | np.uint64(1)))
     key, structured, ordered = key[order], ~plain[order], values[order]
     pairs, compared = [np.empty((0, 2), np.int64)], 0
