@@ -13,8 +13,9 @@ export UV_PYTHON_DOWNLOADS := never
 UV_VERSION := 0.13.9
 QUIETLY := --quiet --no-cache-dir --disable-pip-version-check
 UV = $(or $(shell command -v uv),$(CURDIR)/.synset/uv/bin/uv)
-# Run, not only looked up: a pyenv shim exists also for versions that are not switched on.
-PYTHON = $(shell for name in python3.13 python3.12 python3.11 python3; do \
+# Run, not only looked up: a pyenv shim exists also for versions that are not switched on. Never the one of .venv, which
+# is removed where a setup was cut off.
+PYTHON = $(shell PATH='$(subst $(BIN):,,$(PATH))'; for name in python3.13 python3.12 python3.11 python3; do \
   if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then command -v $$name; break; fi; done)
 FOLDERS = $(foreach folder,stages pipelines tests bench,$(if $(wildcard $(folder)/*.py),$(folder)))
 # What .venv was made from; it also holds the place, because the scripts of a moved .venv call the old one.

@@ -208,6 +208,17 @@ def test_an_environment_is_made_again_only_when_the_lock_changed(tmp_path: Path)
     assert "no Python" in setup().stderr
 
 
+def test_a_new_environment_is_never_made_from_the_one_that_it_replaces(tmp_path: Path) -> None:
+    for name in ("Makefile", "environment.mk", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python3.13").symlink_to(sys.executable)  # a setup that was cut off before dvc was there
+    path = os.pathsep.join([str(tmp_path.resolve() / ".venv/bin"), BARE["PATH"]])  # as the outer make leaves it
+    asked = ["make", "--silent", "--eval", "asked:; @echo it is $(PYTHON)", "asked"]
+    found = subprocess.run(asked, cwd=tmp_path, env=BARE | {"PATH": path}, capture_output=True, text=True)
+    assert found.stdout.startswith("it is ") and str(tmp_path.resolve()) not in found.stdout
+
+
 def test_ci_stops_at_the_first_failure(tmp_path: Path) -> None:
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
