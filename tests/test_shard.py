@@ -192,7 +192,6 @@ def worker(folder: Path, address: str, name: str, **environment: str) -> "ExitSt
     return stack
 
 
-@pytest.mark.slow
 def test_a_dask_cluster_writes_the_same_bytes_even_if_a_worker_dies(
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -252,7 +251,6 @@ def test_what_is_wrong_with_a_cluster_is_said(tmp_path: Path, undisturbed: dict[
     assert checkout.contents() == undisturbed
 
 
-@pytest.mark.slow
 def test_an_interrupt_cancels_what_has_not_begun(tmp_path: Path) -> None:
     with scheduler(tmp_path / "dask") as (address, _), worker(tmp_path / "dask", address, "one"):
         checkout = Checkout(tmp_path, address)

@@ -49,8 +49,8 @@ THUMBNAIL_SIDE = 32
 # A TIFF may claim more, which facts have no room for.
 LONGEST_SIDE = 2**31 - 1
 
-SEGMENT = struct.Struct(">BBH")  # FF, marker, length without the two
-FRAME = struct.Struct(">BHHB")  # bits, height, width, components
+SEGMENT = ">BBH"  # FF, marker, length without the two
+FRAME = ">BHHB"  # bits, height, width, components
 BASELINE = (0xC0, 0xC1)
 START_OF_SCAN = 0xDA
 SKIPPED = frozenset([0xDB, 0xC4, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)])
@@ -216,11 +216,11 @@ def _plain_jpeg_header(data: bytes) -> Header | None:
     at, frame = 2, None
     try:
         while True:
-            prefix, marker, length = SEGMENT.unpack_from(data, at)
+            prefix, marker, length = struct.unpack_from(SEGMENT, data, at)
             if prefix != 0xFF or length < 2:
                 return None
             if marker in BASELINE and frame is None:
-                frame = FRAME.unpack_from(data, at + 4)
+                frame = struct.unpack_from(FRAME, data, at + 4)
             elif marker == START_OF_SCAN:
                 return _plain(frame, data[at + 4])
             elif marker not in SKIPPED:
