@@ -4,8 +4,7 @@ Same network, recipe, seeds and order, same val images; only where training batc
 PIL with torchvision's RandomResizedCrop and flip on the very same encoded images. Prints top-1 and loss on val of every
 seed, and the mean differences of the two trainings of a seed with their intervals (paired t-test).
 
-The network is a small residual one, not our trainer's: what is asked is whether crops are as good, and many short
-trainings tell that better than a few long ones.
+The network is a small residual one, not our trainer's, so that a seed takes minutes and there can be several.
 """
 
 import argparse

@@ -254,8 +254,7 @@ def _judge_duplicates(images: pd.DataFrame, limits: Validate, confirmation: Conf
 
 
 _FOR_DUPLICATES = [
-    *("arrival", "role", "batch", "class_name", "sha256", "hash", "brightness", "contrast"),
-    *("tar", "offset", "bytes"),
+    "arrival", "role", "batch", "class_name", "sha256", "hash", "brightness", "contrast", "tar", "offset", "bytes",
 ]  # fmt: skip
 _DUPLICATE_COLUMNS = {LEAK: "leak_of", EXACT: "duplicate_of", NEAR: "near_duplicate_of"}
 

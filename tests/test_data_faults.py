@@ -68,6 +68,11 @@ KILLS = {
         Kill("shard", "os.rename", "data/shards", 1),
     ],
 }
+OUTPUTS = {
+    "ingest": f"data/raw/pretrain/{BATCH}",
+    "scan": f"data/facts/pretrain/{BATCH}.parquet",
+    "shard": f"data/shards/pretrain/{BATCH}",
+}
 BY_CHANCE = 4
 """Kills of the whole process group, of each stage."""
 
@@ -123,8 +128,10 @@ def stage(workspace: Workspace, name: str, fault: str = "", seconds: float | Non
         os.killpg(process.pid, signal.SIGKILL)
     _, said = process.communicate()
     assert fault or seconds is not None or not process.returncode, said
-    # Scan's own processes have nobody to say it to: it tells of their death.
-    if fault and f"fault: {fault.split()[0]}" not in said and "was killed by SIGKILL" not in said:
+    came = f"fault: {fault.split()[0]}" in said if fault else True
+    if name == "scan":  # its own processes have nobody to say it to: it tells of their death
+        came = came or ("the process that scanned" in said and "was killed by SIGKILL" in said)
+    if not came:
         pytest.fail(f"{fault} did not come: {said}")
     return process.returncode
 
@@ -149,14 +156,24 @@ def finished(workspace: Workspace, name: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def kept(workspace: Workspace, name: str, before: dict[str, tuple[int, int]]) -> int:
-    """How much of `before` is still there; all that is must be the same files, never written again."""
+def made(workspace: Workspace, name: str) -> int:
+    """When the stage's output got its name, in ns; 0: it has none."""
+    path = workspace.root / OUTPUTS[name]
+    return path.stat().st_ctime_ns if path.exists() else 0
+
+
+def kept(workspace: Workspace, name: str, before: dict[str, tuple[int, int]], done: bool) -> int:
+    """How much of `before` is still there; all that is must be the same files, never written again.
+
+    Only where the output has been made since (`done`) may any be gone: into it, or thrown away with the rest.
+    """
     after = finished(workspace, name)
-    both = set(before) & set(after)
     # A shard is whole with its entry, which comes last; what has none yet may be written again.
-    whole = {each for each in both if f"{name}@" not in each or name != "shard" or entry_of(each) in before}
-    assert {each: before[each] for each in whole} == {each: after[each] for each in whole}
-    return len(whole)
+    whole = {each for each in before if name != "shard" or entry_of(each) in before}
+    there = whole & set(after)
+    assert {each: before[each] for each in there} == {each: after[each] for each in there}
+    assert done or there == whole, sorted(whole - there)
+    return len(there)
 
 
 def entry_of(path: str) -> str:
@@ -186,12 +203,13 @@ def test_killed_anywhere_the_end_is_the_same(kind: str, incoming: Path, tmp_path
         seconds = time.perf_counter() - began
         moments = [f"kill stages.{name} {each.event} {each.text} {each.nth}" for each in KILLS[kind] if each[0] == name]
         for faults in ([""] * BY_CHANCE, moments):  # apart: those by chance may leave nothing to do for the others
+            already = made(killed, name)
             for fault in faults:
                 number += 1
                 before = finished(killed, name)
                 after = chance.uniform(0.2, 1.0) * seconds
                 ended = stage(killed, name, fault) if fault else stage(killed, name, seconds=after)
-                count = kept(killed, name, before)
+                count = kept(killed, name, before, done=made(killed, name) != already)
                 moment = fault.removeprefix("kill ") or f"stages.{name}, the group after {after:.1f} s"
                 print(f"{number:>2}  {moment}: ended with {ended}, {count} of {len(before)} finished files kept")
             stage(killed, name)
