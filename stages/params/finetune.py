@@ -1,31 +1,41 @@
 """The section `finetune`: how the backbone becomes a model of the target classes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.params.load import Section
-from stages.params.pretrain import AtLeastZero, Positive
+from stages.params.recipe import Positive, Recipe
 
 
-class Finetune(Section):
+class Lora(Section):
+    """Low-rank updates (Hu et al. 2022)."""
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Positive = 16.0
+    """The update is scaled by alpha / rank."""
+
+
+class Finetune(Recipe):
     """The recipe also trains the model from scratch that the comparison needs."""
 
-    strategy: Literal["head", "full"] = "full"
-    """What is trained: the new head alone, or every weight."""
+    strategy: Literal["head", "last_block", "full", "bias", "lora"] = "full"
+    """What is trained: the new head alone, with it the last block, every weight, biases and norms,
+    or low-rank updates."""
     epochs: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=4)] = 32
     lr: Positive = 0.05
-    """Peak of the one-cycle schedule, for the head, and for every weight when training from scratch."""
+    """The peak for the head, and for every weight when training from scratch."""
     backbone_lr: Positive = 0.01
-    """The same for the pretrained weights (`full`)."""
-    weight_decay: AtLeastZero = 5e-4
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    min_crop_area: Annotated[float, Field(gt=0, le=1)] = 0.35
-    patience: Annotated[int, Field(ge=1)] | None = None
-    """Early stopping after so many epochs without a lower val loss, with the weights of the best one. Null: all epochs,
-    and the weights of the last."""
+    """The peak for whatever else the strategy trains."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of `full`: each block's learning rate is that of the block after it, times this."""
+    lora: Lora = Lora()
     scratch: bool = True
     """Also train the same architecture from random weights, with the same recipe and steps."""
-    seed: Annotated[int, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _knows_labels(self) -> Self:
+        if self.monitor == "knn_top1":
+            raise ValueError("`monitor: knn_top1` is for pretraining without labels")
+        return self
