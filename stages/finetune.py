@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,17 @@ from stages.command import StageError, run
 from stages.data.loading import read_samples
 from stages.data.shard_sets import check_resize, read_index, shard_sets
 from stages.files import replaced_directory, sha256, write_json
-from stages.fingerprint import fingerprint, prune, work_folder
 from stages.params.finetune import Finetune
 from stages.params.load import load_section
 from stages.params.model import Model
 from stages.params.training import Training
+from stages.training_work import TrainingWork, training_work
 
 if TYPE_CHECKING:
-    from stages.training.loop import Metrics
+    from stages.tracking import TrainingRun
+    from stages.training.devices import Compute
     from stages.training.models import Classifier
+    from stages.training.objectives import Metrics
     from stages.training.strategies import Groups
 
 BACKBONE = Path("models/backbone")
@@ -31,67 +34,148 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Trains the target model from the backbone, then from random weights with the same recipe."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--trial", type=Path, metavar="DIR", help="one trial of a search: all that it writes lies there (pipelines.tune)"
+    )
+    trial = parser.parse_args().trial
     finetune = load_section("finetune", Finetune)
     model = load_section("model", Model)
     training = load_section("training", Training)
-    sets = list(shard_sets("finetune"))
-    if not sets:
+    if not list(shard_sets("finetune")):
         raise StageError("no batch has the role finetune; there is nothing to fine-tune on")
-    check_resize(sets, model.image_size)
 
+    from stages.training.processes import run_together
+
+    arguments = ["--trial", str(trial)] if trial else []
+    main = partial(_trial, trial) if trial else _both
+    run_together("stages.finetune", arguments, training, partial(main, finetune, model, training))
+
+
+def _both(finetune: Finetune, model: Model, training: Training) -> None:
+    """The stage: from the backbone, and from scratch."""
     from stages.tracking import training_run
     from stages.training.devices import set_up
-    from stages.training.loop import Recipe, fit
-    from stages.training.models import build, copy_backbone, load_classifier, save_classifier
-    from stages.training.strategies import STRATEGIES, scratch
+    from stages.training.processes import is_first, wait_for_first
 
     compute = set_up(training)
-    backbone, backbone_config = load_classifier(BACKBONE)
-    config = _config(model, sets, backbone_config)
-    train, val = read_samples(sets, "train"), read_samples(sets, "val")
-    logger.info("finetune: %d images, %d for val, strategy %s", len(train), len(val), finetune.strategy)
-    recipe = Recipe.of(finetune, model.image_size, config["resize"])
-    stamp = fingerprint("finetune", compute.kind)
-    work = work_folder("finetune", stamp)
-    prune(work.parent, keep=work)
-
-    params = {"finetune": finetune.model_dump(), "model": model.model_dump(), "training": training.model_dump()}
-    tags = {"fingerprint": stamp, "machine": compute.kind}
-    with training_run("finetune", params, tags, resumed=work.exists()) as tracked:
-
-        def trained(start: "Classifier", groups: "Groups", name: str, out: Path) -> "list[Metrics]":
-            prefix = "" if name == "finetuned" else f"{name}/"
-
-            def log(metrics: "Metrics", epoch: int) -> None:
-                tracked.log({prefix + key: value for key, value in metrics.items()}, epoch)
-
-            curve = fit(start, groups, train, val, recipe, compute, work, log, name)
-            save_classifier(start, config, out)
-            return curve
-
-        start = build(config, finetune.seed)
-        copy_backbone(backbone, start)
-        curves = {"finetuned": trained(start, STRATEGIES[finetune.strategy](start, finetune), "finetuned", FINETUNED)}
+    config = _config(model)
+    work = training_work("finetune", compute.kind, training)
+    with training_run("finetune", _params(finetune, model, training), work.tags, resumed=work.resumed) as tracked:
+        task = _Task(finetune, model, config, compute, tracked)
+        curves = {"finetuned": task.trained("finetuned", work.folder, FINETUNED)}
         if finetune.scratch:
-            start = build(config, finetune.seed)
-            curves["scratch"] = trained(start, scratch(start, finetune), "scratch", SCRATCH)
+            curves["scratch"] = task.trained("scratch", work.folder, SCRATCH)
+        if is_first():
+            if not finetune.scratch:
+                with replaced_directory(SCRATCH):
+                    pass  # DVC wants its output to be there
+            write_json(REPORTS / "metrics.json", _report(curves, work))
+            tracked.set_tags({"model.sha256": sha256(FINETUNED / "model.safetensors")})
+            tracked.log_artifacts(REPORTS)
+    wait_for_first()
+    if is_first():
+        shutil.rmtree(work.folder)
+
+
+def _trial(folder: Path, finetune: Finetune, model: Model, training: Training) -> None:
+    """One trial of a search: from the backbone alone, checkpoint and all in `folder`, which is kept."""
+    from stages.tracking import training_run
+    from stages.training.devices import set_up
+    from stages.training.processes import is_first
+
+    compute = set_up(training)
+    tags = {"trial": folder.name, "machine": compute.kind}
+    resumed = (folder / "finetuned").is_dir()
+    with training_run("finetune", _params(finetune, model, training), tags, resumed=resumed) as tracked:
+        curve = _Task(finetune, model, _config(model), compute, tracked).trained("finetuned", folder, folder / "model")
+    if is_first():
+        write_json(folder / "metrics.json", {"epochs": curve})
+
+
+class _Task:
+    """Training for the target's classes, from either start."""
+
+    def __init__(
+        self, finetune: Finetune, model: Model, config: dict[str, Any], compute: "Compute", tracked: "TrainingRun"
+    ) -> None:
+        self.finetune, self.model, self.config, self.compute, self.tracked = finetune, model, config, compute, tracked
+        sets = list(shard_sets("finetune"))
+        check_resize(sets, model.image_size)
+        self.train, self.val = read_samples(sets, "train"), read_samples(sets, "val")
+        logger.info(
+            "finetune: %d images, %d for val, strategy %s", len(self.train), len(self.val), finetune.strategy
+        )
+
+    def trained(self, name: str, work: Path, out: Path) -> "list[Metrics]":
+        """Trains the model called `name`, writes it to `out`, and returns its curve.
+
+        Args:
+            work: holds the folder of its checkpoint, which has its name.
+        """
+        from stages.training.feeding import crops
+        from stages.training.loop import fit
+        from stages.training.models import save_classifier
+        from stages.training.objectives import Looking, Supervised
+        from stages.training.processes import is_first
+        from stages.training.strategies import merge, trainable
+
+        prefix = "" if name == "finetuned" else f"{name}/"
+
+        def log(metrics: "Metrics", epoch: int) -> None:
+            self.tracked.log({prefix + key: value for key, value in metrics.items()}, epoch)
+
+        start, groups = self._start(name)
+        count, share = trainable(start)
+        log({"trainable_parameters": count, "trainable_share": share}, 0)
+        looking = Looking(self.val, self.model.image_size, self.config["resize"], 2 * self.finetune.batch_size)
+        objective = Supervised(start, self.finetune, looking, self.compute)
+        feed = crops(self.train, self.finetune, self.compute)
+        curve = fit(
+            start, groups, feed, objective, self.finetune, self.model.image_size, self.compute, work / name, log, name
+        )
+        merge(start)
+        if is_first():
+            save_classifier(start, self.config, out)
+        return curve
+
+    def _start(self, name: str) -> "tuple[Classifier, Groups]":
+        """The network before its first step, and what of it is trained."""
+        from stages.training.models import build, check_takes, copy_backbone, load_classifier
+        from stages.training.regularisation import regularise
+        from stages.training.strategies import STRATEGIES, scratch
+
+        start = build(self.config, self.finetune.seed, self.model.auxiliary_heads)
+        check_takes(start, self.finetune.start_size or self.model.image_size)
+        if name == "scratch":
+            groups = scratch(start, self.finetune)
         else:
-            with replaced_directory(SCRATCH):
-                pass  # DVC wants its output to be there
-        write_json(REPORTS / "metrics.json", {name: {"epochs": curve} for name, curve in curves.items()})
-        tracked.set_tags({"model.sha256": sha256(FINETUNED / "model.safetensors")})
-        tracked.log_artifacts(REPORTS)
-    shutil.rmtree(work)
+            copy_backbone(load_classifier(BACKBONE)[0], start)
+            groups = STRATEGIES[self.finetune.strategy](start, self.finetune)
+        regularise(start, self.finetune.dropout, self.finetune.stochastic_depth)
+        return start, groups
 
 
-def _config(model: Model, sets: list[Path], backbone: dict[str, Any]) -> dict[str, Any]:
+def _params(finetune: Finetune, model: Model, training: Training) -> dict[str, Any]:
+    return {"finetune": finetune.model_dump(), "model": model.model_dump(), "training": training.model_dump()}
+
+
+def _report(curves: "dict[str, list[Metrics]]", work: TrainingWork) -> dict[str, Any]:
+    return {**{name: {"epochs": curve} for name, curve in curves.items()}, **work.recorded}
+
+
+def _config(model: Model) -> dict[str, Any]:
     """The backbone's normalisation, the target's classes."""
+    path = BACKBONE / "config.json"
+    if not path.is_file():
+        raise StageError(f"{BACKBONE} holds no model; `dvc repro pretrain` makes it")
+    backbone = json.loads(path.read_text(encoding="utf-8"))
     return {
         "architecture": model.architecture,
+        "stem": model.stem,
         "classes": json.loads(Path("data/classes/finetune.json").read_text(encoding="utf-8")),
         "image_size": model.image_size,
-        "resize": max(read_index(each)["resize"] for each in sets),
+        "resize": max(read_index(each)["resize"] for each in shard_sets("finetune")),
         "mean": backbone["mean"],
         "std": backbone["std"],
     }

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from stages.files import sha256
 from stages.params.load import read_params
 
 
-def fingerprint(stage: str, machine: str = "", source: str = "") -> str:
+def fingerprint(stage: str, machine: str = "", source: str = "", without: Collection[str] = ()) -> str:
     """sha256 over the dependencies and parameters that dvc.yaml names for `stage`, and what else decides its bytes.
 
     Versions of packages are among the dependencies (stages/versions/). A shard set is known by its index.json, which
@@ -22,6 +23,7 @@ def fingerprint(stage: str, machine: str = "", source: str = "") -> str:
         stage: as DVC names it: `pretrain`, `scan@target`.
         machine: kind of machine, where it decides bytes.
         source: listing of what is read from outside the graph (ingest).
+        without: parameters that do not count, by dotted name.
     """
     params = read_params()
     declared = _declared(stage, params)
@@ -30,7 +32,7 @@ def fingerprint(stage: str, machine: str = "", source: str = "") -> str:
         value: Any = params
         for key in name.split("."):
             value = value[key]
-        parts["params"][name] = value
+        parts["params"][name] = _left(value, name, without)
     for dependency in declared.get("deps", []):
         for path in _files(Path(dependency)):
             parts["files"][path.as_posix()] = _state(path)
@@ -48,6 +50,12 @@ def prune(stage_work: Path, keep: Path) -> None:
         for folder in stage_work.iterdir():
             if folder != keep:
                 shutil.rmtree(folder)
+
+
+def _left(value: Any, name: str, without: Collection[str]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: each for key, each in value.items() if f"{name}.{key}" not in without}
 
 
 def _declared(stage: str, params: dict[str, Any]) -> dict[str, Any]:

@@ -4,21 +4,25 @@ import argparse
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.command import StageError, run
-from stages.data.loading import read_samples
+from stages.data.loading import Samples, read_samples
 from stages.data.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
 from stages.files import sha256, write_json
-from stages.fingerprint import fingerprint, prune, work_folder
 from stages.params.load import load_section
 from stages.params.model import Model
 from stages.params.pretrain import Pretrain
 from stages.params.training import Training
+from stages.training_work import training_work
 
 if TYPE_CHECKING:
     from stages.training.devices import Compute
+    from stages.training.feeding import Feed
+    from stages.training.models import Classifier
+    from stages.training.objectives import Looking, Objective
 
 logger = logging.getLogger(__name__)
 BACKBONE = Path("models/backbone")
@@ -28,72 +32,118 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def main() -> None:
-    """Trains the backbone, or draws it at random where `method` is none."""
+    """Trains the backbone, or takes it as it is where `method` is none."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     pretrain = load_section("pretrain", Pretrain)
     model = load_section("model", Model)
     training = load_section("training", Training)
 
+    from stages.training.processes import run_together
+
+    if pretrain.method == "none":
+        _untrained(pretrain, model)
+    else:
+        run_together("stages.pretrain", [], training, partial(_trained, pretrain, model, training))
+
+
+def _untrained(pretrain: Pretrain, model: Model) -> None:
+    from stages.training.models import save_classifier
+
+    config = {"architecture": model.architecture, "stem": model.stem, "classes": [], "image_size": model.image_size}
+    config |= {"resize": model.image_size, **IMAGENET}
+    save_classifier(_start(pretrain, model, config), config, BACKBONE)
+    write_json(REPORTS / "metrics.json", {"epochs": []})
+    logger.info("pretrain: %s (`pretrain.method` is none)", pretrain.weights or "a random backbone")
+
+
+def _trained(pretrain: Pretrain, model: Model, training: Training) -> None:
+    from stages.tracking import training_run
     from stages.training.devices import set_up
+    from stages.training.loop import fit
+    from stages.training.models import save_classifier
+    from stages.training.processes import is_first, wait_for_first
+    from stages.training.strategies import trainable
 
     compute = set_up(training)
-    if pretrain.method == "none":
-        _random(pretrain, model)
-    else:
-        _supervised(pretrain, model, training, compute)
-
-
-def _random(pretrain: Pretrain, model: Model) -> None:
-    from stages.training.models import build, check_takes, save_classifier
-
-    config = {"architecture": model.architecture, "classes": [], "image_size": model.image_size}
-    config |= {"resize": model.image_size, **IMAGENET}
-    backbone = build(config, pretrain.seed)
-    check_takes(backbone, model.image_size)
-    save_classifier(backbone, config, BACKBONE)
-    write_json(REPORTS / "metrics.json", {"epochs": []})
-    logger.info("pretrain: a random backbone (`pretrain.method` is none)")
-
-
-def _supervised(pretrain: Pretrain, model: Model, training: Training, compute: "Compute") -> None:
-    from stages.tracking import training_run
-    from stages.training.loop import Recipe, fit
-    from stages.training.models import build, check_takes, save_classifier
-
     sets = list(shard_sets("pretrain"))
     if not sets:
         raise StageError(
-            "params.yaml: `pretrain.method` is supervised, but no batch has the role pretrain; set it to none"
+            f"params.yaml: `pretrain.method` is {pretrain.method}, but no batch has the role pretrain; set it to none"
         )
     check_resize(sets, model.image_size)
     config = _config(model, sets)
-    backbone = build(config, pretrain.seed)
-    check_takes(backbone, model.image_size)
-    every = read_samples(sets, "train")
-    train, val = every.labelled(), read_samples(sets, "val").labelled()
-    logger.info(
-        "pretrain: %d images, %d unlabelled ones left out, %d for val", len(train), len(every) - len(train), len(val)
-    )
-    recipe = Recipe.of(pretrain, model.image_size, config["resize"])
-    stamp = fingerprint("pretrain", compute.kind)
-    work = work_folder("pretrain", stamp)
-    prune(work.parent, keep=work)
+    backbone = _start(pretrain, model, config)
+    feed, objective = _task(pretrain, model, sets, config, backbone, compute)
+    work = training_work("pretrain", compute.kind, training)
     params = {"pretrain": pretrain.model_dump(), "model": model.model_dump(), "training": training.model_dump()}
-    tags = {"fingerprint": stamp, "machine": compute.kind}
-    with training_run("pretrain", params, tags, resumed=work.exists()) as tracked:
+    with training_run("pretrain", params, work.tags, resumed=work.resumed) as tracked:
         groups = [(list(backbone.parameters()), pretrain.lr)]
-        curve = fit(backbone, groups, train, val, recipe, compute, work, tracked.log, "pretrain")
-        write_json(REPORTS / "metrics.json", {"epochs": curve})
-        save_classifier(backbone, config, BACKBONE)
-        tracked.set_tags({"model.sha256": sha256(BACKBONE / "model.safetensors")})
-        tracked.log_artifacts(REPORTS)
-    shutil.rmtree(work)
+        count, share = trainable(backbone)
+        tracked.log({"trainable_parameters": count, "trainable_share": share}, 0)
+        curve = fit(
+            backbone, groups, feed, objective, pretrain, model.image_size, compute, work.folder, tracked.log, "pretrain"
+        )
+        if is_first():
+            _without_projector(backbone, config, pretrain)
+            write_json(REPORTS / "metrics.json", {"epochs": curve, **work.recorded})
+            save_classifier(backbone, config, BACKBONE)
+            tracked.set_tags({"model.sha256": sha256(BACKBONE / "model.safetensors")})
+            tracked.log_artifacts(REPORTS)
+    wait_for_first()
+    if is_first():
+        shutil.rmtree(work.folder)
+
+
+def _start(pretrain: Pretrain, model: Model, config: dict[str, Any]) -> "Classifier":
+    """The network before its first step, known to take the images."""
+    from stages.training.models import build, check_takes
+    from stages.training.regularisation import regularise
+    from stages.training.weights import start_from
+
+    auxiliary = model.auxiliary_heads and pretrain.method == "supervised"
+    backbone = build(config, pretrain.seed, auxiliary)
+    if pretrain.weights:
+        start_from(backbone, pretrain.weights)
+    regularise(backbone, pretrain.dropout, pretrain.stochastic_depth)
+    check_takes(backbone, model.image_size)
+    return backbone
+
+
+def _task(
+    pretrain: Pretrain, model: Model, sets: list[Path], config: dict[str, Any], backbone: "Classifier",
+    compute: "Compute",
+) -> "tuple[Feed, Objective]":  # fmt: skip
+    """What is learned from, and what is minimised."""
+    from stages.training.feeding import crops
+    from stages.training.objectives import Looking, SelfSupervision, Supervised
+
+    every, val = read_samples(sets, "train"), read_samples(sets, "val").labelled()
+    looking = Looking(val, model.image_size, config["resize"], 2 * pretrain.batch_size)
+    if pretrain.method == "supervised":
+        train = every.labelled()
+        logger.info("pretrain: %s", _counted(train, len(every) - len(train), val))
+        return crops(train, pretrain, compute), Supervised(backbone, pretrain, looking, compute)
+    logger.info("pretrain: %s without labels, %d images, %d labelled ones for val", pretrain.method, len(every), len(val))
+    objective = SelfSupervision(backbone, pretrain, every.labelled(), looking, compute)
+    return crops(every, pretrain, compute, pretrain.self_supervised), objective
+
+
+def _counted(train: Samples, unlabelled: int, val: Samples) -> str:
+    return f"{len(train)} images, {unlabelled} unlabelled ones left out, {len(val)} for val"
+
+
+def _without_projector(backbone: "Classifier", config: dict[str, Any], pretrain: Pretrain) -> None:
+    from stages.training.models import fresh_head
+
+    if pretrain.method != "supervised":
+        fresh_head(backbone, max(len(config["classes"]), 1), pretrain.seed)
 
 
 def _config(model: Model, sets: list[Path]) -> dict[str, Any]:
     indexes = [read_index(each) for each in sets]
     return {
         "architecture": model.architecture,
+        "stem": model.stem,
         "classes": json.loads(Path("data/classes/pretrain.json").read_text(encoding="utf-8")),
         "image_size": model.image_size,
         "resize": max(index["resize"] for index in indexes),

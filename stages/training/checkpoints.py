@@ -1,11 +1,13 @@
 """Checkpoints: what a killed training needs to end in the same bytes as an undisturbed one."""
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stages.command import StageError
 from stages.files import replaced_file
 
 
@@ -19,7 +21,14 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, device: str) -> dict[str, Any] | None:
-    """The state, or None where there is none. Tensors and plain values only: nothing is unpickled."""
+    """The state, or None where there is none. Tensors and plain values only: nothing is unpickled.
+
+    Raises:
+        StageError: the file is damaged.
+    """
     if not path.is_file():
         return None
-    return torch.load(path, map_location=device, weights_only=True)
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise StageError(f"{path} is damaged; remove it to begin anew: {str(error).splitlines()[0]}") from error

@@ -15,14 +15,21 @@ class Compute:
     """What `training` in params.yaml comes to on this machine."""
 
     device: str
-    """cpu or cuda."""
-    bf16: bool
+    """cpu or cuda: this process's current one."""
+    dtype: torch.dtype | None
+    """Of autocast; None: all in float32."""
     channels_last: bool
     threads: int
+    compile: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is a GPU."""
+        return self.device == "cuda"
 
     def autocast(self) -> AbstractContextManager[object]:
-        """bf16 autocast where it is on; weights and optimiser stay in float32."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+        """Autocast where it is on; weights and optimiser stay in float32."""
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype is not None)
 
     def place(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model on the device, in the memory layout that its convolutions like."""
@@ -32,8 +39,8 @@ class Compute:
     @property
     def kind(self) -> str:
         """The kind of machine that decides bits, for the fingerprint."""
-        name = torch.cuda.get_device_name() if self.device == "cuda" else torch.cpu.get_capabilities().get("cpu_name")
-        return f"{self.device} {name} {'bf16' if self.bf16 else 'float32'}"
+        name = torch.cuda.get_device_name() if self.on_gpu else torch.cpu.get_capabilities().get("cpu_name")
+        return f"{self.device} {name} {str(self.dtype or torch.float32).removeprefix('torch.')}"
 
 
 def set_up(training: Training) -> Compute:
@@ -45,20 +52,25 @@ def set_up(training: Training) -> Compute:
     if training.device == "cuda" and not torch.cuda.is_available():
         raise StageError("params.yaml: `training.device` is cuda, but torch sees no CUDA device; set it to auto or cpu")
     device = "cuda" if training.device != "cpu" and torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(training.threads)
+    if training.deterministic:
+        # cuBLAS is deterministic only with a fixed workspace.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif device == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return Compute(device, _dtype(training, device), training.channels_last, training.threads, training.compile)
+
+
+def _dtype(training: Training, device: str) -> torch.dtype | None:
     if training.precision == "bf16" and not has_bf16(device):
         raise StageError(
             f"params.yaml: `training.precision` is bf16, which this {device} does not compute; set it to auto"
         )
-    torch.set_num_threads(training.threads)
-    if training.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS is deterministic only with a fixed workspace
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    return Compute(
-        device, training.precision != "float32" and has_bf16(device), training.channels_last, training.threads
-    )
+    if training.precision == "fp16":
+        return torch.float16
+    return torch.bfloat16 if training.precision != "float32" and has_bf16(device) else None
 
 
 def has_bf16(device: str) -> bool:

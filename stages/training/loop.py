@@ -1,64 +1,104 @@
-"""The loop: epochs of training, a look at val after each, a checkpoint, and the curves.
+"""The loop: epochs of steps, a look at val after each, checkpoints, and the curves.
 
-An epoch depends on the weights and optimiser before it and on (seed, epoch) alone: order, crops and dropout are drawn
-anew from those two. So a checkpoint an epoch is all that an exact resume needs.
+A step depends on the state before it and on (seed, epoch, step, process) alone: order, crops, dropout and mixing are
+drawn anew from those. So a checkpoint holds no random state and no reader's, and training goes on from any step as if
+nothing had happened.
 """
 
+import json
 import logging
 import math
+import os
+import resource
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from stages.command import StageError
-from stages.data.loading import Samples, evaluation_batches, training_batches
-from stages.params.load import Section
+from stages.files import write_text
+from stages.params.recipe import LOWER_IS_BETTER, Recipe
 from stages.progress import progress
 from stages.training.checkpoints import load_checkpoint, save_checkpoint
 from stages.training.devices import Compute
+from stages.training.feeding import Feed
 from stages.training.models import Classifier
-from stages.training.optimisation import one_cycle, sgd
+from stages.training.objectives import Metrics, Objective
+from stages.training.optimisation import Ema, optimiser, schedule
+from stages.training.processes import StopSignals, is_first, rank, share_buffers, summed, world_size
 
 logger = logging.getLogger(__name__)
-Metrics = dict[str, float]
-SECONDS_BETWEEN_CHECKPOINTS = 15
-"""At least: flushing all weights to the disk after every epoch of a second would take longer than the epochs."""
+CHECKPOINT_STEPS = "SYNSET_CHECKPOINT_STEPS"
+"""Steps between two checkpoints. Not a parameter: it never changes bytes, so it must not make DVC run anything again."""
+LOOK_AT_LOSS_EVERY = 50
+"""Steps on a GPU: reading a loss back makes it wait."""
+SIZE_STEP = 8
+"""Progressive resizing grows by so many pixels at least."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What the loop needs to know, from the sections `pretrain` or `finetune` and `model`."""
+@dataclass
+class State:
+    """Everything that the next step depends on, and what the curves need; a checkpoint is this."""
 
-    epochs: int
-    batch_size: int
-    weight_decay: float
-    label_smoothing: float
-    warmup: float
-    min_crop_area: float
-    seed: int
-    image_size: int
-    resize: int
-    patience: int | None = None
+    model: Classifier
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    ema: Ema | None
+    objective: Objective
+    epoch: int = 1
+    step: int = 0
+    """Steps done of this epoch."""
+    loss: float = 0.0
+    """Summed over this epoch's images, of all processes."""
+    hits: float = 0.0
+    curve: list[Metrics] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None
+    """The network's weights of the best epoch, where early stopping asks for them."""
 
-    @classmethod
-    def of(cls, section: Section, image_size: int, resize: int) -> "Recipe":
-        """The recipe that the section `pretrain` or `finetune` describes; sizes in pixels."""
-        shared = {each.name for each in fields(cls)} & set(type(section).model_fields)
-        return cls(**section.model_dump(include=shared), image_size=image_size, resize=resize)
+    @property
+    def kept(self) -> Classifier:
+        """The model that is validated and kept."""
+        return self.ema.model if self.ema else self.model
+
+    @property
+    def steps_done(self) -> int:
+        """Of all epochs."""
+        return self.schedule.last_epoch  # torch's word for the number of its steps
+
+    def parts(self) -> dict[str, Any]:
+        """What has a state of its own, by name."""
+        parts = {name: getattr(self, name) for name in ("optimiser", "schedule", "scaler", "ema", "objective")}
+        return {"model": self.model.net} | {name: part for name, part in parts.items() if part is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        plain = {name: getattr(self, name) for name in ("epoch", "step", "loss", "hits", "curve", "best")}
+        return plain | {name: part.state_dict() for name, part in self.parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        for name in ("epoch", "step", "loss", "hits", "curve", "best"):
+            setattr(self, name, state[name])
 
 
 def fit(
     model: Classifier,
     groups: list[tuple[list[nn.Parameter], float]],
-    train: Samples,
-    val: Samples,
+    feed: Feed,
+    objective: Objective,
     recipe: Recipe,
+    image_size: int,
     compute: Compute,
     work: Path,
     on_epoch: Callable[[Metrics, int], None],
@@ -68,112 +108,201 @@ def fit(
 
     Args:
         groups: parameters to train with their peak learning rate.
-        val: may be empty; then there is no val loss and no early stopping.
-        work: folder for the checkpoint; one found there is continued from.
-        on_epoch: called with the metrics of every epoch trained here and its number (from 1).
+        image_size: of the crops, in pixels, once progressive resizing is over.
+        work: folder for the checkpoint and progress.jsonl, the curve so far; a checkpoint found there is continued from.
+        on_epoch: called in process 0 with the metrics of every epoch that ends here and its number (from 1).
 
     Raises:
-        StageError: nothing to train on, or the loss is no longer finite.
+        StageError: too few images, early stopping has nothing to watch, the loss is no longer finite, or memory is full.
+        SystemExit: SIGTERM or SIGINT came; a checkpoint was written.
     """
-    if not len(train):
-        raise StageError(f"{name}: there is no labelled training image")
+    _check(feed, objective, recipe, image_size, name)
     compute.place(model)
-    optimiser = sgd(groups, recipe.weight_decay)
-    steps = -(-len(train) // recipe.batch_size)
-    schedule = one_cycle(optimiser, recipe.epochs * steps, recipe.warmup)
-    checkpoint = work / f"{name}.pt"
-    curve, best = _resume(checkpoint, model, optimiser, schedule, compute)
-    saved = time.monotonic()
-    while not _finished(curve, recipe):
-        epoch = len(curve) + 1
-        started = time.monotonic()
-        metrics: Metrics = {"epoch": epoch, "lr": float(schedule.get_last_lr()[-1])}
-        metrics |= _train_epoch(model, optimiser, schedule, train, recipe, compute, epoch, f"{name}, epoch {epoch}")
-        rate = len(train) / (time.monotonic() - started)
-        metrics |= validation_metrics(model, val, recipe, compute)
-        _check_finite(metrics, name)
-        curve.append(metrics)
-        if recipe.patience and len(val) and metrics["val_loss"] <= min(each["val_loss"] for each in curve):
-            best = {key: value.clone() for key, value in model.net.state_dict().items()}
-        if time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS or _finished(curve, recipe):
-            _save(checkpoint, model, optimiser, schedule, curve, best)
-            saved = time.monotonic()
-        on_epoch(metrics | {"images_per_second": rate}, epoch)
-        logger.info("%s: epoch %d of %d, %s, %.0f images/s", name, epoch, recipe.epochs, _describe(metrics), rate)
-    if best is not None:
-        model.net.load_state_dict(best)
-    return curve
+    state = _begin(model, groups, feed, objective, recipe, compute)
+    _resume(state, work, compute, name)
+    forward = _parallel(model, compute)
+    with StopSignals() as signals, _enough_memory(name):
+        keeper = _Keeper(state, work, signals, name)
+        while not _finished(state.curve, recipe):
+            _epoch(state, forward, feed, recipe, image_size, compute, keeper, on_epoch)
+    final = state.best if state.best is not None else state.kept.net.state_dict()
+    model.net.load_state_dict(final)
+    return state.curve
 
 
-def validation_metrics(model: Classifier, val: Samples, recipe: Recipe, compute: Compute) -> Metrics:
-    """Mean cross-entropy and top-1 on the val images; empty where there are none."""
-    if not len(val):
-        return {}
-    model.eval()
-    loss, hits = 0.0, 0
-    batches = evaluation_batches(
-        val, image_size=recipe.image_size, resize=recipe.resize, batch_size=2 * recipe.batch_size,
-        threads=compute.threads, device=compute.device,
-    )  # fmt: skip
-    with torch.inference_mode(), compute.autocast():
-        for images, labels in batches:
-            logits = model(images)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            hits += int((logits.argmax(1) == labels).sum())
-    return {"val_loss": loss / len(val), "val_top1": hits / len(val)}
+def steps_per_epoch(feed: Feed, recipe: Recipe) -> int:
+    """Batches of an epoch."""
+    return -(-feed.images // recipe.batch_size)
 
 
-def _train_epoch(
-    model: Classifier,
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    train: Samples,
-    recipe: Recipe,
+def size_in(epoch: int, recipe: Recipe, image_size: int) -> int:
+    """Side of an epoch's crops in pixels: progressive resizing grows evenly (Howard 2018; Tan & Le 2021)."""
+    if recipe.start_size is None or recipe.start_size >= image_size:
+        return image_size
+    share = min((epoch - 1) / max(recipe.full_size_from * recipe.epochs, 1e-9), 1.0)
+    grown = recipe.start_size + share * (image_size - recipe.start_size)
+    return min(math.ceil(grown / SIZE_STEP) * SIZE_STEP, image_size)
+
+
+def _check(feed: Feed, objective: Objective, recipe: Recipe, image_size: int, name: str) -> None:
+    if not feed.images:
+        raise StageError(f"{name}: there is no training image that it could learn from")
+    if recipe.batch_size > feed.images:
+        raise StageError(
+            f"{name}: `batch_size` is {recipe.batch_size}, but there are only {feed.images} training images; lower it"
+        )
+    if recipe.patience and recipe.monitor not in ("train_loss", *objective.watched):
+        raise StageError(
+            f"{name}: `patience` watches `{recipe.monitor}`, which is not measured here (val has no images for it); "
+            "set `patience` to null, choose another `monitor`, or raise `split.val_fraction`"
+        )
+    if recipe.start_size and recipe.start_size > image_size:
+        raise StageError(f"{name}: `start_size` is {recipe.start_size}, more than `model.image_size` ({image_size})")
+
+
+def _begin(
+    model: Classifier, groups: list[tuple[list[nn.Parameter], float]], feed: Feed, objective: Objective, recipe: Recipe,
     compute: Compute,
-    epoch: int,
-    what: str,
-) -> Metrics:
-    torch.manual_seed(recipe.seed * 1_000_003 + epoch)
-    _training_mode(model)
-    batches = training_batches(
-        train, image_size=recipe.image_size, batch_size=recipe.batch_size, min_crop_area=recipe.min_crop_area,
-        seed=recipe.seed, epoch=epoch, threads=compute.threads, device=compute.device,
-    )  # fmt: skip
-    # Sums stay on the device: reading one back each step would make the GPU wait.
-    loss_sum = torch.zeros((), device=compute.device)
-    hits = torch.zeros((), device=compute.device, dtype=torch.int64)
-    for images, labels in progress(batches, -(-len(train) // recipe.batch_size), what):
-        loss, logits = _step(model, optimiser, images, labels, recipe, compute)
-        schedule.step()
-        loss_sum += loss * len(labels)
-        hits += (logits.argmax(1) == labels).sum()
-    return {"train_loss": loss_sum.item() / len(train), "train_top1": hits.item() / len(train)}
+) -> State:  # fmt: skip
+    chosen = optimiser(groups, recipe)
+    return State(
+        model=model,
+        optimiser=chosen,
+        schedule=schedule(chosen, recipe, steps_per_epoch(feed, recipe)),
+        scaler=torch.amp.GradScaler(compute.device, enabled=compute.dtype == torch.float16),
+        ema=Ema(model, recipe.ema) if recipe.ema else None,
+        objective=objective,
+    )
+
+
+def _parallel(model: Classifier, compute: Compute) -> nn.Module:
+    """The model as steps call it: compiled, its gradients averaged over all processes."""
+    forward: nn.Module = model
+    if world_size() > 1:
+        forward = DistributedDataParallel(model, device_ids=[torch.cuda.current_device()] if compute.on_gpu else None)
+    if compute.compile:
+        forward.compile()
+    return forward
+
+
+@contextmanager
+def _enough_memory(name: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise StageError(
+            f"{name}: the GPU's memory is full; lower `batch_size`, or raise `accumulate`, which computes each batch in "
+            f"parts: {str(error).splitlines()[0]}"
+        ) from error
+
+
+# --------------------------------------------------------------------------------------------- an epoch and its steps
+
+
+def _epoch(
+    state: State, forward: nn.Module, feed: Feed, recipe: Recipe, image_size: int, compute: Compute,
+    keeper: "_Keeper", on_epoch: Callable[[Metrics, int], None],
+) -> None:  # fmt: skip
+    """What is left of the epoch that `state` is in, and the look at val after it."""
+    began, done_before = time.monotonic(), state.step
+    steps, size = steps_per_epoch(feed, recipe), size_in(state.epoch, recipe, image_size)
+    if state.step < steps:
+        _train(state, forward, feed, size, recipe, compute, keeper)
+    rate = (steps - done_before) * feed.images / steps / (time.monotonic() - began)
+    share_buffers(state.kept)
+    state.kept.eval()
+    metrics: Metrics = {"epoch": state.epoch, "lr": float(state.schedule.get_last_lr()[-1])}
+    metrics |= {"train_loss": state.loss / feed.images, "train_top1": state.hits / feed.images}
+    with keeper.saving_when_stopped():
+        metrics |= state.objective.look(state.kept)
+    _check_val(metrics, keeper.name)
+    _end_epoch(state, metrics, recipe)
+    keeper.write_progress()
+    if _finished(state.curve, recipe):
+        keeper.save()
+    if is_first():
+        memory = _peak_memory(compute)
+        more = {"images_per_second": rate, "seconds": time.monotonic() - began, "peak_memory_mb": memory}
+        on_epoch(metrics | more, len(state.curve))
+        logger.info(
+            "%s: epoch %d of %d, %s, %.0f images/s", keeper.name, len(state.curve), recipe.epochs, _describe(metrics), rate
+        )
+
+
+def _end_epoch(state: State, metrics: Metrics, recipe: Recipe) -> None:
+    before = [each[recipe.monitor] for each in state.curve if recipe.monitor in each]
+    state.curve.append(metrics)
+    if recipe.patience and not any(recipe.better(each, metrics[recipe.monitor]) for each in before):
+        state.best = {key: value.clone() for key, value in state.kept.net.state_dict().items()}
+    state.epoch, state.step, state.loss, state.hits = state.epoch + 1, 0, 0.0, 0.0
+
+
+def _train(
+    state: State, forward: nn.Module, feed: Feed, size: int, recipe: Recipe, compute: Compute, keeper: "_Keeper"
+) -> None:
+    """The steps that are left of the epoch."""
+    _training_mode(state.model)
+    steps = steps_per_epoch(feed, recipe)
+    # Sums stay on the device: reading one back each step would make a GPU wait.
+    sums = torch.tensor([state.loss, state.hits], dtype=torch.float64, device=compute.device)
+    losses = _Losses(state, compute, keeper)
+    batches = feed.batches(state.epoch, state.step, size)
+    for images, labels in progress(batches, steps - state.step, f"{keeper.name}, epoch {state.epoch}"):
+        _seed(recipe.seed, state.epoch, state.step)
+        seen = _step(state, forward, images, labels, _batch_size(state, feed, steps), feed.views, recipe, compute)
+        sums += summed(seen)
+        losses.note(seen[0])
+        state.step += 1
+        if keeper.due():
+            losses.check()
+            state.loss, state.hits = sums.tolist()
+            keeper.save()
+            keeper.stop_if_asked()
+    losses.check()
+    state.loss, state.hits = sums.tolist()
+
+
+def _batch_size(state: State, feed: Feed, steps: int) -> int:
+    """Images of the coming batch over all processes: batches are nearly equal, the first ones one larger."""
+    return feed.images // steps + (state.step < feed.images % steps)
 
 
 def _step(
-    model: Classifier,
-    optimiser: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
+    state: State, forward: nn.Module, images: Tensor, labels: Tensor, batch_size: int, views: int, recipe: Recipe,
     compute: Compute,
-) -> tuple[Tensor, Tensor]:
-    optimiser.zero_grad(set_to_none=True)
-    with compute.autocast():
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-    loss.backward()
-    optimiser.step()
-    return loss.detach(), logits.detach()
+) -> Tensor:  # fmt: skip
+    """One step of the optimiser; returns the sums of losses and of hits over this process's images, (2,) float64."""
+    state.optimiser.zero_grad(set_to_none=True)
+    seen = torch.zeros(2, dtype=torch.float64, device=images.device)
+    parts = np.array_split(np.arange(len(labels)), recipe.accumulate)
+    pixels = images.unflatten(0, (views, len(labels)))
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        # Only the last part's backward pass averages gradients over the processes.
+        hold = forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext()
+        with hold:
+            mine = pixels[:, part[0] : part[-1] + 1].flatten(0, 1)
+            loss, hits = state.objective.loss(forward, mine, labels[part[0] : part[-1] + 1], state.steps_done)
+            # DDP takes the mean over processes, whose parts may differ by an image.
+            weight = len(part) / len(labels) if state.objective.gathers else len(part) * world_size() / batch_size
+            state.scaler.scale(loss * weight).backward()
+        seen += torch.stack([loss.detach().double() * len(part), hits.double()])
+    if recipe.clip_norm:
+        state.scaler.unscale_(state.optimiser)
+        trained = [parameter for group in state.optimiser.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
+    state.scaler.step(state.optimiser)
+    state.scaler.update()
+    state.schedule.step()
+    if state.ema:
+        state.ema.update(state.model)
+    return seen
 
 
-def _check_finite(metrics: Metrics, name: str) -> None:
-    for key in ("train_loss", "val_loss"):
-        if not math.isfinite(metrics.get(key, 0.0)):
-            raise StageError(
-                f"{name}: {key} is {metrics[key]} in epoch {metrics['epoch']}, begun with a learning rate of "
-                f"{metrics['lr']:g}; lower `lr`, or lengthen `warmup`"
-            )
+def _seed(seed: int, epoch: int, step: int) -> None:
+    """Of whatever torch draws in this step: dropout, mixing, starts of attacks."""
+    (drawn,) = np.random.SeedSequence([seed, epoch, step, rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(drawn))
 
 
 def _training_mode(model: nn.Module) -> None:
@@ -185,46 +314,126 @@ def _training_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def _save(
-    checkpoint: Path,
-    model: Classifier,
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    curve: list[Metrics],
-    best: dict[str, Any] | None,
-) -> None:
-    state = {"model": model.net.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
-    save_checkpoint(checkpoint, state | {"curve": curve, "best": best})
+class _Losses:
+    """The losses of the last steps, looked at before anything is kept of what they led to."""
+
+    def __init__(self, state: State, compute: Compute, keeper: "_Keeper") -> None:
+        self.state, self.keeper = state, keeper
+        self.every = LOOK_AT_LOSS_EVERY if compute.on_gpu else 1
+        self.waiting: list[tuple[int, float, Tensor]] = []
+
+    def note(self, loss: Tensor) -> None:
+        """Of the step that was just made, with the learning rate that it was made with."""
+        rate = float(self.state.schedule.get_last_lr()[-1])
+        self.waiting.append((self.state.step + 1, rate, loss))
+        if len(self.waiting) >= self.every:
+            self.check()
+
+    def check(self) -> None:
+        """Stops where one of them is not finite."""
+        values = torch.stack([loss for _, _, loss in self.waiting]).tolist() if self.waiting else []
+        for (step, rate, _), value in zip(self.waiting, values, strict=True):
+            if not math.isfinite(value):
+                raise StageError(
+                    f"{self.keeper.name}: the loss is {value} at step {step} of epoch {self.state.epoch}, at a learning "
+                    f"rate of {rate:g}; lower `lr`, lengthen `warmup`, or set `clip_norm`. {self.keeper.last_good()}"
+                )
+        self.waiting.clear()
 
 
-def _resume(
-    checkpoint: Path,
-    model: Classifier,
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    compute: Compute,
-) -> tuple[list[Metrics], dict[str, Any] | None]:
-    state = load_checkpoint(checkpoint, compute.device)
-    if state is None:
-        return [], None
-    model.net.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimiser"])
-    schedule.load_state_dict(state["schedule"])
-    logger.info("%s: continuing after epoch %d", checkpoint.stem, len(state["curve"]))
-    return state["curve"], state["best"]
+# ------------------------------------------------------------------------------------------- checkpoints and the curve
+
+
+class _Keeper:
+    """Keeps `State` on the disk: every so many steps, when a signal asks to stop, and at the end."""
+
+    def __init__(self, state: State, work: Path, signals: StopSignals, name: str) -> None:
+        self.state, self.work, self.signals, self.name = state, work, signals, name
+        self.every = _checkpoint_steps()
+
+    def due(self) -> bool:
+        """Whether the state after this step is to be kept."""
+        return bool(self.signals.came) or self.state.steps_done % self.every == 0
+
+    def stop_if_asked(self) -> None:
+        """Ends this process where a signal came. Process 0 decides: the others are stopped by its going."""
+        if self.signals.came and is_first():
+            logger.info(
+                "%s: stopped after step %d of epoch %d; run again to go on", self.name, self.state.step, self.state.epoch
+            )
+            sys.exit(128 + self.signals.came)
+
+    @contextmanager
+    def saving_when_stopped(self) -> Iterator[None]:
+        """For what does not change the state: a signal stops it at once, and what comes after it is done again."""
+        try:
+            with self.signals.at_once():
+                yield
+        except SystemExit:
+            self.save()
+            raise
+
+    def save(self) -> None:
+        """Process 0's state is everybody's, but for running statistics, of which its own count."""
+        if is_first():
+            save_checkpoint(_checkpoint(self.work), self.state.state_dict())
+
+    def write_progress(self) -> None:
+        """The curve so far, a line an epoch."""
+        if is_first():
+            lines = (json.dumps(metrics) + "\n" for metrics in self.state.curve)
+            write_text(self.work / "progress.jsonl", "".join(lines))
+
+    def last_good(self) -> str:
+        """What is kept from before an error."""
+        path = _checkpoint(self.work)
+        return f"The last good checkpoint stays in {path}" if path.is_file() else "No checkpoint had been written yet"
+
+
+def _checkpoint(work: Path) -> Path:
+    return work / "checkpoint.pt"
+
+
+def _checkpoint_steps() -> int:
+    wanted = os.environ.get(CHECKPOINT_STEPS) or "200"
+    if not wanted.isdecimal() or not int(wanted):
+        raise StageError(f"{CHECKPOINT_STEPS} must be a number of steps, got {wanted!r}")
+    return int(wanted)
+
+
+def _resume(state: State, work: Path, compute: Compute, name: str) -> None:
+    kept = load_checkpoint(_checkpoint(work), compute.device)
+    if kept is None:
+        return
+    state.load_state_dict(kept)
+    if is_first():
+        logger.info("%s: going on after step %d of epoch %d", name, state.step, state.epoch)
 
 
 def _finished(curve: list[Metrics], recipe: Recipe) -> bool:
     if len(curve) >= recipe.epochs:
         return True
-    losses = [metrics["val_loss"] for metrics in curve if "val_loss" in metrics]
-    if not recipe.patience or not losses:
+    if not recipe.patience or not curve:
         return False
-    return len(losses) - 1 - losses.index(min(losses)) >= recipe.patience
+    values = [metrics[recipe.monitor] for metrics in curve]
+    best = min(values) if recipe.monitor in LOWER_IS_BETTER else max(values)
+    return values[::-1].index(best) >= recipe.patience
+
+
+def _check_val(metrics: Metrics, name: str) -> None:
+    for key, value in metrics.items():
+        if not math.isfinite(value):
+            raise StageError(f"{name}: {key} is {value} after epoch {metrics['epoch']:.0f}; lower `lr`")
+
+
+def _peak_memory(compute: Compute) -> float:
+    """In units of 1,000,000 bytes: of the GPU, or of this process."""
+    if compute.on_gpu:
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def _describe(metrics: Metrics) -> str:
-    shown = [f"loss {metrics['train_loss']:.3f}"]
-    if "val_loss" in metrics:
-        shown.append(f"val loss {metrics['val_loss']:.3f}, val top-1 {metrics['val_top1']:.3f}")
-    return ", ".join(shown)
+    words = {"train_loss": "loss", "val_loss": "val loss", "val_top1": "val top-1", "val_robust_top1": "robust top-1"}
+    words["knn_top1"] = "k-NN top-1"
+    return ", ".join(f"{word} {metrics[key]:.3f}" for key, word in words.items() if key in metrics)

@@ -1,0 +1,76 @@
+"""The work folder of a training: its own checkpoint's, or with `training.allow_inexact` that of another world size."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.files import write_json
+from stages.fingerprint import fingerprint, prune, work_folder
+from stages.params.training import Training
+
+logger = logging.getLogger(__name__)
+NOT_LINEAGE = ("training.world_size", "training.nodes", "training.allow_inexact")
+"""What may differ between two trainings of which one goes on with the other's checkpoint."""
+
+
+@dataclass(frozen=True)
+class TrainingWork:
+    """Where a training keeps its checkpoints, and what is known of it."""
+
+    folder: Path
+    stamp: str
+    """The fingerprint."""
+    machine: str
+    world_sizes: tuple[int, ...]
+    """Of all the processes that worked on it, in order."""
+    resumed: bool
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """For MLflow."""
+        return {"fingerprint": self.stamp, "machine": self.machine} | {
+            key: str(value) for key, value in self.recorded.items()
+        }
+
+    @property
+    def recorded(self) -> dict[str, list[int]]:
+        """For the report: nothing, unless the result has the bytes of no undisturbed run."""
+        return {"inexact_world_sizes": list(self.world_sizes)} if len(self.world_sizes) > 1 else {}
+
+
+def training_work(stage: str, machine: str, training: Training) -> TrainingWork:
+    """The work folder of `stage` as it is configured now, made by process 0; other work in progress is removed.
+
+    Args:
+        machine: the kind of machine that decides bytes.
+    """
+    from stages.training.processes import is_first, wait_for_first
+
+    stamp = fingerprint(stage, machine)
+    folder = work_folder(stage, stamp)
+    lineage = fingerprint(stage, machine, without=NOT_LINEAGE)
+    resumed = folder.is_dir()
+    wait_for_first()  # all have looked
+    if is_first():
+        if not resumed and training.allow_inexact and (other := _of_lineage(folder.parent, lineage)):
+            other.rename(folder)
+            logger.warning("warning: %s goes on from a checkpoint of another world size: its bytes are its own", stage)
+        prune(folder.parent, keep=folder)
+        sizes = _world_sizes(folder)
+        if sizes[-1:] != [training.world_size]:
+            write_json(folder / "lineage.json", {"lineage": lineage, "world_sizes": [*sizes, training.world_size]})
+    wait_for_first()  # it is made
+    return TrainingWork(folder, stamp, machine, tuple(_world_sizes(folder)), resumed)
+
+
+def _of_lineage(stage_work: Path, lineage: str) -> Path | None:
+    for path in sorted(stage_work.glob("*/lineage.json")):
+        if json.loads(path.read_text(encoding="utf-8"))["lineage"] == lineage:
+            return path.parent
+    return None
+
+
+def _world_sizes(folder: Path) -> list[int]:
+    path = folder / "lineage.json"
+    return json.loads(path.read_text(encoding="utf-8"))["world_sizes"] if path.is_file() else []
