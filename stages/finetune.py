@@ -36,7 +36,10 @@ def main() -> None:
     """Trains the target model from the backbone, then from random weights with the same recipe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--trial", type=Path, metavar="DIR", help="one trial of a search: all that it writes lies there (pipelines.tune)"
+        "--trial",
+        type=Path,
+        metavar="DIR",
+        help="one trial of a search: all that it writes lies there (pipelines.tune)",
     )
     trial = parser.parse_args().trial
     finetune = load_section("finetune", Finetune)
@@ -103,9 +106,7 @@ class _Task:
         sets = list(shard_sets("finetune"))
         check_resize(sets, model.image_size)
         self.train, self.val = read_samples(sets, "train"), read_samples(sets, "val")
-        logger.info(
-            "finetune: %d images, %d for val, strategy %s", len(self.train), len(self.val), finetune.strategy
-        )
+        logger.info("finetune: %d images, %d for val, strategy %s", len(self.train), len(self.val), finetune.strategy)
 
     def trained(self, name: str, work: Path, out: Path) -> "list[Metrics]":
         """Trains the model called `name`, writes it to `out`, and returns its curve.
@@ -146,7 +147,7 @@ class _Task:
         from stages.training.strategies import STRATEGIES, scratch
 
         start = build(self.config, self.finetune.seed, self.model.auxiliary_heads)
-        check_takes(start, self.finetune.start_size or self.model.image_size)
+        check_takes(start, self.finetune.smallest(self.model.image_size))
         if name == "scratch":
             groups = scratch(start, self.finetune)
         else:

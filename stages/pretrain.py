@@ -105,7 +105,7 @@ def _start(pretrain: Pretrain, model: Model, config: dict[str, Any]) -> "Classif
     if pretrain.weights:
         start_from(backbone, pretrain.weights)
     regularise(backbone, pretrain.dropout, pretrain.stochastic_depth)
-    check_takes(backbone, model.image_size)
+    check_takes(backbone, pretrain.smallest(model.image_size))
     return backbone
 
 
@@ -123,7 +123,9 @@ def _task(
         train = every.labelled()
         logger.info("pretrain: %s", _counted(train, len(every) - len(train), val))
         return crops(train, pretrain, compute), Supervised(backbone, pretrain, looking, compute)
-    logger.info("pretrain: %s without labels, %d images, %d labelled ones for val", pretrain.method, len(every), len(val))
+    logger.info(
+        "pretrain: %s without labels, %d images, %d labelled ones for val", pretrain.method, len(every), len(val)
+    )
     objective = SelfSupervision(backbone, pretrain, every.labelled(), looking, compute)
     return crops(every, pretrain, compute, pretrain.self_supervised), objective
 

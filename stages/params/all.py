@@ -56,16 +56,18 @@ def _check_together(sections: dict[str, Any], roles: set[str], where: Path) -> N
     """What no section can know alone, found before hours of training are."""
     if "finetune" not in roles:
         raise ParamsError(f"{where}: `batches` has none of the role finetune, so there is no target to train for")
-    supervised = sections["pretrain"].method == "supervised"
-    if supervised and "pretrain" not in roles:
-        raise ParamsError(
-            f"{where}: `pretrain.method` is supervised, but no batch has the role pretrain; set it to none"
-        )
+    method = sections["pretrain"].method
+    if method != "none" and "pretrain" not in roles:
+        raise ParamsError(f"{where}: `pretrain.method` is {method}, but no batch has the role pretrain; set it to none")
     size = sections["model"].image_size
-    for role in ("pretrain", "finetune") if supervised else ("finetune",):
+    for role in ("finetune",) if method == "none" else ("pretrain", "finetune"):
         resize = getattr(sections["shard"], role).resize
-        if resize < size:
-            raise ParamsError(f"{where}: `shard.{role}.resize` is {resize}, smaller than `model.image_size` ({size})")
+        for name, wanted in (("model.image_size", size), (f"{role}.end_size", sections[role].end_size)):
+            if wanted and resize < wanted:
+                raise ParamsError(f"{where}: `shard.{role}.resize` is {resize}, smaller than `{name}` ({wanted})")
+        start = sections[role].start_size
+        if start and start > (sections[role].end_size or size):
+            raise ParamsError(f"{where}: `{role}.start_size` is {start}, more than the size that training ends at")
 
 
 if __name__ == "__main__":

@@ -86,9 +86,12 @@ class Recipe(Section):
     clip_norm: Positive | None = None
     """The most that the norm of all gradients may be."""
     start_size: Annotated[int, Field(ge=16, le=1024)] | None = None
-    """Progressive resizing: the size in pixels of the first epochs' crops, growing evenly up to `model.image_size`."""
+    """Progressive resizing: the size in pixels of the first epochs' crops, growing evenly up to `end_size`."""
     full_size_from: Share = 0.6
-    """From this share of the epochs on, progressive resizing is at `model.image_size`."""
+    """From this share of the epochs on, progressive resizing is at its end."""
+    end_size: Annotated[int, Field(ge=16, le=1024)] | None = None
+    """The size in pixels of the last epochs' crops. A little below `model.image_size` things look as large in training
+    as they do in evaluation (Touvron et al. 2019). Null: `model.image_size`."""
     monitor: Monitor = "val_loss"
     """What `patience` watches."""
     patience: Count | None = None
@@ -110,9 +113,17 @@ class Recipe(Section):
             raise ValueError(
                 f"`batch_size` ({self.batch_size}) has fewer than 2 images for each of {self.accumulate} parts"
             )
+        if self.start_size and self.end_size and self.start_size > self.end_size:
+            raise ValueError(f"`start_size` ({self.start_size}) is more than `end_size` ({self.end_size})")
+        if self.adversarial and (self.mixup or self.cutmix):
+            raise ValueError("`adversarial` needs the label of each image: `mixup` and `cutmix` must be off")
         if self.monitor == "val_robust_top1" and not self.adversarial:
             raise ValueError("`monitor: val_robust_top1` needs `adversarial`")
         return self
+
+    def smallest(self, image_size: int) -> int:
+        """The smallest side in pixels of any image that the network is shown."""
+        return min(self.start_size or image_size, self.end_size or image_size, image_size)
 
     def better(self, one: float, other: float) -> bool:
         """Whether `one` is a better value of `monitor` than `other`."""

@@ -116,7 +116,7 @@ def fit(
         StageError: too few images, early stopping has nothing to watch, the loss is no longer finite, or memory is full.
         SystemExit: SIGTERM or SIGINT came; a checkpoint was written.
     """
-    _check(feed, objective, recipe, image_size, name)
+    _check(feed, objective, recipe, name)
     compute.place(model)
     state = _begin(model, groups, feed, objective, recipe, compute)
     _resume(state, work, compute, name)
@@ -137,14 +137,15 @@ def steps_per_epoch(feed: Feed, recipe: Recipe) -> int:
 
 def size_in(epoch: int, recipe: Recipe, image_size: int) -> int:
     """Side of an epoch's crops in pixels: progressive resizing grows evenly (Howard 2018; Tan & Le 2021)."""
-    if recipe.start_size is None or recipe.start_size >= image_size:
-        return image_size
+    end = recipe.end_size or image_size
+    if recipe.start_size is None:
+        return end
     share = min((epoch - 1) / max(recipe.full_size_from * recipe.epochs, 1e-9), 1.0)
-    grown = recipe.start_size + share * (image_size - recipe.start_size)
-    return min(math.ceil(grown / SIZE_STEP) * SIZE_STEP, image_size)
+    grown = recipe.start_size + share * (end - recipe.start_size)
+    return min(math.ceil(grown / SIZE_STEP) * SIZE_STEP, end)
 
 
-def _check(feed: Feed, objective: Objective, recipe: Recipe, image_size: int, name: str) -> None:
+def _check(feed: Feed, objective: Objective, recipe: Recipe, name: str) -> None:
     if not feed.images:
         raise StageError(f"{name}: there is no training image that it could learn from")
     if recipe.batch_size > feed.images:
@@ -156,8 +157,6 @@ def _check(feed: Feed, objective: Objective, recipe: Recipe, image_size: int, na
             f"{name}: `patience` watches `{recipe.monitor}`, which is not measured here (val has no images for it); "
             "set `patience` to null, choose another `monitor`, or raise `split.val_fraction`"
         )
-    if recipe.start_size and recipe.start_size > image_size:
-        raise StageError(f"{name}: `start_size` is {recipe.start_size}, more than `model.image_size` ({image_size})")
 
 
 def _begin(
@@ -225,7 +224,12 @@ def _epoch(
         more = {"images_per_second": rate, "seconds": time.monotonic() - began, "peak_memory_mb": memory}
         on_epoch(metrics | more, len(state.curve))
         logger.info(
-            "%s: epoch %d of %d, %s, %.0f images/s", keeper.name, len(state.curve), recipe.epochs, _describe(metrics), rate
+            "%s: epoch %d of %d, %s, %.0f images/s",
+            keeper.name,
+            len(state.curve),
+            recipe.epochs,
+            _describe(metrics),
+            rate,
         )
 
 
@@ -359,7 +363,10 @@ class _Keeper:
         """Ends this process where a signal came. Process 0 decides: the others are stopped by its going."""
         if self.signals.came and is_first():
             logger.info(
-                "%s: stopped after step %d of epoch %d; run again to go on", self.name, self.state.step, self.state.epoch
+                "%s: stopped after step %d of epoch %d; run again to go on",
+                self.name,
+                self.state.step,
+                self.state.epoch,
             )
             sys.exit(128 + self.signals.came)
 

@@ -100,4 +100,3 @@ class Supervised:
         if not len(self.looking.val):
             return {}
         return supervised_metrics(model, self.looking, self.compute) | self._robust(model)
-
