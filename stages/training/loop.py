@@ -37,7 +37,7 @@ from stages.training.processes import StopSignals, is_first, rank, share_buffers
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_STEPS = "SYNSET_CHECKPOINT_STEPS"
-"""Steps between two checkpoints. Not a parameter: it never changes bytes, so it must not make DVC run anything again."""
+"""Steps between two checkpoints. Not a parameter: it never changes bytes, so it must not make DVC run again."""
 LOOK_AT_LOSS_EVERY = 50
 """Steps on a GPU: reading a loss back makes it wait."""
 SIZE_STEP = 8
@@ -109,11 +109,11 @@ def fit(
     Args:
         groups: parameters to train with their peak learning rate.
         image_size: of the crops, in pixels, once progressive resizing is over.
-        work: folder for the checkpoint and progress.jsonl, the curve so far; a checkpoint found there is continued from.
+        work: folder for the checkpoint, from which a later call goes on, and progress.jsonl, the curve so far.
         on_epoch: called in process 0 with the metrics of every epoch that ends here and its number (from 1).
 
     Raises:
-        StageError: too few images, early stopping has nothing to watch, the loss is no longer finite, or memory is full.
+        StageError: too few images, nothing to watch for early stopping, a loss that is not finite, or memory is full.
         SystemExit: SIGTERM or SIGINT came; a checkpoint was written.
     """
     _check(feed, objective, recipe, name)
@@ -190,8 +190,8 @@ def _enough_memory(name: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise StageError(
-            f"{name}: the GPU's memory is full; lower `batch_size`, or raise `accumulate`, which computes each batch in "
-            f"parts: {str(error).splitlines()[0]}"
+            f"{name}: the GPU's memory is full; lower `batch_size`, or raise `accumulate`, which computes each batch "
+            f"in parts: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -223,14 +223,8 @@ def _epoch(
         memory = _peak_memory(compute)
         more = {"images_per_second": rate, "seconds": time.monotonic() - began, "peak_memory_mb": memory}
         on_epoch(metrics | more, len(state.curve))
-        logger.info(
-            "%s: epoch %d of %d, %s, %.0f images/s",
-            keeper.name,
-            len(state.curve),
-            recipe.epochs,
-            _describe(metrics),
-            rate,
-        )
+        which = f"{keeper.name}: epoch {len(state.curve)} of {recipe.epochs}"
+        logger.info("%s, %s, %.0f images/s", which, _describe(metrics), rate)
 
 
 def _end_epoch(state: State, metrics: Metrics, recipe: Recipe) -> None:
@@ -339,8 +333,9 @@ class _Losses:
         for (step, rate, _), value in zip(self.waiting, values, strict=True):
             if not math.isfinite(value):
                 raise StageError(
-                    f"{self.keeper.name}: the loss is {value} at step {step} of epoch {self.state.epoch}, at a learning "
-                    f"rate of {rate:g}; lower `lr`, lengthen `warmup`, or set `clip_norm`. {self.keeper.last_good()}"
+                    f"{self.keeper.name}: the loss is {value} at step {step} of epoch {self.state.epoch}, at a "
+                    f"learning rate of {rate:g}; lower `lr`, lengthen `warmup`, or set `clip_norm`. "
+                    f"{self.keeper.last_good()}"
                 )
         self.waiting.clear()
 

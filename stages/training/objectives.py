@@ -1,6 +1,6 @@
 """What training minimises, and what is measured on val after each epoch: with labels, or without."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.data.loading import Samples, evaluation_batches
-from stages.params.pretrain import SelfSupervised
-from stages.params.recipe import Recipe
-from stages.training.adversarial import Guard, attack_of, perturbed, robust_hits
-from stages.training.contrastive import METHODS, knn_hits
+from stages.params.pretrain import Pretrain
+from stages.params.recipe import Adversarial, Recipe
+from stages.training.adversarial import Guard, attacked, robust_hits
+from stages.training.contrastive import METHODS, knn_hits, projector
 from stages.training.devices import Compute
 from stages.training.mixing import Mixer
-from stages.training.models import Classifier
+from stages.training.models import Classifier, replace_head
 from stages.training.processes import gathered, rank, share_buffers, summed, world_size
 
 Metrics = dict[str, float]
@@ -93,10 +93,102 @@ class Supervised:
         assert self.recipe.adversarial
         share_buffers(self.model)  # attacks see the running statistics, which are process 0's
         with self.compute.autocast():
-            return perturbed(self.model, images, labels, self.recipe.adversarial.epsilon, *self._attack(step))
+            if self.guard:
+                return self.guard.attacked(self.model, images, labels, self.recipe.adversarial, step)
+            return attacked(self.model, images, labels, self.recipe.adversarial)
 
     def look(self, model: Classifier) -> Metrics:
         """Mean cross-entropy and top-1 on val, and top-1 under attack; nothing where val is empty."""
         if not len(self.looking.val):
             return {}
-        return supervised_metrics(model, self.looking, self.compute) | self._robust(model)
+        metrics = supervised_metrics(model, self.looking, self.compute)
+        if self.recipe.adversarial:
+            metrics["val_robust_top1"] = robust_top1(model, self.looking, self.recipe.adversarial, self.compute)
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The guard's."""
+        return self.guard.state_dict() if self.guard else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The guard's."""
+        if self.guard:
+            self.guard.load_state_dict(state)
+
+
+class SelfSupervision:
+    """Two views of each image, without labels; labels of val only say how well it goes."""
+
+    gathers = True
+
+    def __init__(
+        self, model: Classifier, pretrain: Pretrain, labelled: Samples, looking: Looking, compute: Compute
+    ) -> None:
+        """Puts the projector where `model` has its head.
+
+        Args:
+            labelled: training images with labels, among which val's neighbours are looked for.
+        """
+        self.settings, self.looking, self.compute = pretrain.self_supervised, looking, compute
+        self.method = METHODS[pretrain.method]
+        width, classes = model.head.in_features, model.head.out_features
+        torch.manual_seed(pretrain.seed)
+        replace_head(model, projector(width, self.settings))
+        self.classes = classes
+        generator = np.random.default_rng(pretrain.seed)
+        among = min(self.settings.neighbour_images, len(labelled))
+        self.bank = labelled.at(np.sort(generator.permutation(len(labelled))[:among]))
+        self.watched: tuple[str, ...] = ("knn_top1",) if len(self.bank) and len(looking.val) else ()
+
+    def loss(self, forward: nn.Module, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The method's, over the images of all processes. There are no hits."""
+        with self.compute.autocast():
+            embeddings = forward(images)
+        return self.method(embeddings, self.settings), torch.zeros((), dtype=torch.int64, device=images.device)
+
+    def look(self, model: Classifier) -> Metrics:
+        """The top-1 of k nearest neighbours (k of `self_supervised.neighbours`); nothing where there are no labels."""
+        if not self.watched:
+            return {}
+        bank, of_bank = self._features(model, self.bank)
+        queries, of_queries = self._features(model, self.looking.val)
+        hits = knn_hits(bank, of_bank, queries, of_queries, self.settings.neighbours, self.classes)
+        return {"knn_top1": hits / len(of_queries)}
+
+    def _features(self, model: Classifier, samples: Samples) -> tuple[Tensor, Tensor]:
+        """(N, D) float32 and labels (N,), on the CPU."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        with torch.inference_mode(), self.compute.autocast():
+            for images, labels in self.looking.batches(samples, self.compute):
+                parts.append((model.features(images).cpu(), labels.cpu()))
+        every = [part for mine in gathered(parts) for part in mine]
+        return torch.cat([features for features, _ in every]), torch.cat([labels for _, labels in every])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the projector is part of the model."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+def supervised_metrics(model: Classifier, looking: Looking, compute: Compute) -> Metrics:
+    """Mean cross-entropy and top-1 on val, over all processes; `model` in evaluation mode."""
+    seen = torch.zeros(2, dtype=torch.float64, device=compute.device)
+    with torch.inference_mode(), compute.autocast():
+        for images, labels in looking.batches(looking.val, compute):
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            seen += torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()])
+    loss_sum, hits = summed(seen).tolist()
+    return {"val_loss": loss_sum / len(looking.val), "val_top1": hits / len(looking.val)}
+
+
+def robust_top1(model: Classifier, looking: Looking, settings: Adversarial, compute: Compute) -> float:
+    """Top-1 under PGD of the first `val_images` of val, which were shuffled when shards were written."""
+    some = looking.val.at(range(min(settings.val_images, len(looking.val))))
+    hits = torch.zeros((), dtype=torch.float64, device=compute.device)
+    with compute.autocast():
+        for number, (images, labels) in enumerate(looking.batches(some, compute)):
+            hits += robust_hits(model, images, labels, settings, seed=number)
+    return summed(hits).item() / len(some)
