@@ -1,8 +1,8 @@
 """Is the loop the bottleneck? Our trainer beside a bare loop on the same tensors in memory, and on shards.
 
 The same network, optimiser, batches and precision. The bare loop does nothing but forward, backward and a step. What
-the trainer on shards lacks to the trainer on tensors is what loading costs. The first steps of a round do not count:
-a GPU chooses its kernels in them, and torch.compile compiles.
+the trainer on shards lacks to the trainer on tensors is what loading costs. The first round, in which torch.compile
+compiles and a GPU chooses its kernels, does not count.
 """
 
 import argparse
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from stages.data.loading import Samples
-    from stages.params.recipe import Recipe
     from stages.training.devices import Compute
 
 BARE, MEMORY, SHARDS = "bare loop, tensors", "Synset, tensors", "Synset, shards"
@@ -84,7 +83,7 @@ class _Task:
         from stages.training.feeding import crops
 
         self.options, self.compute, self.work = options, compute, work
-        self.recipe: Recipe = Recipe(epochs=1, batch_size=options.batch_size, lr=0.01)
+        self.recipe = Recipe(epochs=1, batch_size=options.batch_size, lr=0.01)
         self.from_shards = crops(samples, self.recipe, compute).batches
         self.tensors: list[Batch] = [
             (images.clone(), labels % CLASSES) for images, labels in self.from_shards(1, 0, options.size)
@@ -110,12 +109,12 @@ class _Task:
 
         rates = []
         model, size = self.network, self.options.size
-        looking = Looking(self.empty, size, size, self.recipe.batch_size)
+        feed = Feed(len(self.tensors) * self.recipe.batch_size, 1, self._labelled(batches))
+        objective = Supervised(model, self.recipe, Looking(self.empty, size, size, 1), self.compute)
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             fit(
-                model, [(list(model.parameters()), self.recipe.lr)], Feed(len(self.tensors) * self.recipe.batch_size, 1, self._labelled(batches)),
-                Supervised(model, self.recipe, looking, self.compute), self.recipe, size, self.compute, Path(folder),
-                lambda metrics, _: rates.append(metrics["images_per_second"]), "bench",
+                model, [(list(model.parameters()), self.recipe.lr)], feed, objective, self.recipe, size, self.compute,
+                Path(folder), lambda metrics, _: rates.append(metrics["images_per_second"]), "bench",
             )  # fmt: skip
         return rates[0]
 

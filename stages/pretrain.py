@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stages.training.devices import Compute
     from stages.training.feeding import Feed
     from stages.training.models import Classifier
-    from stages.training.objectives import Looking, Objective
+    from stages.training.objectives import Objective
 
 logger = logging.getLogger(__name__)
 BACKBONE = Path("models/backbone")

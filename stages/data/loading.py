@@ -7,8 +7,9 @@ place in the epoch) alone: not on the number of threads or processes, not on wha
 """
 
 import os
+import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stages.command import StageError
+from stages.data import augmentations
+from stages.data.augmentations import Augmentation
 from stages.data.crops import Windows, resize, throw_dice, windows
 from stages.data.shard_sets import read_index
 from stages.files import sha256
@@ -56,7 +59,11 @@ class Samples:
 
     def labelled(self) -> "Samples":
         """Without the unlabelled ones."""
-        (kept,) = np.nonzero(self.label >= 0)
+        return self.at(np.nonzero(self.label >= 0)[0])
+
+    def at(self, indexes: Sequence[int] | npt.NDArray[np.int64]) -> "Samples":
+        """Those at these places, in this order."""
+        kept = np.asarray(indexes, np.int64)
         return replace(
             self, key=[self.key[i] for i in kept], batch=self.batch[kept], shard=self.shard[kept],
             offset=self.offset[kept], size=self.size[kept], label=self.label[kept],
@@ -169,7 +176,8 @@ def epoch_order(samples: Samples, seed: int, epoch: int) -> npt.NDArray[np.int64
 
 def training_batches(
     samples: Samples, *, image_size: int, batch_size: int, min_crop_area: float, seed: int, epoch: int,
-    threads: int, device: str, start: int = 0, rank: int = 0, world_size: int = 1,
+    threads: int, device: str, start: int = 0, rank: int = 0, world_size: int = 1, flip: bool = True, views: int = 1,
+    augmentation: Augmentation | None = None,
 ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:  # fmt: skip
     """One epoch of training: RandomResizedCrop and horizontal flip, every image exactly once over all processes.
 
@@ -179,34 +187,54 @@ def training_batches(
         start: the batch to begin with; those before it are neither read nor decoded.
         rank: of this process; it gets its part of every batch.
         world_size: number of processes.
+        flip: whether left and right change places in every other crop.
+        views: crops of each image, drawn apart.
+        augmentation: what is done to crops.
 
     Raises:
         StageError: a batch has fewer images than there are processes.
 
     Yields:
-        images (n, 3, image_size, image_size) uint8 in channels-last memory, labels (n,) int64, on `device`.
-        Batches are of nearly equal size, at most `batch_size`, and so are the parts of the processes.
+        images (views n, 3, image_size, image_size) uint8 in channels-last memory, all of the first view before those of
+        the second, and labels (n,) int64, on `device`. Batches are of nearly equal size, at most `batch_size`, and so
+        are the parts of the processes.
     """
     batches = _equal_batches(epoch_order(samples, seed, epoch), batch_size)
     if batches and len(batches[-1]) < world_size:
         raise StageError(f"{world_size} processes cannot share a batch of {len(batches[-1])} images; use fewer")
     parts = [np.array_split(batch, world_size)[rank] for batch in batches[start:]]
+    numbers = range(start, len(batches))
+
+    def mine(thrown: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Of dice for a whole batch, (views n, any), those for this process's part."""
+        by_view = thrown.reshape(views, -1, thrown.shape[1])
+        return np.concatenate([np.array_split(each, world_size)[rank] for each in by_view])
+
     # Thrown when their batch comes: those of a million images are a quarter of a gigabyte.
-    thrown = (
-        throw_dice(np.random.default_rng([seed, epoch, 1, number]), len(batch), min_crop_area)
-        for number, batch in enumerate(batches[start:], start=start)
+    dice = (
+        mine(throw_dice(np.random.default_rng([seed, epoch, 1, n]), views * len(batches[n]), min_crop_area))
+        for n in numbers
     )
-    dice = (np.array_split(each, world_size)[rank] for each in thrown)
-    largest = max(map(len, parts), default=0)
+    drawn = (
+        mine(augmentations.throw_dice(np.random.default_rng([seed, epoch, 2, n]), views * len(batches[n])))
+        for n in numbers
+    )
+    crops = [np.tile(part, views) for part in parts]
+    largest = max(map(len, crops), default=0)
     run = _crops_on_gpu if device == "cuda" else _crops_on_cpu
-    crops = run(_with_windows(samples, parts, dice), len(parts), image_size, largest, threads)
-    yield from _with_labels(crops, samples, parts, device)
+    wanted = augmentation if augmentation and augmentation.is_on else None
+    source = _with_windows(samples, crops, dice, flip)
+    images = run(source, len(crops), image_size, largest, threads, wanted, drawn)
+    yield from _with_labels(images, samples, parts, device)
 
 
 def evaluation_batches(
-    samples: Samples, *, image_size: int, resize: int, batch_size: int, threads: int, device: str
-) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
-    """All samples in file order, each exactly once: shorter side to `resize`, centre crop.
+    samples: Samples, *, image_size: int, resize: int, batch_size: int, threads: int, device: str,
+    rank: int = 0, world_size: int = 1,
+) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:  # fmt: skip
+    """All samples in file order, each exactly once over all processes: shorter side to `resize`, centre crop.
+
+    Each process has a stretch of them, or none where there are fewer images than processes.
 
     Yields:
         images (n, 3, image_size, image_size) uint8 in channels-last memory, labels (n,) int64, on `device`.
@@ -214,7 +242,7 @@ def evaluation_batches(
     """
     from nvidia.dali import fn, pipeline_def, types
 
-    batches = _equal_batches(np.arange(len(samples)), batch_size)
+    batches = _equal_batches(np.array_split(np.arange(len(samples)), world_size)[rank], batch_size)
     encoded = _read_ahead(samples, batches)
 
     @pipeline_def(**_settings(batch_size, threads, device))
@@ -229,6 +257,37 @@ def evaluation_batches(
 
 
 def _crops_on_cpu(
+    source: Iterator[tuple[Encoded, Windows]], count: int, side: int, batch_size: int, threads: int,
+    augmentation: Augmentation | None, drawn: Iterator[npt.NDArray[np.float64]],
+) -> Iterator["torch.Tensor"]:  # fmt: skip
+    """DALI decodes the windows, threads of ours bring them to size, and what is done to them then DALI does again."""
+    crops = _plain_crops_on_cpu(source, count, side, batch_size, threads)
+    if augmentation is None:
+        yield from crops
+        return
+    from nvidia.dali import fn, pipeline_def, types
+
+    names = augmentations.needed(augmentation)
+
+    def read() -> Iterator[tuple[Any, ...]]:
+        for pixels, dice in zip(crops, drawn, strict=True):
+            found = augmentations.draws(dice, augmentation)
+            yield pixels.permute(0, 2, 3, 1).numpy(), *(getattr(found, name) for name in names)
+
+    @pipeline_def(**_settings(batch_size, threads, "cpu"), enable_conditionals=True)
+    def pipeline() -> Any:
+        kinds, dimensions = augmentations.input_types(names)
+        pixels, *inputs = fn.external_source(
+            source=read(), num_outputs=1 + len(kinds), batch=True, dtype=[types.UINT8, *kinds],
+            ndim=[3, *dimensions], layout=["HWC", *("" for _ in kinds)],
+        )  # fmt: skip
+        return augmentations.augmented(pixels, augmentation, inputs, side)
+
+    for outputs in _run(_quietly(pipeline), count):
+        yield _tensor(*outputs)
+
+
+def _plain_crops_on_cpu(
     source: Iterator[tuple[Encoded, Windows]], count: int, side: int, batch_size: int, threads: int
 ) -> Iterator["torch.Tensor"]:
     """DALI decodes the windows alone; threads of ours bring one batch to size while DALI decodes the next."""
@@ -276,33 +335,40 @@ def _finished(out: "torch.Tensor", parts: "list[Future[None]]") -> "torch.Tensor
 
 
 def _crops_on_gpu(
-    source: Iterator[tuple[Encoded, Windows]], count: int, side: int, batch_size: int, threads: int
-) -> Iterator["torch.Tensor"]:
+    source: Iterator[tuple[Encoded, Windows]], count: int, side: int, batch_size: int, threads: int,
+    augmentation: Augmentation | None, drawn: Iterator[npt.NDArray[np.float64]],
+) -> Iterator["torch.Tensor"]:  # fmt: skip
     """All by DALI, where decoding is nvJPEG's and resizing costs nothing."""
     from nvidia.dali import fn, pipeline_def, types
 
-    def read() -> Iterator[tuple[Any, ...]]:
-        for jpegs, found in source:
-            yield jpegs, found.anchor, found.shape, found.mirrored.astype(np.int32)
+    own = augmentation or Augmentation()
+    names = augmentations.needed(own)
 
-    @pipeline_def(**_settings(batch_size, threads, "cuda"))
+    def read() -> Iterator[tuple[Any, ...]]:
+        for (jpegs, found), dice in zip(source, drawn, strict=True):
+            more = augmentations.draws(dice, own)
+            flips = found.mirrored.astype(np.int32)
+            yield jpegs, found.anchor, found.shape, flips, *(getattr(more, name) for name in names)
+
+    @pipeline_def(**_settings(batch_size, threads, "cuda"), enable_conditionals=True)
     def pipeline() -> Any:
-        jpegs, anchor, shape, mirrored = _windowed(read(), types.INT32)
+        kinds, dimensions = augmentations.input_types(names)
+        jpegs, anchor, shape, mirrored, *inputs = _windowed(read(), [types.INT32, *kinds], [0, *dimensions])
         images = fn.decoders.image_slice(
             jpegs, anchor, shape, axis_names="HW", device="mixed", output_type=types.RGB
         )  # fmt: skip
         images = fn.resize(images, size=[side, side], interp_type=types.INTERP_TRIANGULAR, antialias=True)
-        return fn.flip(images, horizontal=mirrored)
+        return augmentations.augmented(fn.flip(images, horizontal=mirrored), own, inputs, side)
 
-    for outputs in _run(pipeline(), count):
+    for outputs in _run(_quietly(pipeline), count):
         yield _tensor(*outputs)
 
 
-def _windowed(source: Iterator[tuple[Any, ...]], *more: Any) -> Any:
-    """Nodes of encoded images, anchors and shapes, and of what else (a number an image, of the given types) follows."""
+def _windowed(source: Iterator[tuple[Any, ...]], more: Sequence[Any] = (), dimensions: Sequence[int] = ()) -> Any:
+    """Nodes of encoded images, anchors and shapes, and of what else follows, by type and number of dimensions."""
     from nvidia.dali import fn, types
 
-    kinds, dimensions = [types.UINT8, types.INT32, types.INT32, *more], [1, 1, 1, *(0 for _ in more)]
+    kinds, dimensions = [types.UINT8, types.INT32, types.INT32, *more], [1, 1, 1, *dimensions]
     return fn.external_source(source=source, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=dimensions)
 
 
@@ -317,6 +383,17 @@ def _settings(batch_size: int, threads: int, device: str) -> dict[str, Any]:
 
 def _decoder(device: str) -> str:
     return "mixed" if device == "cuda" else "cpu"
+
+
+def _quietly(define: Callable[[], Any]) -> Any:
+    """The pipeline, without DALI's warnings of what its own augmentations use."""
+    with warnings.catch_warnings(record=True) as caught:
+        pipeline = define()
+        pipeline.build()
+    for each in caught:
+        if not issubclass(each.category, DeprecationWarning):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return pipeline
 
 
 def _run(pipeline: Any, count: int) -> Iterator[Any]:
@@ -351,13 +428,14 @@ def _equal_batches(order: npt.NDArray[np.int64], batch_size: int) -> list[npt.ND
 
 
 def _with_windows(
-    samples: Samples, batches: list[npt.NDArray[np.int64]], dice: Iterator[npt.NDArray[np.float64]]
+    samples: Samples, batches: list[npt.NDArray[np.int64]], dice: Iterator[npt.NDArray[np.float64]], flip: bool
 ) -> Iterator[tuple[Encoded, Windows]]:
     import simplejpeg
 
     for jpegs, thrown in zip(_read_ahead(samples, batches), dice, strict=True):
         sizes = np.array([simplejpeg.decode_jpeg_header(jpeg)[:2] for jpeg in jpegs], np.int64).reshape(-1, 2)
-        yield jpegs, windows(thrown, sizes)
+        found = windows(thrown, sizes)
+        yield jpegs, found if flip else found._replace(mirrored=np.zeros_like(found.mirrored))
 
 
 def _read_ahead(samples: Samples, batches: list[npt.NDArray[np.int64]]) -> Iterator[Encoded]:

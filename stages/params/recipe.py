@@ -68,7 +68,7 @@ class Recipe(Section):
     """Left and right change places in every other image."""
     augment: Literal["none", "trivial", "rand"] = "none"
     """`trivial`: TrivialAugment Wide (Müller & Hutter 2021); `rand`: RandAugment (Cubuk et al. 2020); both DALI's."""
-    rand_operations: Count = 2
+    rand_operations: Annotated[int, Field(ge=1, le=8)] = 2
     """Of RandAugment, one after the other."""
     rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     """Of RandAugment's operations, of 30."""

@@ -1,33 +1,161 @@
-"""Optimisation: SGD with Nesterov momentum under a one-cycle schedule."""
+"""Optimisation: optimisers over groups of parameters, schedules of the learning rate, and the average of weights."""
 
+import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-MOMENTUM = 0.9
+from stages.params.recipe import Recipe
 
-
-def sgd(groups: Iterable[tuple[list[nn.Parameter], float]], weight_decay: float) -> torch.optim.SGD:
-    """SGD over groups of (parameters, peak learning rate); norms and biases are not decayed (He et al. 2019)."""
-    options = []
-    for parameters, lr in groups:
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        decayed = [parameter for parameter in trained if parameter.ndim > 1]
-        others = [parameter for parameter in trained if parameter.ndim <= 1]
-        options += [{"params": decayed, "lr": lr, "weight_decay": weight_decay}] if decayed else []
-        options += [{"params": others, "lr": lr, "weight_decay": 0.0}] if others else []
-    return torch.optim.SGD(options, momentum=MOMENTUM, nesterov=True)
+Groups = list[tuple[list[nn.Parameter], float]]
+"""Parameters to train with their peak learning rate; the last group is the head's."""
+MUON_SHARE = 0.4
+"""Of the learning rate goes to Muon's matrices, so that one `lr` serves both halves of it."""
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration (Jordan et al. 2024)."""
 
 
-def one_cycle(optimiser: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear from near 0 to the peak in the first `warmup` share of `steps`, then a half cosine to 0 (Smith 2018)."""
-    rising = warmup * steps
+def optimiser(groups: Groups, recipe: Recipe) -> Optimizer:
+    """The recipe's optimiser. Frozen parameters are left out; norms and biases are not decayed (He et al. 2019)."""
+    options = [option for group in groups for option in _options(*group, recipe.weight_decay)]
+    if recipe.optimiser == "adamw":
+        return torch.optim.AdamW(options, betas=(recipe.momentum, 0.999))
+    if recipe.optimiser == "muon":
+        head = {id(parameter) for parameter in groups[-1][0][-2:]}
+        return Muon(options, recipe.momentum, is_matrix=lambda each: each.ndim > 1 and id(each) not in head)
+    return torch.optim.SGD(options, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+def _options(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.ndim > 1]
+    others = [parameter for parameter in trained if parameter.ndim <= 1]
+    options = [{"params": decayed, "lr": lr, "weight_decay": weight_decay}] if decayed else []
+    return options + ([{"params": others, "lr": lr, "weight_decay": 0.0}] if others else [])
+
+
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum of a matrix, orthogonalised.
+
+    Convolutions are matrices (out, in·h·w). Norms, biases and the head are trained by SGD with Nesterov momentum and
+    the learning rate itself, matrices by `MUON_SHARE` of it; the decay of weights is decoupled for all.
+
+    Not torch.optim.Muon: that one takes no convolutions, and multiplies in bf16 also where the hardware has none.
+    """
+
+    def __init__(
+        self, options: list[dict[str, Any]], momentum: float, is_matrix: Callable[[nn.Parameter], bool]
+    ) -> None:
+        split = []
+        for option in options:
+            for matrix in (True, False):
+                members = [each for each in option["params"] if is_matrix(each) == matrix]
+                if members:
+                    split.append(option | {"params": members, "matrix": matrix, "momentum": momentum})
+        super().__init__(split, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step with the gradients as they are; `closure` is not supported."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                update = _nesterov(parameter.grad, state["momentum_buffer"], group["momentum"], group["matrix"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                if group["matrix"]:
+                    rows = len(update)
+                    scale = max(1.0, rows * rows / update.numel()) ** 0.5
+                    update = orthogonalised(update.reshape(rows, -1)).view_as(update)
+                    parameter.add_(update, alpha=-group["lr"] * MUON_SHARE * scale)
+                else:
+                    parameter.add_(update, alpha=-group["lr"])
+
+
+def _nesterov(gradient: Tensor, buffer: Tensor, momentum: float, average: bool) -> Tensor:
+    """The step's direction; `buffer` is brought up to date. Muon's momentum is an average, SGD's a sum."""
+    if average:
+        buffer.lerp_(gradient, 1 - momentum)
+        return gradient.lerp(buffer, momentum)
+    buffer.mul_(momentum).add_(gradient)
+    return gradient.add(buffer, alpha=momentum)
+
+
+def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """A matrix (m, n) with the same singular vectors, and singular values of about 0.7 to 1.2 (Newton-Schulz)."""
+    a, b, c = NEWTON_SCHULZ
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(iterations):
+        gram = wide @ wide.T
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
+def schedule(chosen: Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
+    """What the recipe says the learning rate does, stepped once a step of the optimiser."""
+    steps = recipe.epochs * steps_per_epoch
+    rising = recipe.warmup * steps
+    if recipe.schedule == "one_cycle":
+        peaks = [group["lr"] for group in chosen.param_groups]
+        # It needs a step on either side of the peak.
+        share = min(max(recipe.warmup, 1 / steps), 1 - 1 / steps)
+        return OneCycleLR(
+            chosen, peaks, total_steps=max(steps, 3) + 1, pct_start=share, cycle_momentum=recipe.momentum > 0
+        )
+
+    def warm(step: int) -> float:
+        return (step + 1) / (rising + 1) if step < rising else 1.0
+
+    def cosine(step: int) -> float:
+        return (
+            0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1))) if step >= rising else warm(step)
+        )
+
+    def tenths(step: int) -> float:
+        return warm(step) * 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)
+
+    return LambdaLR(chosen, cosine if recipe.schedule == "cosine" else tenths)
+
+
+class Ema:
+    """A moving average of a model's weights and buffers (Polyak & Juditsky 1992).
+
+    The decay is warmed up as min(decay, (1 + t) / (10 + t)), so that a short run is not ruled by its start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model: Any = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay, self.steps = decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Takes up the weights after a step."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        of_model = model.state_dict()
+        average, current = [], []
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                average.append(value)
+                current.append(of_model[name])
+            else:
+                value.copy_(of_model[name])  # a count of batches
+        torch._foreach_lerp_(average, current, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs."""
+        return {"model": self.model.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self.steps = state["steps"]

@@ -293,7 +293,7 @@ def test_a_frozen_norm_keeps_its_statistics_and_the_head_alone_changes(
     assert changed == {"fc.weight", "fc.bias"}
 
 
-# --------------------------------------------------------------------------------------------------- what is wrong, said
+# -------------------------------------------------------------------------------------------------- what is wrong, said
 
 
 def test_a_loss_that_is_not_finite_stops_names_step_and_rate_and_leaves_the_last_good_checkpoint(

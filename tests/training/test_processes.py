@@ -1,8 +1,7 @@
 """Several processes: the same training as one, exact resume, every image once, and one message for what is wrong."""
 
 import json
-import os
-import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -134,8 +133,6 @@ def test_two_machines_meet(prepared: Workspace) -> None:
 
 def free_port() -> int:
     """One that nobody listens at now."""
-    import socket
-
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]

@@ -1,0 +1,28 @@
+"""MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019), torchvision's, of batches as they are loaded."""
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+
+class Mixer:
+    """Mixes each image of a batch with the one before it; with both methods on, one of the two at random a batch."""
+
+    def __init__(self, mixup: float, cutmix: float, classes: int) -> None:
+        """The alphas of both Beta distributions; 0: off."""
+        self.ways: list[v2.Transform] = []
+        if mixup:
+            self.ways.append(v2.MixUp(alpha=mixup, num_classes=classes))
+        if cutmix:
+            self.ways.append(v2.CutMix(alpha=cutmix, num_classes=classes))
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, H, W) in 0..255 as float32, and targets (n, classes); both untouched where nothing is on.
+
+        Draws from torch's global generator on the CPU.
+        """
+        if not self.ways or len(labels) < 2:
+            return images, labels
+        way = self.ways[int(torch.randint(len(self.ways), ()))]
+        mixed, targets = way(images.float(), labels)
+        return mixed, targets
