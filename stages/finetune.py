@@ -114,12 +114,13 @@ class _Task:
         Args:
             work: holds the folder of its checkpoint, which has its name.
         """
+        from stages.training.blocks import trainable
         from stages.training.feeding import crops
         from stages.training.loop import fit
         from stages.training.models import save_classifier
         from stages.training.objectives import Looking, Supervised
         from stages.training.processes import is_first
-        from stages.training.strategies import merge, trainable
+        from stages.training.strategies import merge
 
         prefix = "" if name == "finetuned" else f"{name}/"
 
@@ -142,14 +143,16 @@ class _Task:
 
     def _start(self, name: str) -> "tuple[Classifier, Groups]":
         """The network before its first step, and what of it is trained."""
+        from stages.training.blocks import every_weight
         from stages.training.models import build, check_takes, copy_backbone, load_classifier
         from stages.training.regularisation import regularise
-        from stages.training.strategies import STRATEGIES, scratch
+        from stages.training.strategies import STRATEGIES
 
         start = build(self.config, self.finetune.seed, self.model.auxiliary_heads)
-        check_takes(start, self.finetune.smallest(self.model.image_size))
+        for size in {self.model.image_size, self.finetune.smallest(self.model.image_size)}:
+            check_takes(start, size)
         if name == "scratch":
-            groups = scratch(start, self.finetune)
+            groups = every_weight(start, self.finetune.lr)
         else:
             copy_backbone(load_classifier(BACKBONE)[0], start)
             groups = STRATEGIES[self.finetune.strategy](start, self.finetune)

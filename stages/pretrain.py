@@ -58,11 +58,11 @@ def _untrained(pretrain: Pretrain, model: Model) -> None:
 
 def _trained(pretrain: Pretrain, model: Model, training: Training) -> None:
     from stages.tracking import training_run
+    from stages.training.blocks import every_weight, trainable
     from stages.training.devices import set_up
     from stages.training.loop import fit
     from stages.training.models import save_classifier
     from stages.training.processes import is_first, wait_for_first
-    from stages.training.strategies import trainable
 
     compute = set_up(training)
     sets = list(shard_sets("pretrain"))
@@ -77,14 +77,14 @@ def _trained(pretrain: Pretrain, model: Model, training: Training) -> None:
     work = training_work("pretrain", compute.kind, training)
     params = {"pretrain": pretrain.model_dump(), "model": model.model_dump(), "training": training.model_dump()}
     with training_run("pretrain", params, work.tags, resumed=work.resumed) as tracked:
-        groups = [(list(backbone.parameters()), pretrain.lr)]
+        groups = every_weight(backbone, pretrain.lr)
         count, share = trainable(backbone)
         tracked.log({"trainable_parameters": count, "trainable_share": share}, 0)
         curve = fit(
             backbone, groups, feed, objective, pretrain, model.image_size, compute, work.folder, tracked.log, "pretrain"
         )
         if is_first():
-            _without_projector(backbone, config, pretrain)
+            _without_projector(backbone, objective, config, pretrain)
             write_json(REPORTS / "metrics.json", {"epochs": curve, **work.recorded})
             save_classifier(backbone, config, BACKBONE)
             tracked.set_tags({"model.sha256": sha256(BACKBONE / "model.safetensors")})
@@ -103,9 +103,10 @@ def _start(pretrain: Pretrain, model: Model, config: dict[str, Any]) -> "Classif
     auxiliary = model.auxiliary_heads and pretrain.method == "supervised"
     backbone = build(config, pretrain.seed, auxiliary)
     if pretrain.weights:
-        start_from(backbone, pretrain.weights)
+        start_from(backbone, model.architecture, pretrain.weights)
     regularise(backbone, pretrain.dropout, pretrain.stochastic_depth)
-    check_takes(backbone, pretrain.smallest(model.image_size))
+    for size in {model.image_size, pretrain.smallest(model.image_size)}:
+        check_takes(backbone, size)
     return backbone
 
 
@@ -115,7 +116,8 @@ def _task(
 ) -> "tuple[Feed, Objective]":  # fmt: skip
     """What is learned from, and what is minimised."""
     from stages.training.feeding import crops
-    from stages.training.objectives import Looking, SelfSupervision, Supervised
+    from stages.training.objectives import Looking, Supervised
+    from stages.training.self_supervision import SelfSupervision
 
     every, val = read_samples(sets, "train"), read_samples(sets, "val").labelled()
     looking = Looking(val, model.image_size, config["resize"], 2 * pretrain.batch_size)
@@ -134,11 +136,14 @@ def _counted(train: Samples, unlabelled: int, val: Samples) -> str:
     return f"{len(train)} images, {unlabelled} unlabelled ones left out, {len(val)} for val"
 
 
-def _without_projector(backbone: "Classifier", config: dict[str, Any], pretrain: Pretrain) -> None:
+def _without_projector(
+    backbone: "Classifier", objective: "Objective", config: dict[str, Any], pretrain: Pretrain
+) -> None:
     from stages.training.models import fresh_head
+    from stages.training.self_supervision import SelfSupervision
 
-    if pretrain.method != "supervised":
-        fresh_head(backbone, max(len(config["classes"]), 1), pretrain.seed)
+    if isinstance(objective, SelfSupervision):
+        fresh_head(backbone, objective.width, max(len(config["classes"]), 1), pretrain.seed)
 
 
 def _config(model: Model, sets: list[Path]) -> dict[str, Any]:

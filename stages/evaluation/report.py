@@ -183,9 +183,9 @@ def curve_panels(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> list[di
     target = {name: curves[name] for name in ("finetuned", "scratch") if curves.get(name)}
     upstream = {"pretrain": curves["pretrain"]} if curves.get("pretrain") else {}
     panels = [
-        _panel("Target: top-1 on val", target, ["val_top1"], share=True),
+        _panel("Target: top-1 on val", target, ["val_top1", "val_robust_top1"], share=True),
         _panel("Target: loss", target, ["train_loss", "val_loss"], share=False),
-        _panel("Backbone: top-1 on val", upstream, ["val_top1"], share=True),
+        _panel("Backbone: top-1 on val", upstream, ["val_top1", "knn_top1", "val_robust_top1"], share=True),
         _panel("Backbone: loss", upstream, ["train_loss", "val_loss"], share=False),
     ]
     return [panel for panel in panels if panel["lines"]]

@@ -1,6 +1,6 @@
 """Adversarial training: images changed by a little, so that the network mistakes them (all in units of pixels, 0..255).
 
-`pgd` is Madry et al. 2018. `fgsm` is Wong, Rice & Kolter 2020: one step from a random start, which costs a fraction, and
+`pgd` is Madry et al. 2018. `fgsm` is Wong, Rice & Kolter 2020: one step from a random start. It costs a fraction, and
 may suddenly learn to fool its own single step while it loses all robustness (catastrophic overfitting). `Guard` looks
 for that and trains on PGD until it is over (Li et al. 2020, "Towards Understanding Fast Adversarial Training").
 """

@@ -1,4 +1,4 @@
-"""Self-supervision: what two crops of an image are to have in common. The backbone learns, the projector is thrown away.
+"""Self-supervision: what two crops of an image are to have in common. The backbone is kept, the projector is not.
 
 `simclr` (Chen et al. 2020) tells an image's other crop from those of all other images, so it needs large batches.
 `vicreg` (Bardes, Ponce & LeCun 2022) needs no others: crops of an image shall agree (invariance), while no output may
@@ -68,8 +68,8 @@ def _off_diagonal(square: Tensor) -> Tensor:
 def _of_all(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """Both views (N, d) of the images of all processes, in float32, with gradients to this process's own.
 
-    DDP takes the mean of gradients over processes. Each has the whole loss here, and gathering sums what flows back to a
-    process from all of them: the mean of that is the gradient of the whole loss.
+    DDP takes the mean of gradients over processes. Each has the whole loss here, and gathering sums what flows back to
+    a process from all of them: the mean of that is the gradient of the whole loss.
     """
     first, second = embeddings.float().chunk(2)
     if not dist.is_initialized() or dist.get_world_size() == 1:

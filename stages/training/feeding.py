@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from stages.data.augmentations import Augmentation
 from stages.data.loading import Samples, training_batches
-from stages.params.pretrain import SelfSupervised
 from stages.params.recipe import Recipe
 from stages.training.devices import Compute
 from stages.training.processes import rank, world_size
+
+if TYPE_CHECKING:
+    from stages.params.pretrain import SelfSupervised
 
 Batches = Callable[[int, int, int], Iterator[tuple[Tensor, Tensor]]]
 """(epoch, batch to begin with, image size in pixels) -> images (n, 3, S, S) uint8 and labels (n,) int64, on the device.
@@ -31,7 +34,7 @@ class Feed:
     """The part of this process."""
 
 
-def crops(train: Samples, recipe: Recipe, compute: Compute, self_supervised: SelfSupervised | None = None) -> Feed:
+def crops(train: Samples, recipe: Recipe, compute: Compute, self_supervised: "SelfSupervised | None" = None) -> Feed:
     """Random crops of the shards' images, augmented as the recipe says; two an image for self-supervision."""
     own = self_supervised
     augmentation = Augmentation(

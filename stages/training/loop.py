@@ -104,7 +104,7 @@ def fit(
     on_epoch: Callable[[Metrics, int], None],
     name: str,
 ) -> list[Metrics]:
-    """Trains `model` in place and returns its curve, a dict an epoch.
+    """Trains `model` in place, leaves it in evaluation mode, and returns its curve, a dict an epoch.
 
     Args:
         groups: parameters to train with their peak learning rate.
@@ -127,6 +127,7 @@ def fit(
             _epoch(state, forward, feed, recipe, image_size, compute, keeper, on_epoch)
     final = state.best if state.best is not None else state.kept.net.state_dict()
     model.net.load_state_dict(final)
+    model.eval()
     return state.curve
 
 

@@ -26,7 +26,7 @@ def optimiser(groups: Groups, recipe: Recipe) -> Optimizer:
     if recipe.optimiser == "adamw":
         return torch.optim.AdamW(options, betas=(recipe.momentum, 0.999))
     if recipe.optimiser == "muon":
-        head = {id(parameter) for parameter in groups[-1][0][-2:]}
+        head = {id(parameter) for parameter in groups[-1][0]}
         return Muon(options, recipe.momentum, is_matrix=lambda each: each.ndim > 1 and id(each) not in head)
     return torch.optim.SGD(options, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
