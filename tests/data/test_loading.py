@@ -143,7 +143,7 @@ def test_the_gpu_sees_what_the_cpu_sees(shards: Path) -> None:
         assert (cpu.float() - gpu.float()).abs().mean() < 3
 
 
-def epoch(shards: Path, number: int, threads: int = 2, batch_size: int = 7, **part: int) -> list[tuple[Any, Any]]:
+def epoch(shards: Path, number: int, threads: int = 2, batch_size: int = 7, **part: Any) -> list[tuple[Any, Any]]:
     """Images and labels of the batches of one epoch of training."""
     samples = read_samples([shards], "train")
     batches = training_batches(

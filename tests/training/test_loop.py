@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_killed_in_any_epoch_it_ends_in_the_same_weights_and_curve(
     undisturbed, curve = train(data, compute, tmp_path / "a", recipe)
     for after in (1, 2, 3):  # batches; the first of these is in the first epoch, the last in the second
         with pytest.raises(KeyboardInterrupt):
-            train(data, compute, tmp_path / "b", recipe, lambda feed, after=after: interrupted(feed, after))
+            train(data, compute, tmp_path / "b", recipe, partial(interrupted, after=after))
     resumed, curve_of_resumed = train(data, compute, tmp_path / "b", recipe)
     assert same_weights(undisturbed, resumed)
     assert curve == curve_of_resumed
@@ -205,16 +206,15 @@ def test_it_learns(data: tuple[Samples, Samples], compute: Compute, tmp_path: Pa
 def test_the_first_steps_are_those_of_a_plain_loop(
     data: tuple[Samples, Samples], compute: Compute, tmp_path: Path
 ) -> None:
-    """A golden curve, but written out as what it must equal: the textbook's loop, bit for bit."""
+    """A golden curve, but written out as what it must equal: the textbook's loop."""
     recipe = RECIPE.model_copy(update={"epochs": 1, "warmup": 0.0})
     _, curve = train(data, compute, tmp_path, recipe)
     model = build(CONFIG, seed=1).train()
     compute.place(model)
     decayed = [weights for weights in model.parameters() if weights.ndim > 1]
     others = [weights for weights in model.parameters() if weights.ndim <= 1]
-    sgd = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": 1e-4}, {"params": others}], recipe.lr, momentum=0.9, nesterov=True
-    )
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 1e-4}, {"params": others}]
+    sgd = torch.optim.SGD(groups, recipe.lr, momentum=0.9, nesterov=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 4)
     total = 0.0
     for images, labels in crops(data[0], recipe, compute).batches(1, 0, 32):

@@ -72,7 +72,7 @@ def test_one_cycle_moves_momentum_against_the_rate() -> None:
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_each_weight_is_trained_once_and_no_norm_is_decayed(name: str) -> None:
     model = build(CONFIG, seed=1)
-    model.net.conv1.requires_grad_(False)
+    model.net.get_submodule("conv1").requires_grad_(False)
     chosen = optimiser(every_weight(model, 0.1), recipe(optimiser=name, weight_decay=0.1))
     seen = [parameter for group in chosen.param_groups for parameter in group["params"]]
     assert sorted(map(id, seen)) == sorted(id(each) for each in model.parameters() if each.requires_grad)
@@ -139,7 +139,7 @@ def test_muon_treats_the_head_and_norms_as_sgd_does() -> None:
 
 
 def test_the_average_of_weights_follows_its_formula_and_goes_on_exactly() -> None:
-    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    net: Any = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     ema = Ema(net, decay=0.5)
     expected = net[0].weight.item()
     for step in range(1, 6):
