@@ -85,15 +85,25 @@ def _launch(module: str, arguments: Sequence[str], training: Training) -> None:
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except ChildFailedError as failed:
-        raise StageError(_first_failure(failed)) from None
+        raise _first_failure(failed) from None
 
 
-def _first_failure(failed: "ChildFailedError") -> str:
+def _first_failure(failed: "ChildFailedError") -> Exception:
+    """What went wrong first: a process that was killed, before those that lost their connection to it."""
+    killed = {rank: each.exitcode for rank, each in failed.failures.items() if each.exitcode < 0}
+    for process, code in killed.items():
+        if code != -signal.SIGTERM:  # the launcher's own word to those that are left
+            name = signal.Signals(-code).name
+            return StageError(
+                f"process {process} was killed by {name}; run again: training goes on from its last checkpoint"
+            )
     process, failure = failed.get_first_failure()
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        return f"process {process} was killed by {name}; run again: training goes on from its last checkpoint"
-    return failure.message.removeprefix("StageError: ")
+    # What `record` has written; a plain string where the process did not get that far.
+    told: Any = failure.message
+    words, details = (told["message"], told["extraInfo"]["py_callstack"]) if isinstance(told, dict) else (told, told)
+    if words.startswith("StageError: "):
+        return StageError(words.removeprefix("StageError: "))
+    return RuntimeError(f"process {process}: {details}")
 
 
 def _check_devices(training: Training) -> None:
@@ -115,10 +125,15 @@ def _member(training: Training, main: Callable[[], None]) -> None:
             f"{started} processes were started, but `training.world_size` in params.yaml is {training.world_size}; "
             "set it to that: it decides bytes"
         )
+    if int(os.environ["RANK"]):
+        logging.getLogger().setLevel(logging.WARNING)  # process 0 says it all
+        os.environ["SYNSET_TRACKING"] = "off"
     try:
         record(_joined)(training, main)
-    except StageError:
-        sys.exit(1)
+    except Exception:
+        # At once: a reader that is left in the middle of an epoch complains of how it ends.
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _joined(training: Training, main: Callable[[], None]) -> None:
@@ -126,8 +141,6 @@ def _joined(training: Training, main: Callable[[], None]) -> None:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    if not is_first():
-        logging.getLogger().setLevel(logging.WARNING)
     try:
         main()
     finally:

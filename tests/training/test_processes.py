@@ -78,6 +78,7 @@ def test_a_process_that_is_killed_stops_all_with_one_message_and_the_next_run_go
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_takes_over_only_if_asked_and_says_so(prepared: Workspace) -> None:
     pretrained(prepared, 2, epochs=2)
     fault = {"PYTHONPATH": str(Path(__file__).parents[1] / "faults"), "SYNSET_CHECKPOINT_STEPS": "2"}
@@ -113,6 +114,7 @@ def test_another_number_of_processes_than_the_params_say_is_refused(prepared: Wo
     assert "3 processes were started, but `training.world_size` in params.yaml is 2" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_machines_meet(prepared: Workspace) -> None:
     """Two launchers on this one, as on two machines with a shared folder."""
     whole, _ = pretrained(prepared, 2)
