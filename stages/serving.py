@@ -2,13 +2,14 @@
 
 This file is copied into every registered version and runs there alone. It therefore imports nothing of `stages`: two
 versions loaded in one process would otherwise share the code of the first. It repeats stages.data.images (decoding) and
-stages.training.models (architecture, normalisation); tests compare the decoding, line by line and pixel for pixel, and
-every registration compares the answers with those of the evaluation.
+stages.training.models (architecture, stem, normalisation); tests compare the decoding, line by line and pixel for
+pixel, and the answers, and every registration compares these with the evaluation's.
 """
 
 import io
 import json
 import struct
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import ExifTags, Image, UnidentifiedImageError
 from safetensors.torch import load_file
+from torch import nn
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 MAX_PIXELS = 178_956_970
@@ -94,6 +96,36 @@ def _centre(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
+def network(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> nn.Module:
+    """The architecture of config.json with these weights; it takes normalised images."""
+    architecture, size = config["architecture"], config["image_size"]
+    options: dict[str, Any] = {}
+    if architecture in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": False}
+    elif architecture.startswith("vit_"):
+        options = {"image_size": size}
+    elif architecture == "maxvit_t":
+        options = {"input_size": (size, size)}
+    net = torchvision.models.get_model(architecture, weights=None, num_classes=len(config["classes"]), **options)
+    if config.get("stem", "standard") != "standard":
+        _change_stem(net, config["stem"])
+    versioned = OrderedDict(weights)  # MNASNet insists on the version of its layers, which safetensors does not keep
+    versioned._metadata = net.state_dict()._metadata  # type: ignore[attr-defined]
+    net.load_state_dict(versioned)
+    return net
+
+
+def _change_stem(net: nn.Module, stem: str) -> None:
+    """As when it was trained: a smaller first convolution, and no max-pool in the stem."""
+    name, first = next((name, each) for name, each in net.named_modules() if isinstance(each, nn.Conv2d))
+    pools = [name for name, each in net.named_modules() if isinstance(each, nn.MaxPool2d)]
+    kernel, stride = (2, 2) if first.kernel_size == (4, 4) else (3, 2 if stem == "half" else 1)
+    if first.kernel_size == (7, 7) or pools[:1] == ["maxpool"]:
+        net.set_submodule(pools[0], nn.Identity())
+    bias = first.bias is not None
+    net.set_submodule(name, nn.Conv2d(3, first.out_channels, kernel, stride, padding=kernel // 3, bias=bias))
+
+
 class ImageClassifier(PythonModel):
     """`image` (the bytes of a file) to the classes of highest probability, best first."""
 
@@ -103,11 +135,7 @@ class ImageClassifier(PythonModel):
         folder = Path(context.artifacts["model"])
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.classes: list[str] = self.config["classes"]
-        architecture = self.config["architecture"]
-        extra = {"aux_logits": False, "init_weights": False} if architecture in ("googlenet", "inception_v3") else {}
-        network = torchvision.models.get_model(architecture, weights=None, num_classes=len(self.classes), **extra)
-        network.load_state_dict(load_file(folder / "model.safetensors"))
-        self.network = network.eval()
+        self.network = network(self.config, load_file(folder / "model.safetensors")).eval()
         self.mean = 255 * torch.tensor(self.config["mean"]).view(1, 3, 1, 1)
         self.std = 255 * torch.tensor(self.config["std"]).view(1, 3, 1, 1)
 

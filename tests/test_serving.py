@@ -20,6 +20,7 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModelContext
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 
 from stages import serving
 from stages.data import images
@@ -143,7 +144,7 @@ def test_the_file_stands_alone() -> None:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             names.add((node.module or "").split(".")[0])
-    standard = {"io", "json", "pathlib", "struct", "typing"}
+    standard = {"collections", "io", "json", "pathlib", "struct", "typing"}
     assert names - standard == {"mlflow", "numpy", "pandas", "torch", "torchvision", "PIL", "safetensors"}
 
 
@@ -249,3 +250,27 @@ def test_the_readme_posts_a_photo_of_any_size(tmp_path: Path) -> None:
 def test_config_holds_all_that_serving_reads(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert set(config) == {"architecture", "classes", "image_size", "resize", "mean", "std"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "stem"),
+    [
+        ("resnet18", 32, "half"), ("resnet18", 32, "small"), ("densenet121", 32, "half"), ("swin_t", 32, "half"),
+        ("shufflenet_v2_x0_5", 32, "half"), ("mobilenet_v3_small", 32, "small"), ("vit_b_16", 32, "standard"),
+        ("inception_v3", 80, "standard"), ("mnasnet0_5", 32, "standard"),
+    ],
+)  # fmt: skip
+def test_every_network_is_served_as_it_was_trained(architecture: str, size: int, stem: str, tmp_path: Path) -> None:
+    config = {
+        "architecture": architecture, "stem": stem, "classes": CLASSES, "image_size": size, "resize": size,
+        "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2],
+    }  # fmt: skip
+    trained = build(config, seed=1, auxiliary_heads=True).eval()
+    save_classifier(trained, config, tmp_path / "model")
+    loaded, _ = load_classifier(tmp_path / "model")
+    net = serving.network(config, load_file(tmp_path / "model/model.safetensors")).eval()
+    images = torch.randint(0, 255, (2, 3, size, size), dtype=torch.uint8)
+    with torch.no_grad():
+        logits = net((images.float() - loaded.mean) / loaded.std)
+        assert torch.equal(logits, loaded(images))
+        assert torch.allclose(logits, trained(images), atol=1e-5)

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -210,5 +211,7 @@ def load_classifier(folder: Path, device: str = "cpu") -> tuple[Classifier, dict
     except FileNotFoundError as error:
         raise StageError(f"{folder} holds no model ({error.filename} is missing); `dvc repro` makes it") from None
     model = build(config, seed=0)
-    model.net.load_state_dict(weights)
+    versioned = OrderedDict(weights)  # MNASNet insists on the version of its layers, which safetensors does not keep
+    versioned._metadata = model.net.state_dict()._metadata  # type: ignore[attr-defined]
+    model.net.load_state_dict(versioned)
     return model.to(device).eval(), config
