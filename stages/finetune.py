@@ -88,9 +88,10 @@ def _trial(folder: Path, finetune: Finetune, model: Model, training: Training) -
     from stages.training.processes import is_first
 
     compute = set_up(training)
-    tags = {"trial": folder.name, "machine": compute.kind}
+    # By its folder an unfinished run is found again.
+    tags = {"trial": folder.name, "machine": compute.kind, "fingerprint": str(folder.absolute())}
     resumed = (folder / "finetuned").is_dir()
-    with training_run("finetune", _params(finetune, model, training), tags, resumed=resumed) as tracked:
+    with training_run("tune", _params(finetune, model, training), tags, resumed=resumed) as tracked:
         curve = _Task(finetune, model, _config(model), compute, tracked).trained("finetuned", folder, folder / "model")
     if is_first():
         write_json(folder / "metrics.json", {"epochs": curve})

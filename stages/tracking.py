@@ -38,6 +38,8 @@ UNFINISHED = "unfinished"
 """The tag of a version that retrain has registered and not committed yet."""
 COMMIT_TO_COME = "commit-to-come"
 """Stands in the card of an unfinished version where its commit will be named."""
+PARENT = "SYNSET_PARENT_RUN"
+"""In the environment of a trial: the run of its search."""
 SYSTEM_METRICS_EVERY = 5.0
 """Seconds. MLflow's own 10 would leave a run on the sample with two points."""
 
@@ -263,8 +265,24 @@ def _start(stage: str, params: Mapping[str, Any], tags: Mapping[str, str], resum
             client.update_run(found, status="RUNNING")
             logger.info("continuing the MLflow run %s", found)
             return TrainingRun(client, found)
-        run = _create(client, experiment, stage, params, {"stage": stage, **git_tags(), **tags})
-        _log_inputs(client, run.info.run_id, stage)
+        parent = {"mlflow.parentRunId": os.environ[PARENT]} if os.environ.get(PARENT) else {}
+        run = _create(client, experiment, stage, params, {"stage": stage, **git_tags(), **parent, **tags})
+        _log_inputs(client, run.info.run_id, "finetune" if stage == "tune" else stage)
+        return TrainingRun(client, run.info.run_id)
+    except _failures() as error:
+        _say_lost(error)
+        return TrainingRun()
+
+
+def search_run(params: Mapping[str, Any], study: str) -> TrainingRun:
+    """The run of a search, which its trials lie under: the one begun before for this study, or a new one."""
+    if not enabled():
+        return TrainingRun()
+    try:
+        client = open_client()
+        experiment = _experiment(client, "tune")
+        found = client.search_runs([experiment], f"tags.study = '{study}' and tags.role = 'search'", max_results=1)
+        run = found[0] if found else _create(client, experiment, "tune", params, {"study": study, "role": "search"})
         return TrainingRun(client, run.info.run_id)
     except _failures() as error:
         _say_lost(error)

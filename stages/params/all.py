@@ -18,6 +18,7 @@ from stages.params.serve import Serve
 from stages.params.shard import Shards
 from stages.params.split import Split
 from stages.params.training import Training
+from stages.params.tune import Tune
 from stages.params.validate import Validate
 
 SECTIONS: dict[str, type[Section]] = {
@@ -33,6 +34,7 @@ SECTIONS: dict[str, type[Section]] = {
     "register": Register,
     "retrain": Retrain,
     "reconcile": Reconcile,
+    "tune": Tune,
     "serve": Serve,
 }
 

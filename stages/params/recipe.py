@@ -1,6 +1,6 @@
 """How a network is trained: the keys that `pretrain` and `finetune` share. Every default is off or harmless."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -128,10 +128,3 @@ class Recipe(Section):
     def better(self, one: float, other: float) -> bool:
         """Whether `one` is a better value of `monitor` than `other`."""
         return one < other if self.monitor in LOWER_IS_BETTER else one > other
-
-
-def plain(recipe: Recipe) -> dict[str, Any]:
-    """As MLflow shows it: nested keys with dots."""
-    values = recipe.model_dump()
-    nested = values.pop("adversarial") or {}
-    return values | {f"adversarial.{key}": value for key, value in nested.items()}

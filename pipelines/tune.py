@@ -1,0 +1,378 @@
+"""Searches for better parameters of fine-tuning: `python -m pipelines.tune`, with Optuna. docs/tuning.md.
+
+Each trial is a process of `stages.finetune --trial` with a params file and a folder of its own. What is found is judged
+on val alone: no trial opens the test split. The study lies in `.synset/tune/`, under a fingerprint of all that is not
+searched, so a search goes on where it was stopped, and never mixes with another one's trials. Several workers (this
+command, in several terminals) share one study.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pipelines.stage_process import Stop, run_streamed, signals_to
+from stages import tracking
+from stages.command import StageError, run
+from stages.files import sha256, write_text
+from stages.params.finetune import Finetune
+from stages.params.load import ParamsError, Section, check, load_section, read_params
+from stages.params.model import Model
+from stages.params.training import Training
+from stages.params.tune import Distribution, Tune
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+logger = logging.getLogger(__name__)
+SECTIONS: dict[str, type[Section]] = {"model": Model, "finetune": Finetune, "training": Training}
+FOLDER = Path(".synset/tune")
+INPUTS = ("data/classes/finetune.json", "models/backbone/model.safetensors", "models/backbone/config.json")
+COMMAND = (sys.executable, "-m", "stages.finetune", "--trial")
+FAILURES = 3
+"""Trials that fail one after the other, before any has ended well, stop the search: it would go on for ever."""
+
+
+def main() -> None:
+    """One worker: trials until the study has as many as wanted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, help="in all, over all workers; default: tune.trials of params.yaml")
+    parser.add_argument("--space", type=Path, metavar="FILE", help="YAML, instead of tune.space of params.yaml")
+    options = parser.parse_args()
+    tune = _tune(options.trials, options.space)
+    search(tune, COMMAND)
+
+
+def _tune(trials: int | None, space: Path | None) -> Tune:
+    tune = load_section("tune", Tune)
+    changes: dict[str, Any] = {"trials": trials} if trials is not None else {}
+    if space:
+        try:
+            changes["space"] = yaml.safe_load(space.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ParamsError(f"{space} cannot be read as YAML: {error}") from None
+    return check("tune", {**tune.model_dump(), **changes}, Tune, space if space else None)
+
+
+def search(tune: Tune, command: Sequence[str]) -> None:
+    """Runs trials, and writes what was found beside the study.
+
+    Args:
+        command: starts a trial; its folder is added.
+
+    Raises:
+        StageError: nothing to search, inputs are missing, or trials only fail.
+    """
+    if not tune.space:
+        raise ParamsError(
+            "params.yaml: `tune.space` is empty; name a key and its values: `finetune.lr: {low: 0.01, high: 0.1}`"
+        )
+    params = read_params()
+    _check_space(params, tune.space)
+    folder = FOLDER / _fingerprint(params, tune)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = _study(folder, tune)
+    parent = tracking.search_run({"tune": tune.model_dump()}, folder.name)
+    logger.info("tune: study %s, %d of %d trials are done", folder, len(_done(study)), tune.trials)
+    stop = Stop()
+    with signals_to(stop):
+        while not stop.asked():
+            with _alone(folder):
+                _take_up(study, folder)
+                if len(_counting(study)) >= tune.trials:
+                    break
+                _stop_where_all_fail(study)
+                trial = _ask(study, tune)
+                held = _hold(folder, trial.number)
+            try:
+                _run_trial(study, trial, folder, tune, params, command, parent.run_id, stop)
+            finally:
+                held.close()
+    if stop.asked():
+        raise StageError(f"{stop.reason}; the same command goes on with it")
+    _finish(study, folder, tune, params, parent)
+
+
+def _check_space(params: dict[str, Any], space: Mapping[str, Distribution]) -> None:
+    """Every key exists and may have every value that is tried first: both ends, or each choice."""
+    for key, values in space.items():
+        ends = values.choices if values.choices is not None else [values.low, values.high]
+        for value in ends:
+            _checked(_with(params, {key: value}))
+
+
+def _checked(params: dict[str, Any]) -> None:
+    for name, section in SECTIONS.items():
+        check(name, params[name], section)
+
+
+def _with(params: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole of params.yaml with other values at dotted keys."""
+    changed = json.loads(json.dumps(params))
+    for key, value in values.items():
+        *path, last = key.split(".")
+        section = changed
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return changed
+
+
+def _fingerprint(params: dict[str, Any], tune: Tune) -> str:
+    """Of whatever decides a trial's figure but what is searched: data, backbone, the sections, the space, the metric."""
+    indexes = sorted(Path("data/shards/finetune").glob("*/index.json"))
+    missing = [path for path in INPUTS if not Path(path).is_file()] or ([] if indexes else ["data/shards/finetune"])
+    if missing:
+        raise StageError(f"{missing[0]} is missing; `dvc repro pretrain shard` makes what a trial starts from")
+    fixed = _with(params, dict.fromkeys(tune.space))
+    parts: dict[str, Any] = {name: fixed[name] for name in SECTIONS}
+    parts |= {"space": tune.model_dump()["space"], "metric": tune.metric, "seed": tune.seed, "prune": tune.prune_after}
+    parts |= {"files": {path.as_posix(): sha256(path) for path in [*indexes, *map(Path, INPUTS)]}}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _ask(study: "Study", tune: Tune) -> "Trial":
+    """The next trial, by a sampler that is seeded by its number: so it is the same one after a stop, in any worker."""
+    from optuna.samplers import TPESampler
+
+    (seed,) = random.Random(f"{tune.seed} {len(study.get_trials(deepcopy=False))}").sample(range(2**31), 1)
+    study.sampler = TPESampler(seed=seed)
+    return study.ask(_distributions(tune.space))
+
+
+def _study(folder: Path, tune: Tune) -> "Study":
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+    if tune.prune_after:
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=tune.prune_after - 1)
+    with _alone(folder):
+        return optuna.create_study(
+            storage=f"sqlite:///{folder / 'study.db'}", study_name="finetune", load_if_exists=True, pruner=pruner,
+            direction="maximize" if tune.maximises else "minimize",
+        )  # fmt: skip
+
+
+def _distributions(space: Mapping[str, Distribution]) -> "dict[str, BaseDistribution]":
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, BaseDistribution] = {}
+    for key, values in space.items():
+        if values.choices is not None:
+            found[key] = CategoricalDistribution(values.choices)
+        elif isinstance(values.low, int) and isinstance(values.high, int):
+            found[key] = IntDistribution(values.low, values.high, log=values.log, step=int(values.step or 1))
+        else:
+            assert values.low is not None and values.high is not None
+            found[key] = FloatDistribution(values.low, values.high, log=values.log, step=values.step)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- workers and trials
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One worker at a time decides what is tried next."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _hold(folder: Path, number: int) -> Any:
+    """A trial's own lock, which dies with its worker."""
+    path = folder / str(number) / "lock"
+    path.parent.mkdir(exist_ok=True)
+    file = path.open("w")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def _take_up(study: "Study", folder: Path) -> None:
+    """Trials of workers that died are asked for again, and go on from their checkpoints."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        try:
+            held = _hold(folder, trial.number)
+        except BlockingIOError:
+            continue
+        with held:
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params, user_attrs={"goes on": trial.user_attrs.get("goes on", trial.number)})
+
+
+def _done(study: "Study") -> "list[FrozenTrial]":
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.PRUNED])
+
+
+def _counting(study: "Study") -> "list[FrozenTrial]":
+    """Trials that came to something, or are at it, or failed by themselves; not those of workers that died."""
+    from optuna.trial import TrialState
+
+    return [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING) or "error" in trial.user_attrs
+    ]
+
+
+def _stop_where_all_fail(study: "Study") -> None:
+    failed = [trial for trial in study.get_trials(deepcopy=False) if "error" in trial.user_attrs]
+    if len(failed) >= FAILURES and not _done(study):
+        raise StageError(f"the first {len(failed)} trials failed; the last one said: {failed[-1].user_attrs['error']}")
+
+
+def _run_trial(
+    study: "Study", trial: "Trial", folder: Path, tune: Tune, params: dict[str, Any], command: Sequence[str],
+    parent: str, stop: Stop,
+) -> None:  # fmt: skip
+    """Trains one trial, and tells the study how it ended."""
+    from optuna.trial import TrialState
+
+    place = folder / str(trial.user_attrs.get("goes on", trial.number))
+    place.mkdir(exist_ok=True)
+    try:
+        _checked(_with(params, trial.params))
+    except ParamsError as error:  # two values that do not go together
+        _fail(study, trial, str(error))
+        return
+    write_text(place / "params.yaml", yaml.safe_dump(_with(params, trial.params), sort_keys=False))
+    environment = os.environ | {"SYNSET_PARAMS": str(place / "params.yaml"), tracking.PARENT: parent}
+    lines: list[str] = []
+    watch = _Watch(trial, place / "finetuned/progress.jsonl", tune)
+    both = Stop(also=lambda: stop.asked() or watch.should_stop(), every=1.0)
+    shown = ", ".join(f"{key.split('.', 1)[1]} {_short(value)}" for key, value in trial.params.items())
+    logger.info("trial %d: %s", trial.number, shown)
+    code = run_streamed([*command, str(place)], lines.append, both, env=environment)
+    if stop.asked():
+        return  # stays as it is: the next worker takes it up
+    watch.report()
+    if watch.pruned:
+        study.tell(trial, state=TrialState.PRUNED)
+        logger.info("trial %d: stopped after epoch %d, %s", trial.number, watch.epochs, watch.describe())
+    elif code or watch.best is None:
+        _fail(study, trial, next((line for line in reversed(lines) if line.startswith("error")), f"ended with {code}"))
+    else:
+        study.tell(trial, watch.best)
+        logger.info("trial %d: %s", trial.number, watch.describe())
+    shutil.rmtree(place / "finetuned", ignore_errors=True)  # its checkpoint
+    shutil.rmtree(place / "model", ignore_errors=True)  # `dvc repro` makes it again
+
+
+def _fail(study: "Study", trial: "Trial", words: str) -> None:
+    from optuna.trial import TrialState
+
+    trial.set_user_attr("error", words)
+    study.tell(trial, state=TrialState.FAIL)
+    logger.warning("trial %d failed: %s", trial.number, words)
+
+
+class _Watch:
+    """What a trial has written of its epochs, as far as it has been seen."""
+
+    def __init__(self, trial: "Trial", progress: Path, tune: Tune) -> None:
+        self.trial, self.progress, self.tune = trial, progress, tune
+        self.epochs = 0
+        self.best: float | None = None
+        self.pruned = False
+
+    def should_stop(self) -> bool:
+        """Reports new epochs; whether the trial is not worth going on with."""
+        self.report()
+        self.pruned = self.pruned or (self.tune.prune_after is not None and self.trial.should_prune())
+        return self.pruned
+
+    def report(self) -> None:
+        """Tells the study of the epochs that it does not know yet."""
+        if not self.progress.is_file():
+            return
+        epochs = [json.loads(line) for line in self.progress.read_text(encoding="utf-8").splitlines()]
+        for epoch in epochs[self.epochs :]:
+            if self.tune.metric not in epoch:
+                raise StageError(
+                    f"`tune.metric` is {self.tune.metric}, which trials do not measure; see `split.val_fraction`"
+                )
+            value = epoch[self.tune.metric]
+            better = self.best is None or (value > self.best) == self.tune.maximises
+            self.best = value if better else self.best
+            self.trial.report(value, int(epoch["epoch"]) - 1)
+            self.epochs += 1
+
+    def describe(self) -> str:
+        """For people."""
+        return f"{self.tune.metric} {self.best:.4f}" if self.best is not None else "no epoch was finished"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------------ what was found
+
+
+def _finish(study: "Study", folder: Path, tune: Tune, params: dict[str, Any], parent: tracking.TrainingRun) -> None:
+    """The best trial as a params file, a table of the best ones, pictures of the search."""
+    from optuna.trial import TrialState
+
+    ended = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if not ended:
+        raise StageError(f"no trial of {folder} ended well; see why they failed above")
+    ranked = sorted(ended, key=lambda trial: trial.value or 0.0, reverse=tune.maximises)
+    best = _with(params, ranked[0].params)
+    head = f"# params.yaml with the best of {len(study.trials)} trials: {tune.metric} {ranked[0].value:.4f} on val.\n"
+    write_text(folder / "best.yaml", head + yaml.safe_dump(best, sort_keys=False))
+    pictures = folder / "pictures"
+    _draw(study, pictures)
+    parent.log({f"best_{tune.metric}": float(ranked[0].value or 0.0), "trials": len(study.trials)}, 0)
+    parent.log_artifacts(pictures)
+    parent.finish("FINISHED")
+    print(f"\n{tune.metric:>12}  trial  values")
+    for trial in ranked[:5]:
+        values = ", ".join(f"{key} {_short(value)}" for key, value in trial.params.items())
+        print(f"{trial.value:>12.4f}  {trial.number:>5}  {values}")
+    print(f"\nto train with the best: cp {folder / 'best.yaml'} params.yaml && make repro")
+
+
+def _draw(study: "Study", folder: Path) -> None:
+    import warnings
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from optuna.exceptions import ExperimentalWarning
+    from optuna.visualization import matplotlib as drawn
+
+    folder.mkdir(exist_ok=True)
+    draw: dict[str, Any] = {"history": drawn.plot_optimization_history}
+    if len({str(trial.params) for trial in study.get_trials(deepcopy=False) if trial.value is not None}) > 1:
+        draw["importance"] = drawn.plot_param_importances
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        for name, plot in draw.items():
+            try:
+                figure = plot(study).figure
+            except (RuntimeError, ValueError) as error:  # all trials equally good: nothing is more important
+                logger.warning("no picture of %s: %s", name, error)
+                continue
+            figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    run(main)

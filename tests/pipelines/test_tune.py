@@ -1,0 +1,250 @@
+"""The search: as many trials as wanted, pruned, failed, taken up again, by several workers; and a ready params file.
+
+A small script stands in for `stages.finetune --trial`; the last test has the real one.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+
+from pipelines import tune as tuning
+from stages.command import StageError
+from stages.params.load import ParamsError, check
+from stages.params.tune import Tune
+from tests.workspace import ROOT, Workspace
+
+STAND_IN = '''
+"""Its val loss is (lr - 0.1)^2 + 1 / epoch; it fails where weight_decay is above 0.5, and goes on where it was."""
+import json, os, pathlib, sys, time, yaml
+folder = pathlib.Path(sys.argv[1])
+finetune = yaml.safe_load(open(os.environ["SYNSET_PARAMS"]))["finetune"]
+if finetune["weight_decay"] > 0.5:
+    sys.exit("error: finetuned: the loss is nan")
+progress = folder / "finetuned/progress.jsonl"
+progress.parent.mkdir(exist_ok=True)
+lines = progress.read_text().splitlines() if progress.exists() else []
+(folder / "begun.txt").open("a").write(f"{len(lines)}\\n")
+for epoch in range(len(lines) + 1, 5):
+    time.sleep(float(os.environ.get("SECONDS_AN_EPOCH", 0)))
+    lines.append(json.dumps({"epoch": epoch, "val_loss": (finetune["lr"] - 0.1) ** 2 + 1 / epoch}))
+    progress.write_text("".join(line + "\\n" for line in lines))
+'''
+SPACE: dict[str, Any] = {"finetune.lr": {"low": 0.001, "high": 10.0, "log": True}}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a checkout whose stages before finetune have run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SYNSET_TRACKING", "off")
+    for path in (*tuning.INPUTS, "data/shards/finetune/mine/index.json"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("{}", encoding="utf-8")
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "stand_in.py").write_text(STAND_IN, encoding="utf-8")
+    return tmp_path
+
+
+def tune(**values: Any) -> Tune:
+    """Four trials over the learning rate."""
+    return check("tune", {"trials": 4, "prune_after": None, "space": SPACE} | values, Tune)
+
+
+def search(wanted: Tune) -> optuna.Study:
+    """Runs it here, with the stand-in."""
+    tuning.search(wanted, (sys.executable, "stand_in.py"))
+    return study()
+
+
+def study() -> optuna.Study:
+    """The only one."""
+    (database,) = Path(".synset/tune").glob("*/study.db")
+    return optuna.load_study(study_name="finetune", storage=f"sqlite:///{database}")
+
+
+def test_the_best_trial_becomes_a_complete_params_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = search(tune(trials=6))
+    assert len(found.trials) == 6
+    (written,) = place.glob(".synset/tune/*/best.yaml")
+    best = yaml.safe_load(written.read_text(encoding="utf-8"))
+    assert best["finetune"]["lr"] == found.best_params["finetune.lr"]
+    before = yaml.safe_load((place / "params.yaml").read_text(encoding="utf-8"))
+    before["finetune"]["lr"] = best["finetune"]["lr"]
+    assert best == before
+    said = capsys.readouterr().out
+    assert "cp .synset/tune/" in said and f"{found.best_value:.4f}" in said
+    folder = written.parent
+    assert (folder / "pictures/history.png").stat().st_size > 5000
+    assert not list(folder.glob("*/finetuned")), "checkpoints of ended trials are gone"
+
+
+def test_the_same_study_has_the_same_trials_also_after_a_stop(
+    place: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    whole = [trial.params for trial in search(tune(trials=5)).trials]
+    (database,) = place.glob(".synset/tune/*/study.db")
+    database.unlink()
+    search(tune(trials=2))
+    assert [trial.params for trial in search(tune(trials=5)).trials] == whole
+
+
+def test_a_search_that_is_over_does_nothing_more(place: Path) -> None:
+    search(tune())
+    began = len(list(place.glob(".synset/tune/*/*/begun.txt")))
+    search(tune())
+    assert began == 4 == len(list(place.glob(".synset/tune/*/*/begun.txt")))
+
+
+def test_a_trial_worse_than_the_median_is_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECONDS_AN_EPOCH", "1.2")
+    found = search(tune(trials=5, prune_after=1, space={"finetune.lr": {"choices": [0.1, 5.0]}}))
+    states = {trial.state for trial in found.trials}
+    assert optuna.trial.TrialState.PRUNED in states
+    assert all(trial.params["finetune.lr"] == 5.0 for trial in found.trials if trial.state.name == "PRUNED")
+
+
+def test_a_trial_that_fails_is_noted_and_the_search_goes_on(place: Path) -> None:
+    space = {"finetune.weight_decay": {"choices": [0.0, 0.6]}, **SPACE}
+    found = search(tune(trials=8, space=space))
+    failed = [trial for trial in found.trials if trial.state.name == "FAIL"]
+    assert 0 < len(failed) < 8 == len(found.trials)
+    assert failed[0].user_attrs["error"] == "error: finetuned: the loss is nan"
+
+
+def test_a_search_whose_trials_all_fail_stops_and_says_why(place: Path) -> None:
+    with pytest.raises(
+        StageError, match="the first 3 trials failed; the last one said: error: finetuned: the loss is nan"
+    ):
+        search(tune(trials=9, space={"finetune.weight_decay": {"low": 0.6, "high": 0.9}}))
+
+
+def worker(place: Path, trials: int, seconds: float) -> "subprocess.Popen[str]":
+    """Another worker of the same study, as in another terminal."""
+    code = (
+        "import sys; from pipelines import tune; from stages.command import run\n"
+        f"wanted = tune._tune({trials}, None)\n"
+        "run(lambda: tune.search(wanted, (sys.executable, 'stand_in.py')))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SECONDS_AN_EPOCH": str(seconds)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=place,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def with_space(place: Path) -> None:
+    """params.yaml with the space of these tests."""
+    params = yaml.safe_load((place / "params.yaml").read_text(encoding="utf-8"))
+    params["tune"] |= {"space": SPACE, "prune_after": None}
+    (place / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+
+
+def test_two_workers_make_as_many_trials_as_wanted_together(place: Path) -> None:
+    with_space(place)
+    workers = [worker(place, 6, 0.1) for _ in range(2)]
+    said = [each.communicate()[1] for each in workers]
+    assert [each.returncode for each in workers] == [0, 0], said
+    assert len(study().trials) == 6
+    assert all("trial" in words for words in said), "both had their part"
+
+
+def test_what_a_killed_worker_was_at_is_taken_up_and_goes_on(place: Path) -> None:
+    with_space(place)
+    killed = worker(place, 2, 1.0)
+    while not (begun := list(place.glob(".synset/tune/*/0/finetuned/progress.jsonl"))):
+        assert killed.poll() is None
+        time.sleep(0.1)
+    os.kill(killed.pid, signal.SIGKILL)
+    for process in Path("/proc").glob("[0-9]*/cmdline"):  # its trial, which a closed terminal would end too
+        if f"{begun[0].parents[1]}".encode() in process.read_bytes():
+            os.kill(int(process.parent.name), signal.SIGKILL)
+    assert worker(place, 2, 0.05).wait() == 0
+    ended = [trial for trial in study().trials if trial.state.name == "COMPLETE"]
+    assert len(ended) == 2
+    assert ended[0].user_attrs["goes on"] == 0
+    began = (begun[0].parents[1] / "begun.txt").read_text(encoding="utf-8").split()
+    assert began[0] == "0" and int(began[1]) >= 1, "from its last epoch, not from the start"
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({}, "`tune.space` is empty"),
+        ({"finetune.lrr": {"low": 0.1, "high": 1.0}}, "unknown key `finetune.lrr`"),
+        ({"finetune.lr": {"low": -0.1, "high": 1.0}}, "`finetune.lr`: input should be greater than 0, got -0.1"),
+        ({"finetune.strategy": {"choices": ["full", "some"]}}, "`finetune.strategy`: input should be 'head'"),
+    ],
+)
+def test_a_bad_space_is_named_before_anything_runs(place: Path, space: dict[str, Any], words: str) -> None:
+    with pytest.raises(ParamsError, match=words):
+        search(tune(space=space))
+    assert not Path(".synset/tune").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"space": {"evaluate.seed": {"low": 1, "high": 2}}}, "`evaluate.seed` cannot be searched"),
+        ({"space": {"finetune.lr": {"low": 2.0, "high": 1.0}}}, r"`low` \(2.0\) is above `high`"),
+        ({"space": {"finetune.lr": {"low": 0.0, "high": 1.0, "log": True}}}, "`log` needs `low` above 0"),
+        ({"space": {"finetune.lr": {"low": 0.1}}}, "expected `choices`, or `low` and `high`"),
+        ({"metric": "test_top1"}, "`tune.metric`: input should be 'val_loss'"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ParamsError, match=words):
+        tune(**values)
+
+
+def test_other_data_is_another_study(place: Path) -> None:
+    search(tune(trials=1))
+    (place / "models/backbone/model.safetensors").write_text("other", encoding="utf-8")
+    search(tune(trials=1))
+    assert len(list(place.glob(".synset/tune/*/study.db"))) == 2
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(place: Path) -> None:
+    (place / "models/backbone/config.json").unlink()
+    with pytest.raises(StageError, match=r"models/backbone/config.json is missing; `dvc repro pretrain shard`"):
+        search(tune())
+
+
+@pytest.mark.slow
+def test_real_trials_are_nested_runs_and_never_open_the_test_split(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    workspace.repro("pretrain", "shard")
+    params = workspace.params
+    params["finetune"] |= {"epochs": 2, "batch_size": 16}
+    params["tune"] |= {"trials": 2, "space": SPACE, "metric": "val_top1"}
+    workspace.write_params(params)
+    for shard in workspace.root.glob("data/shards/finetune/*/test-*"):
+        shard.unlink()
+    done = workspace.run(sys.executable, "-m", "pipelines.tune")
+    assert done.returncode == 0, done.stdout
+    (best,) = workspace.root.glob(".synset/tune/*/best.yaml")
+    checked = workspace.run(sys.executable, "-m", "stages.params.all", SYNSET_PARAMS=str(best))
+    assert checked.returncode == 0, checked.stdout
+    code = (
+        "import json, mlflow; mlflow.set_tracking_uri('sqlite:///mlflow.db'); "
+        "runs = mlflow.search_runs(experiment_names=['synset/tune'], output_format='list'); "
+        "print(json.dumps([[r.info.run_id, r.data.tags.get('mlflow.parentRunId'), r.info.status, sorted(r.data.metrics)] "
+        "for r in runs]))"
+    )
+    runs = json.loads(workspace.run(sys.executable, "-c", code).stdout.splitlines()[-1])
+    (parent,) = [each for each in runs if each[1] is None]
+    trials = [each for each in runs if each[1] == parent[0]]
+    assert len(trials) == 2 and all("val_top1" in metrics for *_, metrics in trials)
+    assert {status for _, _, status, _ in runs} == {"FINISHED"}
