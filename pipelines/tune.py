@@ -132,7 +132,7 @@ def _with(params: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprint(params: dict[str, Any], tune: Tune) -> str:
-    """Of whatever decides a trial's figure but what is searched: data, backbone, the sections, the space, the metric."""
+    """Of what decides a trial's figure but what is searched: data, backbone, the sections, the space, the metric."""
     indexes = sorted(Path("data/shards/finetune").glob("*/index.json"))
     missing = [path for path in INPUTS if not Path(path).is_file()] or ([] if indexes else ["data/shards/finetune"])
     if missing:

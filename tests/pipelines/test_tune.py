@@ -88,7 +88,7 @@ def test_the_best_trial_becomes_a_complete_params_file(place: Path, capsys: pyte
 
 
 def test_the_same_study_has_the_same_trials_also_after_a_stop(
-    place: Path, tmp_path_factory: pytest.TempPathFactory
+    place: Path,
 ) -> None:
     whole = [trial.params for trial in search(tune(trials=5)).trials]
     (database,) = place.glob(".synset/tune/*/study.db")
@@ -105,11 +105,13 @@ def test_a_search_that_is_over_does_nothing_more(place: Path) -> None:
 
 
 def test_a_trial_worse_than_the_median_is_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECONDS_AN_EPOCH", "1.2")
-    found = search(tune(trials=5, prune_after=1, space={"finetune.lr": {"choices": [0.1, 5.0]}}))
-    states = {trial.state for trial in found.trials}
-    assert optuna.trial.TrialState.PRUNED in states
-    assert all(trial.params["finetune.lr"] == 5.0 for trial in found.trials if trial.state.name == "PRUNED")
+    monkeypatch.setenv("SECONDS_AN_EPOCH", "0.8")
+    found = search(tune(trials=7, prune_after=2))
+    far = {trial.number: (trial.params["finetune.lr"] - 0.1) ** 2 for trial in found.trials}
+    pruned = [trial for trial in found.trials if trial.state.name == "PRUNED"]
+    assert pruned and all(2 <= len(trial.intermediate_values) < 4 for trial in pruned)
+    for trial in pruned:
+        assert far[trial.number] > sorted(far[number] for number in range(trial.number))[trial.number // 2 - 1]
 
 
 def test_a_trial_that_fails_is_noted_and_the_search_goes_on(place: Path) -> None:
@@ -212,7 +214,7 @@ def test_what_cannot_be_searched_is_refused(values: dict[str, Any], words: str) 
 def test_other_data_is_another_study(place: Path) -> None:
     search(tune(trials=1))
     (place / "models/backbone/model.safetensors").write_text("other", encoding="utf-8")
-    search(tune(trials=1))
+    tuning.search(tune(trials=1), (sys.executable, "stand_in.py"))
     assert len(list(place.glob(".synset/tune/*/study.db"))) == 2
 
 
@@ -240,8 +242,8 @@ def test_real_trials_are_nested_runs_and_never_open_the_test_split(tmp_path: Pat
     code = (
         "import json, mlflow; mlflow.set_tracking_uri('sqlite:///mlflow.db'); "
         "runs = mlflow.search_runs(experiment_names=['synset/tune'], output_format='list'); "
-        "print(json.dumps([[r.info.run_id, r.data.tags.get('mlflow.parentRunId'), r.info.status, sorted(r.data.metrics)] "
-        "for r in runs]))"
+        "facts = [[r.info.run_id, r.data.tags.get('mlflow.parentRunId'), r.info.status, sorted(r.data.metrics)] "
+        "for r in runs]; print(json.dumps(facts))"
     )
     runs = json.loads(workspace.run(sys.executable, "-c", code).stdout.splitlines()[-1])
     (parent,) = [each for each in runs if each[1] is None]
