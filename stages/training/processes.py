@@ -177,7 +177,11 @@ def wait_for_first() -> None:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT while it is open: noted, and acted upon when the caller looks; a second one ends at once."""
+    """SIGTERM and SIGINT while it is open: noted, and acted upon when the caller looks.
+
+    A second one, from somebody who cannot wait, ends at once; but not one of several processes, which get the same stop
+    from the terminal and from their launcher.
+    """
 
     def __init__(self) -> None:
         self.came = 0
@@ -204,6 +208,6 @@ class StopSignals:
             self._at_once = False
 
     def _note(self, number: int, _frame: object) -> None:
-        first, self.came = not self.came, self.came or number
-        if self._at_once or not first:
+        again, self.came = bool(self.came), self.came or number
+        if self._at_once or (again and world_size() == 1):
             sys.exit(128 + number)
