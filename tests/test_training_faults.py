@@ -51,7 +51,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     params = workspace.params
     params["model"]["image_size"] = 32
     params["pretrain"] |= RECIPE
-    params["finetune"] |= RECIPE | {"strategy": "lora", "adversarial": None}
+    params["finetune"] |= RECIPE | {"strategy": "lora", "batch_size": 12}
     workspace.write_params(params)
     workspace.repro("shard")
     return workspace

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from stages.params.pretrain import SelfSupervised
@@ -66,10 +65,9 @@ def _off_diagonal(square: Tensor) -> Tensor:
 
 
 def _of_all(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """Both views (N, d) of the images of all processes, in float32, with gradients to this process's own.
+    """Both views (N, d) of the images of all processes, in float32.
 
-    DDP takes the mean of gradients over processes. Each has the whole loss here, and gathering sums what flows back to
-    a process from all of them: the mean of that is the gradient of the whole loss.
+    Each process has the whole loss and its gradient to its own embeddings: gradients are to be summed over processes.
     """
     first, second = embeddings.float().chunk(2)
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -82,8 +80,12 @@ def _gathered(mine: Tensor) -> Tensor:
     counts = [torch.zeros((), dtype=torch.int64, device=mine.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor(len(mine), device=mine.device))
     most = max(int(count) for count in counts)
-    padded = F.pad(mine, (0, 0, 0, most - len(mine)))
-    return torch.cat([rows[: int(count)] for rows, count in zip(all_gather(padded), counts, strict=True)])
+    padded = F.pad(mine.detach(), (0, 0, 0, most - len(mine)))
+    every = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(every, padded)
+    rows = [each[: int(count)] for each, count in zip(every, counts, strict=True)]
+    rows[dist.get_rank()] = mine
+    return torch.cat(rows)
 
 
 def knn_hits(bank: Tensor, of_bank: Tensor, queries: Tensor, of_queries: Tensor, k: int, classes: int) -> int:

@@ -282,9 +282,9 @@ def _step(
         with hold:
             mine = pixels[:, part[0] : part[-1] + 1].flatten(0, 1)
             loss, hits = state.objective.loss(forward, mine, labels[part[0] : part[-1] + 1], state.steps_done)
-            # DDP takes the mean over processes, whose parts may differ by an image.
-            weight = len(part) / len(labels) if state.objective.gathers else len(part) * world_size() / batch_size
-            state.scaler.scale(loss * weight).backward()
+            # DDP takes the mean over processes where the sum is meant.
+            share = len(part) / (len(labels) if state.objective.gathers else batch_size)
+            state.scaler.scale(loss * share * world_size()).backward()
         seen += torch.stack([loss.detach().double() * len(part), hits.double()])
     if recipe.clip_norm:
         state.scaler.unscale_(state.optimiser)

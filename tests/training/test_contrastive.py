@@ -74,7 +74,8 @@ def _gradients_in_a_process(rank: int, folder: str, count: int) -> None:
     found = {}
     for name, method in METHODS.items():
         model = DistributedDataParallel(network())
-        method(model(images(count)[:, part].flatten(0, 1)), SETTINGS).backward()
+        loss = method(model(images(count)[:, part].flatten(0, 1)), SETTINGS)
+        (2 * loss).backward()  # DDP takes the mean over both processes where the sum is meant
         found[name] = [weights.grad for weights in model.module.parameters()]
     if not rank:
         torch.save(found, Path(folder) / "gradients.pt")
