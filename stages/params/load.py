@@ -77,4 +77,6 @@ def _explain(name: str, detail: Any, model: type[BaseModel]) -> str:
     if detail["type"] == "missing":
         return f"`{key}` is missing"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"`{key}`: {message[0].lower() + message[1:]}, got {detail['input']!r}"
+    # What is wrong of several keys together says which; the whole section would only hide it.
+    found = "" if isinstance(detail["input"], dict) else f", got {detail['input']!r}"
+    return f"`{key}`: {message[0].lower() + message[1:]}{found}"
