@@ -55,9 +55,12 @@ def compute() -> Compute:
     return set_up(FLOAT32)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _a_checkpoint_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(loop.CHECKPOINT_STEPS, "1")
+
+
+every_step = pytest.mark.usefixtures("_a_checkpoint_after_every_step")
 
 
 def interrupted(feed: Feed, after: int) -> Feed:
@@ -104,6 +107,7 @@ def same_weights(first: Classifier, second: Classifier) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+@every_step
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_killed_in_any_epoch_it_ends_in_the_same_weights_and_curve(
     name: str, data: tuple[Samples, Samples], compute: Compute, tmp_path: Path
@@ -121,6 +125,7 @@ def test_killed_in_any_epoch_it_ends_in_the_same_weights_and_curve(
     assert [json.loads(line) for line in lines] == curve
 
 
+@every_step
 def test_fp16_with_its_scaler_goes_on_exactly(data: tuple[Samples, Samples], tmp_path: Path) -> None:
     half = set_up(FLOAT32.model_copy(update={"precision": "fp16"}))
     recipe = RECIPE.model_copy(update={"epochs": 1, "batch_size": 16})
@@ -133,6 +138,7 @@ def test_fp16_with_its_scaler_goes_on_exactly(data: tuple[Samples, Samples], tmp
     assert same_weights(undisturbed, resumed)
 
 
+@every_step
 def test_a_checkpoint_is_never_half_written(
     data: tuple[Samples, Samples], compute: Compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +302,7 @@ def test_a_frozen_norm_keeps_its_statistics_and_the_head_alone_changes(
 # -------------------------------------------------------------------------------------------------- what is wrong, said
 
 
+@every_step
 def test_a_loss_that_is_not_finite_stops_names_step_and_rate_and_leaves_the_last_good_checkpoint(
     data: tuple[Samples, Samples], compute: Compute, tmp_path: Path
 ) -> None:
