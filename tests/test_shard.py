@@ -178,7 +178,7 @@ def scheduler(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     file = folder / "scheduler.json"
     arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
     with program(folder, "scheduler", *arguments) as process:
-        while not file.exists():
+        while not file.exists() or not file.read_text().endswith("}"):  # it is written in place
             assert process.poll() is None
             time.sleep(0.01)
         yield json.loads(file.read_text())["address"], process

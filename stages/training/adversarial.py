@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stages.params.recipe import Adversarial
 from stages.training.processes import is_first, summed
@@ -55,17 +54,27 @@ def _pgd_step(settings: Adversarial, steps: int) -> float:
 def _perturbed(
     model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, steps: int, step_size: float
 ) -> Tensor:
-    """Steps of size `step_size` along the sign of the loss's gradient, from a random start, within `epsilon`."""
+    """Steps of size `step_size` along the sign of the gradient, from a random start, within `epsilon`."""
     clean = images.float()
     change = torch.empty_like(clean).uniform_(-epsilon, epsilon)
     with _evaluating(model):
         for _ in range(steps):
             change = _within(clean, change, epsilon).requires_grad_(True)
             with torch.enable_grad():
-                loss = F.cross_entropy(model(clean + change), labels, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, change)
+                confusion = _confusion(model(clean + change), labels).sum()
+            (gradient,) = torch.autograd.grad(confusion, change)
             change = change.detach() + step_size * gradient.sign()
     return clean + _within(clean, change, epsilon)
+
+
+def _confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """What an attack raises, (n,) float32: log-odds against the label.
+
+    Cross-entropy is log(1 + exp(this)), so gradients have the same signs; but that one's vanish where the network is
+    sure of the label, and an attack that follows zeros makes the network look robust.
+    """
+    own = labels[:, None]
+    return logits.float().scatter(1, own, -torch.inf).logsumexp(1) - logits.float().gather(1, own)[:, 0]
 
 
 def _within(clean: Tensor, change: Tensor, epsilon: float) -> Tensor:

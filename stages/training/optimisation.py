@@ -16,6 +16,8 @@ Groups = list[tuple[list[nn.Parameter], float]]
 """Parameters to train with their peak learning rate; the last group is the head's."""
 MUON_SHARE = 0.4
 """Of the learning rate goes to Muon's matrices, so that one `lr` serves both halves of it."""
+MOMENTUM_FALLS = 0.1
+"""Under `one_cycle`, from `momentum` at the start to this much less at the peak and back (Smith 2018)."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024)."""
 
@@ -57,7 +59,7 @@ class Muon(Optimizer):
                 members = [each for each in option["params"] if is_matrix(each) == matrix]
                 if members:
                     split.append(option | {"params": members, "matrix": matrix, "momentum": momentum})
-        super().__init__(split, {})
+        super().__init__(split, {"momentum": momentum})  # a default, because OneCycleLR looks for it there
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -109,8 +111,9 @@ def schedule(chosen: Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRSched
         # It needs a step on either side of the peak.
         share = min(max(recipe.warmup, 1 / steps), 1 - 1 / steps)
         return OneCycleLR(
-            chosen, peaks, total_steps=max(steps, 3) + 1, pct_start=share, cycle_momentum=recipe.momentum > 0
-        )
+            chosen, peaks, total_steps=max(steps, 3) + 1, pct_start=share, cycle_momentum=recipe.momentum > 0,
+            max_momentum=recipe.momentum, base_momentum=max(recipe.momentum - MOMENTUM_FALLS, 0.0),
+        )  # fmt: skip
 
     def warm(step: int) -> float:
         return (step + 1) / (rising + 1) if step < rising else 1.0

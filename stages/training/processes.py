@@ -25,6 +25,9 @@ RENDEZVOUS = "SYNSET_RENDEZVOUS"
 """host:port of the first machine, where there are several."""
 RESTARTS = "SYNSET_RESTARTS"
 """How often the processes are started again by themselves after one of them died."""
+HERE = "localhost"
+"""Where the processes of one machine meet. By default that is the machine's own name, and where no resolver knows this
+(a container) they would wait for each other for half an hour."""
 
 
 def is_first() -> bool:
@@ -75,10 +78,13 @@ def _launch(module: str, arguments: Sequence[str], training: Training) -> None:
     config = LaunchConfig(
         min_nodes=training.nodes, max_nodes=training.nodes, nproc_per_node=training.world_size // training.nodes,
         run_id=f"{module}-{os.getppid()}" if not meeting else module, rdzv_backend="c10d",
-        rdzv_endpoint=meeting or "localhost:0", max_restarts=int(os.environ.get(RESTARTS) or 0), monitor_interval=0.2,
+        rdzv_endpoint=meeting or f"{HERE}:0", local_addr=HERE if training.nodes == 1 else None,
+        max_restarts=int(os.environ.get(RESTARTS) or 0), monitor_interval=0.2,
     )  # fmt: skip
     # Threads are torch's of each process (`training.threads`); unset, the launcher would warn and choose one.
     os.environ.setdefault("OMP_NUM_THREADS", str(training.threads))
+    if training.nodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its tables say what our one message says
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)

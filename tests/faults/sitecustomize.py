@@ -30,5 +30,10 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+if "SYNSET_NAMELESS" in os.environ:  # a machine whose own name no resolver knows, as in many a container
+    import socket
+
+    socket.gethostname = lambda: "nameless.invalid"
+
 if _FAULT:
     sys.addaudithook(_watch)

@@ -1,5 +1,7 @@
 """Adversarial images: within bounds, worse than noise; and the guard against catastrophic overfitting."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -79,6 +81,25 @@ def test_an_attack_is_worse_than_noise_and_pgd_is_worse_than_fgsm(trained: Net) 
     fgsm, pgd = (hits(attacked(trained, images, labels, settings)) for settings in METHODS)
     assert hits(images) > 0.95 * 256
     assert pgd <= fgsm < hits(noise) - 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_attack_is_not_blind_where_the_network_is_sure(trained: Net, dtype: torch.dtype) -> None:
+    """Logits a hundred times as large change no decision, but make the gradient of cross-entropy vanish."""
+    sure = copy.deepcopy(trained)
+    with torch.no_grad():
+        for parameter in sure.layers[-1].parameters():
+            parameter.mul_(100)
+    images, labels = stripes(256, seed=99)
+
+    def hits(net: Net) -> int:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            worst = attacked(net, images, labels, METHODS[1])
+        with torch.no_grad():
+            return int((net(worst).argmax(1) == labels).sum())
+
+    assert hits(sure) <= hits(trained) + 5
 
 
 def test_robust_top1_is_the_same_whatever_was_drawn_before(trained: Net) -> None:

@@ -56,17 +56,21 @@ def test_a_schedule_without_warm_up_begins_at_the_peak() -> None:
     assert max(rates(recipe(schedule="one_cycle", warmup=0.0))[:2]) == pytest.approx(2.0, rel=1e-2)
 
 
-def test_one_cycle_moves_momentum_against_the_rate() -> None:
-    chosen = recipe(schedule="one_cycle")
-    sgd = optimiser([([nn.Parameter(torch.zeros(1))], 1.0)], chosen)
-    falling = schedule(sgd, chosen, 10)
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_one_cycle_moves_momentum_against_the_rate(name: str) -> None:
+    chosen = optimiser(every_weight(build(CONFIG, seed=1), 1.0), moving := recipe(
+        optimiser=name, schedule="one_cycle", momentum=0.9
+    ))  # fmt: skip
+    falling = schedule(chosen, moving, 10)
     found = []
     for _ in range(100):
-        found.append((sgd.param_groups[0]["lr"], sgd.param_groups[0]["momentum"]))
-        sgd.step()
+        (group, *_) = chosen.param_groups
+        found.append((group["lr"], group["betas"][0] if name == "adamw" else group["momentum"]))
+        chosen.step()
         falling.step()
-    assert min(momentum for _, momentum in found) == pytest.approx(0.85, abs=1e-3)
-    assert max(found)[1] == min(momentum for _, momentum in found)
+    momenta = [momentum for _, momentum in found]
+    assert (min(momenta), max(momenta)) == (pytest.approx(0.8, abs=1e-3), pytest.approx(0.9, abs=1e-3))
+    assert max(found)[1] == min(momenta)
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

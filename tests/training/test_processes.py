@@ -49,6 +49,15 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return (off / sum(float(one[name].square().sum()) for name in names)) ** 0.5
 
 
+def test_processes_find_each_other_where_the_machine_s_name_resolves_to_nothing(prepared: Workspace) -> None:
+    params = prepared.params
+    params["training"] |= {"world_size": 2}
+    prepared.write_params(params)
+    faults = {"PYTHONPATH": str(Path(__file__).parents[1] / "faults"), "SYNSET_NAMELESS": "yes"}
+    done = prepared.run("timeout", "200", sys.executable, "-m", "stages.pretrain", **faults)
+    assert done.returncode == 0, done.stdout
+
+
 def test_two_processes_train_as_one_does(prepared: Workspace) -> None:
     """Where nothing looks at a batch as one: frozen norms see none, so gradients are the same but for rounding."""
     one, report = pretrained(prepared, 1)
