@@ -164,7 +164,7 @@ def _begin(
     model: Classifier, groups: list[tuple[list[nn.Parameter], float]], feed: Feed, objective: Objective, recipe: Recipe,
     compute: Compute,
 ) -> State:  # fmt: skip
-    chosen = optimiser(groups, recipe)
+    chosen = optimiser(groups, recipe, compute.dtype)
     return State(
         model=model,
         optimiser=chosen,

@@ -22,14 +22,19 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024)."""
 
 
-def optimiser(groups: Groups, recipe: Recipe) -> Optimizer:
-    """The recipe's optimiser. Frozen parameters are left out; norms and biases are not decayed (He et al. 2019)."""
+def optimiser(groups: Groups, recipe: Recipe, dtype: torch.dtype | None = None) -> Optimizer:
+    """The recipe's optimiser. Frozen parameters are left out; norms and biases are not decayed (He et al. 2019).
+
+    Args:
+        dtype: of autocast; Muon orthogonalises in bf16 where this is bf16, else in float32.
+    """
     options = [option for group in groups for option in _options(*group, recipe.weight_decay)]
     if recipe.optimiser == "adamw":
         return torch.optim.AdamW(options, betas=(recipe.momentum, 0.999))
     if recipe.optimiser == "muon":
         head = {id(parameter) for parameter in groups[-1][0]}
-        return Muon(options, recipe.momentum, is_matrix=lambda each: each.ndim > 1 and id(each) not in head)
+        inner = dtype if dtype == torch.bfloat16 else torch.float32
+        return Muon(options, recipe.momentum, lambda each: each.ndim > 1 and id(each) not in head, inner)
     return torch.optim.SGD(options, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 
@@ -48,11 +53,16 @@ class Muon(Optimizer):
     the learning rate itself, matrices by `MUON_SHARE` of it; the decay of weights is decoupled for all.
 
     Not torch.optim.Muon: that one takes no convolutions, and multiplies in bf16 also where the hardware has none.
+
+    Args:
+        dtype: matrices are orthogonalised in it.
     """
 
     def __init__(
-        self, options: list[dict[str, Any]], momentum: float, is_matrix: Callable[[nn.Parameter], bool]
-    ) -> None:
+        self, options: list[dict[str, Any]], momentum: float, is_matrix: Callable[[nn.Parameter], bool],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        self.dtype = dtype
         split = []
         for option in options:
             for matrix in (True, False):
@@ -76,8 +86,8 @@ class Muon(Optimizer):
                 if group["matrix"]:
                     rows = len(update)
                     scale = max(1.0, rows * rows / update.numel()) ** 0.5
-                    update = orthogonalised(update.reshape(rows, -1)).view_as(update)
-                    parameter.add_(update, alpha=-group["lr"] * MUON_SHARE * scale)
+                    update = orthogonalised(update.reshape(rows, -1).to(self.dtype)).view_as(update)
+                    parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * MUON_SHARE * scale)
                 else:
                     parameter.add_(update, alpha=-group["lr"])
 
@@ -98,7 +108,7 @@ def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
     wide = wide / wide.norm().clamp(min=1e-7)
     for _ in range(iterations):
         gram = wide @ wide.T
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
