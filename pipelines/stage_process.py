@@ -76,12 +76,14 @@ def run_streamed(
     grace: float = GRACE,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> int:
     """Runs `command` in a process group of its own, calls `on_line` (in another thread) with each line of its output.
 
     Args:
         cwd: where it runs; default: here.
         env: its whole environment; default: this process's.
+        pass_fds: open files that it holds too, by number.
 
     Returns:
         Its exit code, negative for a signal. Whatever of the group is left then, or when `stop` is asked, gets SIGTERM,
@@ -95,6 +97,7 @@ def run_streamed(
         start_new_session=True,
         cwd=cwd,
         env={**(os.environ if env is None else env), "PYTHONUNBUFFERED": "1"},
+        pass_fds=pass_fds,
     )
     assert process.stdout is not None
     reader = threading.Thread(target=_pass_on, args=(process.stdout, on_line), daemon=True)

@@ -9,6 +9,7 @@ command, in several terminals) share one study.
 import argparse
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
@@ -27,7 +28,7 @@ from stages import tracking
 from stages.command import StageError, run
 from stages.files import sha256, write_text
 from stages.params.finetune import Finetune
-from stages.params.load import ParamsError, Section, check, load_section, read_params
+from stages.params.load import ParamsError, Section, check, load_section, params_path, read_params
 from stages.params.model import Model
 from stages.params.training import Training
 from stages.params.tune import Distribution, Tune
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 SECTIONS: dict[str, type[Section]] = {"model": Model, "finetune": Finetune, "training": Training}
 FOLDER = Path(".synset/tune")
-INPUTS = ("data/classes/finetune.json", "models/backbone/model.safetensors", "models/backbone/config.json")
 COMMAND = (sys.executable, "-m", "stages.finetune", "--trial")
 FAILURES = 3
 """Trials that fail one after the other, before any has ended well, stop the search: it would go on for ever."""
@@ -98,7 +98,7 @@ def search(tune: Tune, command: Sequence[str]) -> None:
                 trial = _ask(study, tune)
                 held = _hold(folder, trial.number)
             try:
-                _run_trial(study, trial, folder, tune, params, command, parent.run_id, stop)
+                _run_trial(study, trial, folder, held, tune, params, command, parent.run_id, stop)
             finally:
                 held.close()
     if stop.asked():
@@ -114,41 +114,54 @@ def _check_space(params: dict[str, Any], space: Mapping[str, Distribution]) -> N
             _checked(_with(params, {key: value}))
 
 
-def _checked(params: dict[str, Any]) -> None:
+def _checked(params: dict[str, Any]) -> Finetune:
     for name, section in SECTIONS.items():
         check(name, params[name], section)
+    return check("finetune", params["finetune"], Finetune)
 
 
 def _with(params: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The whole of params.yaml with other values at dotted keys."""
     changed = json.loads(json.dumps(params))
-    for key, value in values.items():
-        *path, last = key.split(".")
-        section = changed
-        for part in path:
-            section = section.setdefault(part, {})
-        section[last] = value
+    _put(changed, values)
     return changed
 
 
+def _put(params: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        *path, last = key.split(".")
+        section = params
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+
+
 def _fingerprint(params: dict[str, Any], tune: Tune) -> str:
-    """Of what decides a trial's figure but what is searched: data, backbone, the sections, the space, the metric."""
-    indexes = sorted(Path("data/shards/finetune").glob("*/index.json"))
-    missing = [path for path in INPUTS if not Path(path).is_file()] or ([] if indexes else ["data/shards/finetune"])
-    if missing:
-        raise StageError(f"{missing[0]} is missing; `dvc repro pretrain shard` makes what a trial starts from")
+    """Of what decides a trial's figure but what is searched: data, backbone, code, sections, the space, the metric."""
     fixed = _with(params, dict.fromkeys(tune.space))
     parts: dict[str, Any] = {name: fixed[name] for name in SECTIONS}
     parts |= {"space": tune.model_dump()["space"], "metric": tune.metric, "seed": tune.seed, "prune": tune.prune_after}
-    parts |= {"files": {path.as_posix(): sha256(path) for path in [*indexes, *map(Path, INPUTS)]}}
+    parts |= {"files": {path.as_posix(): sha256(path) for path in _files_of_finetune()}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _files_of_finetune() -> list[Path]:
+    """What the stage `finetune` depends on, by dvc.yaml; of shards the indexes, which hold their checksums."""
+    dependencies = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]["finetune"]["deps"]
+    files: list[Path] = []
+    for path in map(Path, dependencies):
+        found = [path] if path.is_file() else sorted(each for each in path.rglob("*.*") if each.suffix != ".tar")
+        if not found:
+            raise StageError(f"{path} is missing; `dvc repro pretrain shard` makes what a trial starts from")
+        files += found
+    return files
 
 
 def _ask(study: "Study", tune: Tune) -> "Trial":
     """The next trial, by a sampler that is seeded by its number: so it is the same one after a stop, in any worker."""
     from optuna.samplers import TPESampler
 
-    (seed,) = random.Random(f"{tune.seed} {len(study.get_trials(deepcopy=False))}").sample(range(2**31), 1)
+    (seed,) = random.Random(f"{tune.seed} {len(_counting(study))}").sample(range(2**31), 1)
     study.sampler = TPESampler(seed=seed)
     return study.ask(_distributions(tune.space))
 
@@ -193,8 +206,8 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _hold(folder: Path, number: int) -> Any:
-    """A trial's own lock, which dies with its worker."""
+def _hold(folder: Path, number: int) -> IO[str]:
+    """A trial's own lock, which dies with its worker and the process that it started."""
     path = folder / str(number) / "lock"
     path.parent.mkdir(exist_ok=True)
     file = path.open("w")
@@ -240,8 +253,8 @@ def _stop_where_all_fail(study: "Study") -> None:
 
 
 def _run_trial(
-    study: "Study", trial: "Trial", folder: Path, tune: Tune, params: dict[str, Any], command: Sequence[str],
-    parent: str, stop: Stop,
+    study: "Study", trial: "Trial", folder: Path, held: IO[str], tune: Tune, params: dict[str, Any],
+    command: Sequence[str], parent: str, stop: Stop,
 ) -> None:  # fmt: skip
     """Trains one trial, and tells the study how it ended."""
     from optuna.trial import TrialState
@@ -249,28 +262,28 @@ def _run_trial(
     place = folder / str(trial.user_attrs.get("goes on", trial.number))
     place.mkdir(exist_ok=True)
     try:
-        _checked(_with(params, trial.params))
+        recipe = _checked(_with(params, trial.params))
     except ParamsError as error:  # two values that do not go together
         _fail(study, trial, str(error))
         return
     write_text(place / "params.yaml", yaml.safe_dump(_with(params, trial.params), sort_keys=False))
     environment = os.environ | {"SYNSET_PARAMS": str(place / "params.yaml"), tracking.PARENT: parent}
     lines: list[str] = []
-    watch = _Watch(trial, place / "finetuned/progress.jsonl", tune)
+    watch = _Watch(trial, place / "finetuned/progress.jsonl", tune, recipe)
     both = Stop(also=lambda: stop.asked() or watch.should_stop(), every=1.0)
     shown = ", ".join(f"{key.split('.', 1)[1]} {_short(value)}" for key, value in trial.params.items())
     logger.info("trial %d: %s", trial.number, shown)
-    code = run_streamed([*command, str(place)], lines.append, both, env=environment)
+    code = run_streamed([*command, str(place)], lines.append, both, env=environment, pass_fds=[held.fileno()])
     if stop.asked():
         return  # stays as it is: the next worker takes it up
     watch.report()
     if watch.pruned:
         study.tell(trial, state=TrialState.PRUNED)
         logger.info("trial %d: stopped after epoch %d, %s", trial.number, watch.epochs, watch.describe())
-    elif code or watch.best is None:
+    elif code or watch.value is None:
         _fail(study, trial, next((line for line in reversed(lines) if line.startswith("error")), f"ended with {code}"))
     else:
-        study.tell(trial, watch.best)
+        study.tell(trial, watch.value)
         logger.info("trial %d: %s", trial.number, watch.describe())
     shutil.rmtree(place / "finetuned", ignore_errors=True)  # its checkpoint
     shutil.rmtree(place / "model", ignore_errors=True)  # `dvc repro` makes it again
@@ -287,11 +300,13 @@ def _fail(study: "Study", trial: "Trial", words: str) -> None:
 class _Watch:
     """What a trial has written of its epochs, as far as it has been seen."""
 
-    def __init__(self, trial: "Trial", progress: Path, tune: Tune) -> None:
-        self.trial, self.progress, self.tune = trial, progress, tune
+    def __init__(self, trial: "Trial", progress: Path, tune: Tune, recipe: Finetune) -> None:
+        self.trial, self.progress, self.tune, self.recipe = trial, progress, tune, recipe
         self.epochs = 0
-        self.best: float | None = None
+        self.value: float | None = None
+        """Of the weights that would be kept: the last epoch's, or under `patience` those of the best one."""
         self.pruned = False
+        self._watched: float | None = None
 
     def should_stop(self) -> bool:
         """Reports new epochs; whether the trial is not worth going on with."""
@@ -310,14 +325,15 @@ class _Watch:
                     f"`tune.metric` is {self.tune.metric}, which trials do not measure; see `split.val_fraction`"
                 )
             value = epoch[self.tune.metric]
-            better = self.best is None or (value > self.best) == self.tune.maximises
-            self.best = value if better else self.best
+            watched = epoch.get(self.recipe.monitor, 0.0)
+            if not self.recipe.patience or self._watched is None or self.recipe.better(watched, self._watched):
+                self.value, self._watched = value, watched
             self.trial.report(value, int(epoch["epoch"]) - 1)
             self.epochs += 1
 
     def describe(self) -> str:
         """For people."""
-        return f"{self.tune.metric} {self.best:.4f}" if self.best is not None else "no epoch was finished"
+        return f"{self.tune.metric} {self.value:.4f}" if self.value is not None else "no epoch was finished"
 
 
 def _short(value: Any) -> str:
@@ -334,10 +350,12 @@ def _finish(study: "Study", folder: Path, tune: Tune, params: dict[str, Any], pa
     ended = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     if not ended:
         raise StageError(f"no trial of {folder} ended well; see why they failed above")
+    elsewhere = len(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
+    if elsewhere:
+        logger.info("tune: other workers are still at %d trials, which are not counted below", elsewhere)
     ranked = sorted(ended, key=lambda trial: trial.value or 0.0, reverse=tune.maximises)
-    best = _with(params, ranked[0].params)
-    head = f"# params.yaml with the best of {len(study.trials)} trials: {tune.metric} {ranked[0].value:.4f} on val.\n"
-    write_text(folder / "best.yaml", head + yaml.safe_dump(best, sort_keys=False))
+    head = f"# params.yaml with the best of {len(ended)} trials: {tune.metric} {ranked[0].value:.4f} on val.\n"
+    write_text(folder / "best.yaml", head + _rewritten(params_path().read_text(encoding="utf-8"), ranked[0].params))
     pictures = folder / "pictures"
     _draw(study, pictures)
     parent.log({f"best_{tune.metric}": float(ranked[0].value or 0.0), "trials": len(study.trials)}, 0)
@@ -350,12 +368,28 @@ def _finish(study: "Study", folder: Path, tune: Tune, params: dict[str, Any], pa
     print(f"\nto train with the best: cp {folder / 'best.yaml'} params.yaml && make repro")
 
 
+def _rewritten(text: str, values: Mapping[str, Any]) -> str:
+    """A params file with other values at dotted keys; its comments stay."""
+    from ruamel.yaml import YAML
+
+    keeping = YAML()
+    keeping.preserve_quotes, keeping.width = True, 200
+    null = "tag:yaml.org,2002:null"
+    keeping.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar(null, "null"))
+    changed = keeping.load(text)
+    _put(changed, values)
+    written = io.StringIO()
+    keeping.dump(changed, written)
+    return written.getvalue()
+
+
 def _draw(study: "Study", folder: Path) -> None:
     import warnings
 
     import matplotlib
 
     matplotlib.use("Agg")
+    from matplotlib import pyplot
     from optuna.exceptions import ExperimentalWarning
     from optuna.visualization import matplotlib as drawn
 
@@ -372,6 +406,7 @@ def _draw(study: "Study", folder: Path) -> None:
                 logger.warning("no picture of %s: %s", name, error)
                 continue
             figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+            pyplot.close(figure)
 
 
 if __name__ == "__main__":

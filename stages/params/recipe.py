@@ -50,8 +50,8 @@ class Recipe(Section):
     weight_decay: AtLeastZero = 5e-4
     """Never of norms and biases."""
     schedule: Literal["cosine", "one_cycle", "steps"] = "cosine"
-    """After the warm-up a half cosine to 0; `one_cycle`: momentum falls by 0.1 and rises again meanwhile (Smith 2018); `steps`:
-    a tenth after each of `milestones`."""
+    """After the warm-up a half cosine to 0; `one_cycle`: momentum falls by 0.1 and rises again meanwhile (Smith 2018);
+    `steps`: a tenth after each of `milestones`."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of all steps in which the learning rate rises."""
     milestones: list[Count] = Field(default_factory=list)

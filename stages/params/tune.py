@@ -41,7 +41,7 @@ class Tune(Section):
 
     trials: Annotated[int, Field(ge=1)] = 20
     metric: Literal["val_loss", "val_top1", "val_robust_top1"] = "val_loss"
-    """Of the best epoch of a trial. Never one of test."""
+    """Of the weights that a trial keeps: the last epoch's, or under `patience` the best one's. Never one of test."""
     prune_after: Annotated[int, Field(ge=1)] | None = 3
     """From this epoch on, a trial that is worse than the median of the others at the same epoch is stopped. Null: all
     are trained to their end."""

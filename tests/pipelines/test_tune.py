@@ -46,7 +46,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a checkout whose stages before finetune have run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SYNSET_TRACKING", "off")
-    for path in (*tuning.INPUTS, "data/shards/finetune/mine/index.json"):
+    inputs = ["models/backbone/config.json", "data/shards/finetune/mine/index.json", "stages/training/loop.py"]
+    dependencies = ["models/backbone", "data/shards/finetune", "stages/training/loop.py"]
+    (tmp_path / "dvc.yaml").write_text(
+        yaml.safe_dump({"stages": {"finetune": {"deps": dependencies}}}), encoding="utf-8"
+    )
+    for path in inputs:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("{}", encoding="utf-8")
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
@@ -80,6 +85,8 @@ def test_the_best_trial_becomes_a_complete_params_file(place: Path, capsys: pyte
     before = yaml.safe_load((place / "params.yaml").read_text(encoding="utf-8"))
     before["finetune"]["lr"] = best["finetune"]["lr"]
     assert best == before
+    comments = [line for line in (place / "params.yaml").read_text(encoding="utf-8").splitlines() if "#" in line]
+    assert len(comments) > 20 and set(comments) <= set(written.read_text(encoding="utf-8").splitlines())
     said = capsys.readouterr().out
     assert "cp .synset/tune/" in said and f"{found.best_value:.4f}" in said
     folder = written.parent
@@ -163,6 +170,37 @@ def test_two_workers_make_as_many_trials_as_wanted_together(place: Path) -> None
     assert all("trial" in words for words in said), "both had their part"
 
 
+def test_a_trial_that_outlives_its_worker_is_not_begun_a_second_time(place: Path) -> None:
+    with_space(place)
+    killed = worker(place, 1, 1.0)
+    while not (began := list(place.glob(".synset/tune/*/0/begun.txt"))):
+        assert killed.poll() is None
+        time.sleep(0.1)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert worker(place, 2, 0.05).wait() == 0
+    assert len(began[0].read_text(encoding="utf-8").split()) == 1, "the first process was still at it"
+    running = [trial.number for trial in study().trials if trial.state.name == "RUNNING"]
+    assert running == [0]
+    progress = began[0].parent / "finetuned/progress.jsonl"
+    while len(progress.read_text(encoding="utf-8").splitlines()) < 4:
+        time.sleep(0.1)
+    assert worker(place, 2, 0.05).wait() == 0
+    assert [trial.state.name for trial in study().trials].count("COMPLETE") == 2
+
+
+@pytest.mark.parametrize(("recipe", "value"), [({}, 0.5), ({"patience": 3}, 0.2)])
+def test_a_trial_is_judged_by_the_weights_that_it_keeps(place: Path, recipe: dict[str, Any], value: float) -> None:
+    params = yaml.safe_load((place / "params.yaml").read_text(encoding="utf-8"))
+    params["finetune"] |= {"monitor": "val_loss", "patience": None} | recipe
+    (place / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    losses = "0.3 if epoch == 1 else 0.2 if epoch == 2 else 0.5"
+    (place / "stand_in.py").write_text(
+        STAND_IN.replace('(finetune["lr"] - 0.1) ** 2 + 1 / epoch}', losses + "}"), encoding="utf-8"
+    )
+    assert search(tune(trials=1)).best_value == value
+
+
 def test_what_a_killed_worker_was_at_is_taken_up_and_goes_on(place: Path) -> None:
     with_space(place)
     killed = worker(place, 2, 1.0)
@@ -171,7 +209,7 @@ def test_what_a_killed_worker_was_at_is_taken_up_and_goes_on(place: Path) -> Non
         time.sleep(0.1)
     os.kill(killed.pid, signal.SIGKILL)
     for process in Path("/proc").glob("[0-9]*/cmdline"):  # its trial, which a closed terminal would end too
-        if f"{begun[0].parents[1]}".encode() in process.read_bytes():
+        if str(begun[0].parents[1].relative_to(place)).encode() in process.read_bytes():
             os.kill(int(process.parent.name), signal.SIGKILL)
     assert worker(place, 2, 0.05).wait() == 0
     ended = [trial for trial in study().trials if trial.state.name == "COMPLETE"]
@@ -211,16 +249,17 @@ def test_what_cannot_be_searched_is_refused(values: dict[str, Any], words: str) 
         tune(**values)
 
 
-def test_other_data_is_another_study(place: Path) -> None:
+def test_other_data_and_other_code_are_another_study(place: Path) -> None:
     search(tune(trials=1))
-    (place / "models/backbone/model.safetensors").write_text("other", encoding="utf-8")
-    tuning.search(tune(trials=1), (sys.executable, "stand_in.py"))
-    assert len(list(place.glob(".synset/tune/*/study.db"))) == 2
+    for number, path in enumerate(("models/backbone/config.json", "stages/training/loop.py"), 2):
+        (place / path).write_text("other", encoding="utf-8")
+        tuning.search(tune(trials=1), (sys.executable, "stand_in.py"))
+        assert len(list(place.glob(".synset/tune/*/study.db"))) == number
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(place: Path) -> None:
     (place / "models/backbone/config.json").unlink()
-    with pytest.raises(StageError, match=r"models/backbone/config.json is missing; `dvc repro pretrain shard`"):
+    with pytest.raises(StageError, match=r"models/backbone is missing; `dvc repro pretrain shard`"):
         search(tune())
 
 
