@@ -103,15 +103,19 @@ class Guard:
     """Against catastrophic overfitting of FGSM.
 
     Every `LOOK_EVERY` steps the batch is attacked in both ways. Where the network withstands FGSM much more often than
-    PGD, the steps until the next look train on PGD.
+    PGD, the steps until the next look train on PGD. Each time that FGSM has overfitted again this lasts twice as long:
+    a network that has found its way around FGSM soon finds it again.
     """
 
     def __init__(self) -> None:
         self.on_pgd = False
+        self.next_look = 0
+        """Step of all epochs."""
+        self.relapses = 0
 
     def attacked(self, model: nn.Module, images: Tensor, labels: Tensor, settings: Adversarial, step: int) -> Tensor:
         """As the function of this name, by the attack that is called for at this step of all epochs (from 0)."""
-        if step % LOOK_EVERY == 0:
+        if step >= self.next_look:
             self._look(model, images, labels, settings, step)
         return attacked(model, images, labels, settings, steps=LOOK_STEPS if self.on_pgd else 0)
 
@@ -131,12 +135,14 @@ class Guard:
                 100 * by_pgd / count,
                 what,
             )
+        self.relapses += overfits and not self.on_pgd
         self.on_pgd = overfits
+        self.next_look = step + LOOK_EVERY * (2 ** (self.relapses - 1) if overfits else 1)
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact resume needs."""
-        return {"on_pgd": self.on_pgd}
+        return {"on_pgd": self.on_pgd, "next_look": self.next_look, "relapses": self.relapses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
-        self.on_pgd = state["on_pgd"]
+        self.on_pgd, self.next_look, self.relapses = state["on_pgd"], state["next_look"], state["relapses"]

@@ -119,7 +119,7 @@ def test_the_guard_goes_to_pgd_where_only_fgsm_is_withstood_and_back(
     from stages.training import adversarial
 
     images, labels = stripes(10)
-    counts = iter([10, 3, 9, 8, 9, 8])
+    counts = iter([10, 3, 9, 8, 10, 3, 9, 8])
     monkeypatch.setattr(adversarial, "_hits", lambda *_: torch.tensor(next(counts)))
     guard, settings = Guard(), METHODS[0]
     caplog.set_level("INFO")
@@ -132,3 +132,9 @@ def test_the_guard_goes_to_pgd_where_only_fgsm_is_withstood_and_back(
     assert again.on_pgd
     again.attacked(trained, images, labels, settings, step=20)
     assert not again.on_pgd and "back to FGSM" in caplog.text
+    again.attacked(trained, images, labels, settings, step=40)
+    assert again.on_pgd
+    again.attacked(trained, images, labels, settings, step=60)
+    assert again.on_pgd, "the second time it lasts twice as long"
+    again.attacked(trained, images, labels, settings, step=80)
+    assert not again.on_pgd
