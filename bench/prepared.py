@@ -1,7 +1,9 @@
 """Data for measurements: shards that our own stages write, in a checkout of their own."""
 
+import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -9,6 +11,9 @@ import yaml
 from bench.rounds import ROOT
 from stages.data.facts import ACCEPTED, read_table, write_table
 from tests.workspace import Workspace
+
+if TYPE_CHECKING:
+    from stages.data.loading import Samples
 
 
 def written_shards(images: Path, side: int, work: Path) -> Path:
@@ -41,6 +46,50 @@ def written_shards(images: Path, side: int, work: Path) -> Path:
     write_table(accepted, ACCEPTED, workspace.root / "data/accepted/pretrain/all.parquet")
     _run(workspace, "shard")
     return done
+
+
+class Trials:
+    """A checkout in which `stages.finetune --trial` trains with one params file after the other.
+
+    Args:
+        incoming: holds the folders that the sources of `params` name.
+        work: a new folder.
+    """
+
+    def __init__(self, params: dict[str, Any], incoming: Path, work: Path) -> None:
+        self.incoming = work / "incoming"
+        self.incoming.mkdir(parents=True)
+        for source in (batch["source"] for batch in params["batches"].values()):
+            if not source.startswith("sample:"):
+                (self.incoming / source).symlink_to(incoming.resolve() / source)
+        (work / "checkout").mkdir()
+        self.workspace = Workspace(work / "checkout", SYNSET_INCOMING=str(self.incoming))
+
+    def trained(self, params: dict[str, Any]) -> Path:
+        """Brings the stages before it up to date and trains; the folder of the model.
+
+        Raises:
+            SystemExit: a stage failed, with its words.
+        """
+        self.workspace.write_params(params)
+        self._run("dvc", "repro", "--quiet", "pretrain")
+        self._run("dvc", "repro", "--quiet", "shard")
+        trial = self.workspace.root / "trial"
+        shutil.rmtree(trial, ignore_errors=True)
+        trial.mkdir()
+        self._run(sys.executable, "-m", "stages.finetune", "--trial", str(trial))
+        return trial / "model"
+
+    def test(self) -> "Samples":
+        """The target's test images."""
+        from stages.data.loading import read_samples
+
+        return read_samples(list((self.workspace.root / "data/shards/finetune").iterdir()), "test")
+
+    def _run(self, *command: str) -> None:
+        ended = self.workspace.run(*command)
+        if ended.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{ended.stdout}")
 
 
 def _run(workspace: Workspace, stage: str) -> None:

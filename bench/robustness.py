@@ -1,0 +1,70 @@
+"""What adversarial training gives: top-1 under PGD, and on images as they are, beside the same recipe without it.
+
+`--params` is a preset whose section `finetune` has `adversarial`. Both trainings are `stages.finetune --trial`; attacks
+see all of test, with the preset's epsilon and `--steps` steps from a random start. Prints a table in Markdown, with
+95 % intervals (Wilson).
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.prepared import Trials
+from bench.rounds import machine
+
+
+def main() -> int:
+    """Trains twice and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=Path, required=True, metavar="PRESET")
+    parser.add_argument("--incoming", type=Path, default=Path(), metavar="DIR", help="holds the preset's sources")
+    parser.add_argument("--steps", type=int, default=20, help="of PGD")
+    options = parser.parse_args()
+    params = yaml.safe_load(options.params.read_text(encoding="utf-8"))
+    if not params["finetune"].get("adversarial"):
+        parser.error(f"{options.params}: the section finetune has no `adversarial`")
+    plain = json.loads(json.dumps(params))
+    plain["finetune"]["adversarial"] = None
+    here = machine()
+    epsilon = params["finetune"]["adversarial"]["epsilon"]
+    print(f"{here['cpu']}, {here['cores']} cores\n")
+    print(f"| training | top-1 | top-1 under PGD-{options.steps}, epsilon {epsilon} of 255 |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as work:
+        trials = Trials(params, options.incoming, Path(work) / "work")
+        for name, each in (("standard", plain), (params["finetune"]["adversarial"]["method"], params)):
+            trained = trials.trained(each)
+            print(f"| {name} | {' | '.join(_figures(trained, trials, params, options.steps))} |", flush=True)
+    return 0
+
+
+def _figures(trained: Path, trials: Trials, params: dict[str, Any], steps: int) -> list[str]:
+    """Clean and robust top-1 on test."""
+    from stages.evaluation.intervals import wilson
+    from stages.params.recipe import Adversarial
+    from stages.params.training import Training
+    from stages.training.devices import set_up
+    from stages.training.models import load_classifier
+    from stages.training.objectives import Looking, robust_top1, supervised_metrics
+
+    compute, test = set_up(Training(**params["training"])), trials.test()
+    model, config = load_classifier(trained)
+    compute.place(model).eval()
+    looking = Looking(test, config["image_size"], config["resize"], batch_size=128)
+    epsilon = params["finetune"]["adversarial"]["epsilon"]
+    settings = Adversarial(epsilon=epsilon, val_steps=steps, val_images=len(test))
+    clean = supervised_metrics(model, looking, compute)["val_top1"]
+    robust = robust_top1(model, looking, settings, compute)
+    shown = []
+    for share in (clean, robust):
+        low, high = wilson(round(share * len(test)), len(test), 0.95)
+        shown.append(f"{share:.1%} ({float(low):.1%} to {float(high):.1%})")
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())
