@@ -212,7 +212,9 @@ def _epoch(
     share_buffers(state.kept)
     state.kept.eval()
     metrics: Metrics = {"epoch": state.epoch, "lr": float(state.schedule.get_last_lr()[-1])}
-    metrics |= {"train_loss": state.loss / feed.images, "train_top1": state.hits / feed.images}
+    metrics["train_loss"] = state.loss / feed.images
+    if state.objective.recognises:
+        metrics["train_top1"] = state.hits / feed.images
     with keeper.saving_when_stopped():
         metrics |= state.objective.look(state.kept)
     _check_val(metrics, keeper.name)

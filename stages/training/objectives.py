@@ -24,6 +24,8 @@ class Objective(Protocol):
 
     gathers: bool
     """Whether the loss is over the images of all processes, and not over those of this one."""
+    recognises: bool
+    """Whether hits are counted: without labels there are none."""
     watched: tuple[str, ...]
     """The names of what `look` measures."""
 
@@ -63,6 +65,7 @@ class Supervised:
     """Cross-entropy with labels; mixed images and adversarial ones where the recipe asks for them."""
 
     gathers = False
+    recognises = True
 
     def __init__(self, model: Classifier, recipe: Recipe, looking: Looking, compute: Compute) -> None:
         self.model, self.recipe, self.looking, self.compute = model, recipe, looking, compute

@@ -19,6 +19,7 @@ class SelfSupervision:
     """Two views of each image, without labels; labels of val only say how well it goes."""
 
     gathers = True
+    recognises = False
 
     def __init__(
         self, model: Classifier, pretrain: Pretrain, labelled: Samples, looking: Looking, compute: Compute
