@@ -47,6 +47,8 @@ class Recipe(Section):
     """The peak of the schedule."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of SGD and Muon; AdamW's first beta."""
+    muon_scale: Positive = 1.0
+    """Muon's matrices learn at so many times `lr`, which alone is that of norms, biases and the head."""
     weight_decay: AtLeastZero = 5e-4
     """Never of norms and biases."""
     schedule: Literal["cosine", "one_cycle", "steps"] = "cosine"

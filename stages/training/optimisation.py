@@ -14,8 +14,6 @@ from stages.params.recipe import Recipe
 
 Groups = list[tuple[list[nn.Parameter], float]]
 """Parameters to train with their peak learning rate; the last group is the head's."""
-MUON_SHARE = 0.4
-"""Of the learning rate goes to Muon's matrices, so that one `lr` serves both halves of it."""
 MOMENTUM_FALLS = 0.1
 """Under `one_cycle`, from `momentum` at the start to this much less at the peak and back (Smith 2018)."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -34,7 +32,9 @@ def optimiser(groups: Groups, recipe: Recipe, dtype: torch.dtype | None = None) 
     if recipe.optimiser == "muon":
         head = {id(parameter) for parameter in groups[-1][0]}
         inner = dtype if dtype == torch.bfloat16 else torch.float32
-        return Muon(options, recipe.momentum, lambda each: each.ndim > 1 and id(each) not in head, inner)
+        return Muon(
+            options, recipe.momentum, recipe.muon_scale, lambda each: each.ndim > 1 and id(each) not in head, inner
+        )
     return torch.optim.SGD(options, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 
@@ -50,7 +50,7 @@ class Muon(Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum of a matrix, orthogonalised.
 
     Convolutions are matrices (out, in·h·w). Norms, biases and the head are trained by SGD with Nesterov momentum and
-    the learning rate itself, matrices by `MUON_SHARE` of it; the decay of weights is decoupled for all.
+    the learning rate itself, matrices by `scale` times it; the decay of weights is decoupled for all.
 
     Not torch.optim.Muon: that one takes no convolutions, and multiplies in bf16 also where the hardware has none.
 
@@ -59,10 +59,10 @@ class Muon(Optimizer):
     """
 
     def __init__(
-        self, options: list[dict[str, Any]], momentum: float, is_matrix: Callable[[nn.Parameter], bool],
+        self, options: list[dict[str, Any]], momentum: float, scale: float, is_matrix: Callable[[nn.Parameter], bool],
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        self.dtype = dtype
+        self.scale, self.dtype = scale, dtype
         split = []
         for option in options:
             for matrix in (True, False):
@@ -85,9 +85,9 @@ class Muon(Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 if group["matrix"]:
                     rows = len(update)
-                    scale = max(1.0, rows * rows / update.numel()) ** 0.5
+                    for_shape = max(1.0, rows * rows / update.numel()) ** 0.5
                     update = orthogonalised(update.reshape(rows, -1).to(self.dtype)).view_as(update)
-                    parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * MUON_SHARE * scale)
+                    parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * self.scale * for_shape)
                 else:
                     parameter.add_(update, alpha=-group["lr"])
 

@@ -142,6 +142,18 @@ def test_muon_treats_the_head_and_norms_as_sgd_does() -> None:
     assert same == [False, True, True, True, True, True]
 
 
+def test_muon_s_matrices_have_a_rate_of_their_own() -> None:
+    moved = []
+    for scale in (1.0, 4.0):
+        matrix, head = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(2, 4))
+        chosen = recipe(optimiser="muon", muon_scale=scale, weight_decay=0.0)
+        by = optimiser([([matrix], 0.1), ([head], 0.1)], chosen)
+        matrix.grad, head.grad = torch.eye(4), torch.ones(2, 4)
+        by.step()
+        moved.append((float(matrix.norm()), float(head.norm())))
+    assert moved[1] == pytest.approx((4 * moved[0][0], moved[0][1]))
+
+
 def test_the_average_of_weights_follows_its_formula_and_goes_on_exactly() -> None:
     net: Any = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     ema = Ema(net, decay=0.5)
