@@ -17,7 +17,7 @@ UNTRACKED = "stages/tracking.py"
 
 # Import name -> name in requirements.lock, where the two differ.
 DISTRIBUTIONS = {"PIL": "pillow", "great_expectations": "great-expectations", "nvidia": "nvidia-dali-cuda130"}
-DISTRIBUTIONS |= {"sklearn": "scikit-learn", "yaml": "pyyaml", "cv2": "opencv-python-headless"}
+DISTRIBUTIONS |= {"sklearn": "scikit-learn", "yaml": "pyyaml", "ruamel": "ruamel-yaml", "cv2": "opencv-python-headless"}
 
 
 def source_of(module: str) -> Path:
