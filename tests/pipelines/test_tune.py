@@ -154,6 +154,14 @@ def worker(place: Path, trials: int, seconds: float) -> "subprocess.Popen[str]":
     )
 
 
+def written(place: Path, pattern: str, by: "subprocess.Popen[str]") -> Path:
+    """The file, as soon as it is there."""
+    while not (found := list(place.glob(pattern))):
+        assert by.poll() is None
+        time.sleep(0.1)
+    return found[0]
+
+
 def with_space(place: Path) -> None:
     """params.yaml with the space of these tests."""
     params = yaml.safe_load((place / "params.yaml").read_text(encoding="utf-8"))
@@ -173,16 +181,14 @@ def test_two_workers_make_as_many_trials_as_wanted_together(place: Path) -> None
 def test_a_trial_that_outlives_its_worker_is_not_begun_a_second_time(place: Path) -> None:
     with_space(place)
     killed = worker(place, 1, 1.0)
-    while not (began := list(place.glob(".synset/tune/*/0/begun.txt"))):
-        assert killed.poll() is None
-        time.sleep(0.1)
+    began = written(place, ".synset/tune/*/0/begun.txt", killed)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     assert worker(place, 2, 0.05).wait() == 0
-    assert len(began[0].read_text(encoding="utf-8").split()) == 1, "the first process was still at it"
+    assert len(began.read_text(encoding="utf-8").split()) == 1, "the first process was still at it"
     running = [trial.number for trial in study().trials if trial.state.name == "RUNNING"]
     assert running == [0]
-    progress = began[0].parent / "finetuned/progress.jsonl"
+    progress = began.parent / "finetuned/progress.jsonl"
     while len(progress.read_text(encoding="utf-8").splitlines()) < 4:
         time.sleep(0.1)
     assert worker(place, 2, 0.05).wait() == 0
@@ -204,18 +210,16 @@ def test_a_trial_is_judged_by_the_weights_that_it_keeps(place: Path, recipe: dic
 def test_what_a_killed_worker_was_at_is_taken_up_and_goes_on(place: Path) -> None:
     with_space(place)
     killed = worker(place, 2, 1.0)
-    while not (begun := list(place.glob(".synset/tune/*/0/finetuned/progress.jsonl"))):
-        assert killed.poll() is None
-        time.sleep(0.1)
+    begun = written(place, ".synset/tune/*/0/finetuned/progress.jsonl", killed)
     os.kill(killed.pid, signal.SIGKILL)
     for process in Path("/proc").glob("[0-9]*/cmdline"):  # its trial, which a closed terminal would end too
-        if str(begun[0].parents[1].relative_to(place)).encode() in process.read_bytes():
+        if str(begun.parents[1].relative_to(place)).encode() in process.read_bytes():
             os.kill(int(process.parent.name), signal.SIGKILL)
     assert worker(place, 2, 0.05).wait() == 0
     ended = [trial for trial in study().trials if trial.state.name == "COMPLETE"]
     assert len(ended) == 2
     assert ended[0].user_attrs["goes on"] == 0
-    began = (begun[0].parents[1] / "begun.txt").read_text(encoding="utf-8").split()
+    began = (begun.parents[1] / "begun.txt").read_text(encoding="utf-8").split()
     assert began[0] == "0" and int(began[1]) >= 1, "from its last epoch, not from the start"
 
 
