@@ -84,7 +84,8 @@ class Trials:
         """The target's test images."""
         from stages.data.loading import read_samples
 
-        return read_samples(list((self.workspace.root / "data/shards/finetune").iterdir()), "test")
+        indexes = sorted((self.workspace.root / "data/shards/finetune").glob("*/index.json"))
+        return read_samples([index.parent for index in indexes], "test")
 
     def _run(self, *command: str) -> None:
         ended = self.workspace.run(*command)

@@ -132,7 +132,9 @@ def _put(params: dict[str, Any], values: Mapping[str, Any]) -> None:
         *path, last = key.split(".")
         section = params
         for part in path:
-            section = section.setdefault(part, {})
+            if section.get(part) is None:  # `adversarial: null`
+                section[part] = {}
+            section = section[part]
         section[last] = value
 
 
@@ -277,7 +279,9 @@ def _run_trial(
     if stop.asked():
         return  # stays as it is: the next worker takes it up
     watch.report()
-    if watch.pruned:
+    if watch.error:
+        _fail(study, trial, watch.error)
+    elif watch.pruned:
         study.tell(trial, state=TrialState.PRUNED)
         logger.info("trial %d: stopped after epoch %d, %s", trial.number, watch.epochs, watch.describe())
     elif code or watch.value is None:
@@ -306,13 +310,14 @@ class _Watch:
         self.value: float | None = None
         """Of the weights that would be kept: the last epoch's, or under `patience` those of the best one."""
         self.pruned = False
+        self.error = ""
         self._watched: float | None = None
 
     def should_stop(self) -> bool:
         """Reports new epochs; whether the trial is not worth going on with."""
         self.report()
         self.pruned = self.pruned or (self.tune.prune_after is not None and self.trial.should_prune())
-        return self.pruned
+        return self.pruned or bool(self.error)
 
     def report(self) -> None:
         """Tells the study of the epochs that it does not know yet."""
@@ -321,12 +326,13 @@ class _Watch:
         epochs = [json.loads(line) for line in self.progress.read_text(encoding="utf-8").splitlines()]
         for epoch in epochs[self.epochs :]:
             if self.tune.metric not in epoch:
-                raise StageError(
-                    f"`tune.metric` is {self.tune.metric}, which trials do not measure; see `split.val_fraction`"
+                self.error = (
+                    f"`tune.metric` is {self.tune.metric}, which it does not measure ({_why(self.tune.metric)})"
                 )
+                return
             value = epoch[self.tune.metric]
             watched = epoch.get(self.recipe.monitor, 0.0)
-            if not self.recipe.patience or self._watched is None or self.recipe.better(watched, self._watched):
+            if not self.recipe.patience or self._watched is None or not self.recipe.better(self._watched, watched):
                 self.value, self._watched = value, watched
             self.trial.report(value, int(epoch["epoch"]) - 1)
             self.epochs += 1
@@ -334,6 +340,10 @@ class _Watch:
     def describe(self) -> str:
         """For people."""
         return f"{self.tune.metric} {self.value:.4f}" if self.value is not None else "no epoch was finished"
+
+
+def _why(metric: str) -> str:
+    return "no `finetune.adversarial`" if metric == "val_robust_top1" else "val has no images: `split.val_fraction`"
 
 
 def _short(value: Any) -> str:

@@ -119,7 +119,7 @@ class _Task:
         from stages.training.feeding import crops
         from stages.training.loop import fit
         from stages.training.models import save_classifier
-        from stages.training.objectives import Looking, Supervised
+        from stages.training.objectives import Looking, Supervised, evaluated_at_once
         from stages.training.processes import is_first
         from stages.training.strategies import merge
 
@@ -131,7 +131,7 @@ class _Task:
         start, groups = self._start(name)
         count, share = trainable(start)
         log({"trainable_parameters": count, "trainable_share": share}, 0)
-        looking = Looking(self.val, self.model.image_size, self.config["resize"], 2 * self.finetune.batch_size)
+        looking = Looking(self.val, self.model.image_size, self.config["resize"], evaluated_at_once(self.finetune))
         objective = Supervised(start, self.finetune, looking, self.compute)
         feed = crops(self.train, self.finetune, self.compute)
         curve = fit(

@@ -50,7 +50,7 @@ def _untrained(pretrain: Pretrain, model: Model) -> None:
     from stages.training.models import save_classifier
 
     config = {"architecture": model.architecture, "stem": model.stem, "classes": [], "image_size": model.image_size}
-    config |= {"resize": model.image_size, **IMAGENET}
+    config |= {"resize": model.image_size, **(_expected(pretrain, model) or IMAGENET)}
     save_classifier(_start(pretrain, model, config), config, BACKBONE)
     write_json(REPORTS / "metrics.json", {"epochs": []})
     logger.info("pretrain: %s (`pretrain.method` is none)", pretrain.weights or "a random backbone")
@@ -63,6 +63,7 @@ def _trained(pretrain: Pretrain, model: Model, training: Training) -> None:
     from stages.training.loop import fit
     from stages.training.models import save_classifier
     from stages.training.processes import is_first, wait_for_first
+    from stages.training.regularisation import regularise
 
     compute = set_up(training)
     sets = list(shard_sets("pretrain"))
@@ -71,10 +72,11 @@ def _trained(pretrain: Pretrain, model: Model, training: Training) -> None:
             f"params.yaml: `pretrain.method` is {pretrain.method}, but no batch has the role pretrain; set it to none"
         )
     check_resize(sets, model.image_size)
-    config = _config(model, sets)
+    config = _config(pretrain, model, sets)
     backbone = _start(pretrain, model, config)
     feed, objective = _task(pretrain, model, sets, config, backbone, compute)
-    work = training_work("pretrain", compute.kind, training)
+    regularise(backbone, pretrain.dropout, pretrain.stochastic_depth)  # now that a projector may be where the head was
+    work = training_work("pretrain", compute.kind, training, source=_weights_file(pretrain))
     params = {"pretrain": pretrain.model_dump(), "model": model.model_dump(), "training": training.model_dump()}
     with training_run("pretrain", params, work.tags, resumed=work.resumed) as tracked:
         groups = every_weight(backbone, pretrain.lr)
@@ -94,17 +96,21 @@ def _trained(pretrain: Pretrain, model: Model, training: Training) -> None:
         shutil.rmtree(work.folder)
 
 
+def _weights_file(pretrain: Pretrain) -> str:
+    """The checksum of what `weights` names, where it is a file: DVC does not know of it."""
+    named = Path(pretrain.weights or "")
+    return sha256(named) if named.is_file() else ""
+
+
 def _start(pretrain: Pretrain, model: Model, config: dict[str, Any]) -> "Classifier":
     """The network before its first step, known to take the images."""
     from stages.training.models import build, check_takes
-    from stages.training.regularisation import regularise
     from stages.training.weights import start_from
 
     auxiliary = model.auxiliary_heads and pretrain.method == "supervised"
     backbone = build(config, pretrain.seed, auxiliary)
     if pretrain.weights:
         start_from(backbone, model.architecture, pretrain.weights)
-    regularise(backbone, pretrain.dropout, pretrain.stochastic_depth)
     for size in {model.image_size, pretrain.smallest(model.image_size)}:
         check_takes(backbone, size)
     return backbone
@@ -116,11 +122,11 @@ def _task(
 ) -> "tuple[Feed, Objective]":  # fmt: skip
     """What is learned from, and what is minimised."""
     from stages.training.feeding import crops
-    from stages.training.objectives import Looking, Supervised
+    from stages.training.objectives import Looking, Supervised, evaluated_at_once
     from stages.training.self_supervision import SelfSupervision
 
     every, val = read_samples(sets, "train"), read_samples(sets, "val").labelled()
-    looking = Looking(val, model.image_size, config["resize"], 2 * pretrain.batch_size)
+    looking = Looking(val, model.image_size, config["resize"], evaluated_at_once(pretrain))
     if pretrain.method == "supervised":
         train = every.labelled()
         logger.info("pretrain: %s", _counted(train, len(every) - len(train), val))
@@ -143,10 +149,10 @@ def _without_projector(
     from stages.training.self_supervision import SelfSupervision
 
     if isinstance(objective, SelfSupervision):
-        fresh_head(backbone, objective.width, max(len(config["classes"]), 1), pretrain.seed)
+        fresh_head(backbone, objective.width, max(len(config["classes"]), 1), objective.bias, pretrain.seed)
 
 
-def _config(model: Model, sets: list[Path]) -> dict[str, Any]:
+def _config(pretrain: Pretrain, model: Model, sets: list[Path]) -> dict[str, Any]:
     indexes = [read_index(each) for each in sets]
     return {
         "architecture": model.architecture,
@@ -154,8 +160,17 @@ def _config(model: Model, sets: list[Path]) -> dict[str, Any]:
         "classes": json.loads(Path("data/classes/pretrain.json").read_text(encoding="utf-8")),
         "image_size": model.image_size,
         "resize": max(index["resize"] for index in indexes),
-        **(pooled_statistics(indexes) or IMAGENET),
+        **(_expected(pretrain, model) or pooled_statistics(indexes) or IMAGENET),
     }
+
+
+def _expected(pretrain: Pretrain, model: Model) -> dict[str, list[float]] | None:
+    """The normalisation that published weights were trained with."""
+    if not pretrain.weights:
+        return None
+    from stages.training.weights import normalisation
+
+    return normalisation(model.architecture, pretrain.weights)
 
 
 if __name__ == "__main__":

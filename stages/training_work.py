@@ -39,23 +39,27 @@ class TrainingWork:
         return {"inexact_world_sizes": list(self.world_sizes)} if len(self.world_sizes) > 1 else {}
 
 
-def training_work(stage: str, machine: str, training: Training) -> TrainingWork:
+def training_work(stage: str, machine: str, training: Training, source: str = "") -> TrainingWork:
     """The work folder of `stage` as it is configured now, made by process 0; other work in progress is removed.
 
     Args:
         machine: the kind of machine that decides bytes.
+        source: checksum of what it starts from besides its dependencies.
     """
     from stages.training.processes import is_first, wait_for_first
 
-    stamp = fingerprint(stage, machine)
+    stamp = fingerprint(stage, machine, source)
     folder = work_folder(stage, stamp)
-    lineage = fingerprint(stage, machine, without=NOT_LINEAGE)
+    lineage = fingerprint(stage, machine, source, without=NOT_LINEAGE)
     resumed = folder.is_dir()
     wait_for_first()  # all have looked
     if is_first():
         if not resumed and training.allow_inexact and (other := _of_lineage(folder.parent, lineage)):
             other.rename(folder)
-            logger.warning("warning: %s goes on from a checkpoint of another world size: its bytes are its own", stage)
+            if _world_sizes(folder)[-1] != training.world_size:
+                logger.warning(
+                    "warning: %s goes on from a checkpoint of another world size: its bytes are its own", stage
+                )
         prune(folder.parent, keep=folder)
         sizes = _world_sizes(folder)
         if sizes[-1:] != [training.world_size]:

@@ -31,6 +31,8 @@ class Distribution(Section):
         if self.low is not None and self.high is not None:
             if self.low > self.high:
                 raise ValueError(f"`low` ({self.low}) is above `high` ({self.high})")
+            if isinstance(self.low, int) and isinstance(self.high, int) and self.step and int(self.step) != self.step:
+                raise ValueError(f"`step` ({self.step}) must be a whole number where both ends are, as in 1 and 8")
             if self.log and (self.low <= 0 or self.step is not None):
                 raise ValueError("`log` needs `low` above 0, and no `step`")
         return self

@@ -36,7 +36,7 @@ def blocks(model: Classifier) -> list[list[nn.Parameter]]:
     """
     found: list[list[nn.Parameter]] = []
     for name, module in _members("", model.net):
-        if belongs(name, model.head_name) or f"{name}.".startswith(AUXILIARY):
+        if of_a_head(name, model):
             continue
         parameters = list(module.parameters())
         if parameters and isinstance(module, NORMS) and found:
@@ -62,6 +62,6 @@ def _members(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, child
 
 
-def belongs(name: str, head_name: str) -> bool:
-    """Whether a module's name is the head's, or that of a part of it."""
-    return name == head_name or name.startswith(f"{head_name}.")
+def of_a_head(name: str, model: Classifier) -> bool:
+    """Whether a module of this name is the head, an auxiliary one, or a part of either."""
+    return f"{name}.".startswith((f"{model.head_name}.", *AUXILIARY))

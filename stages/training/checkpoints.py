@@ -20,8 +20,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         aside.write_bytes(buffer.getbuffer())
 
 
-def load_checkpoint(path: Path, device: str) -> dict[str, Any] | None:
-    """The state, or None where there is none. Tensors and plain values only: nothing is unpickled.
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The state on the CPU, or None where there is none. Tensors and plain values only: nothing is unpickled.
 
     Raises:
         StageError: the file is damaged.
@@ -29,6 +29,6 @@ def load_checkpoint(path: Path, device: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise StageError(f"{path} is damaged; remove it to begin anew: {str(error).splitlines()[0]}") from error

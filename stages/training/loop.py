@@ -30,10 +30,11 @@ from stages.progress import progress
 from stages.training.checkpoints import load_checkpoint, save_checkpoint
 from stages.training.devices import Compute
 from stages.training.feeding import Feed
-from stages.training.models import Classifier
+from stages.training.models import Classifier, take_weights
 from stages.training.objectives import Metrics, Objective
 from stages.training.optimisation import Ema, optimiser, schedule
 from stages.training.processes import StopSignals, is_first, rank, share_buffers, summed, world_size
+from stages.training.regularisation import training_mode
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_STEPS = "SYNSET_CHECKPOINT_STEPS"
@@ -116,17 +117,17 @@ def fit(
         StageError: too few images, nothing to watch for early stopping, a loss that is not finite, or memory is full.
         SystemExit: SIGTERM or SIGINT came; a checkpoint was written.
     """
-    _check(feed, objective, recipe, name)
+    _check(feed, objective, recipe, image_size, name)
     compute.place(model)
     state = _begin(model, groups, feed, objective, recipe, compute)
     _resume(state, work, compute, name)
     forward = _parallel(model, compute)
-    with StopSignals() as signals, _enough_memory(name):
+    with StopSignals() as signals, _explained(name):
         keeper = _Keeper(state, work, signals, name)
         while not _finished(state.curve, recipe):
             _epoch(state, forward, feed, recipe, image_size, compute, keeper, on_epoch)
     final = state.best if state.best is not None else state.kept.net.state_dict()
-    model.net.load_state_dict(final)
+    take_weights(model.net, final)
     model.eval()
     return state.curve
 
@@ -146,12 +147,23 @@ def size_in(epoch: int, recipe: Recipe, image_size: int) -> int:
     return min(math.ceil(grown / SIZE_STEP) * SIZE_STEP, end)
 
 
-def _check(feed: Feed, objective: Objective, recipe: Recipe, name: str) -> None:
+def _check(feed: Feed, objective: Objective, recipe: Recipe, image_size: int, name: str) -> None:
     if not feed.images:
         raise StageError(f"{name}: there is no training image that it could learn from")
     if recipe.batch_size > feed.images:
         raise StageError(
             f"{name}: `batch_size` is {recipe.batch_size}, but there are only {feed.images} training images; lower it"
+        )
+    smallest = feed.images // steps_per_epoch(feed, recipe)
+    if smallest // world_size() // recipe.accumulate < 2:
+        raise StageError(
+            f"{name}: {world_size()} processes and `accumulate: {recipe.accumulate}` leave parts of fewer than 2 of "
+            f"the {smallest} images of a batch; raise `batch_size` or lower `accumulate`"
+        )
+    if recipe.start_size and recipe.start_size > (recipe.end_size or image_size):
+        raise StageError(
+            f"{name}: `start_size` is {recipe.start_size}, more than `model.image_size` ({image_size}), which it is to "
+            "grow to; lower it"
         )
     if recipe.patience and recipe.monitor not in ("train_loss", *objective.watched):
         raise StageError(
@@ -179,20 +191,33 @@ def _parallel(model: Classifier, compute: Compute) -> nn.Module:
     """The model as steps call it: compiled, its gradients averaged over all processes."""
     forward: nn.Module = model
     if world_size() > 1:
-        forward = DistributedDataParallel(model, device_ids=[torch.cuda.current_device()] if compute.on_gpu else None)
+        # Else DDP would sort gradients anew after its first step, and add them up in another order than a process that
+        # goes on from a checkpoint: of three numbers and more the sum is not the same to the last bit.
+        forward = DistributedDataParallel(
+            model, device_ids=[torch.cuda.current_device()] if compute.on_gpu else None, find_unused_parameters=True
+        )
     if compute.compile:
-        forward.compile()
+        # One kernel a shape, whichever of an epoch's two batch sizes comes first after a checkpoint.
+        forward.compile(dynamic=False)
     return forward
 
 
 @contextmanager
-def _enough_memory(name: str) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
+    """What parameters can mend, in words."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise StageError(
             f"{name}: the GPU's memory is full; lower `batch_size`, or raise `accumulate`, which computes each batch "
             f"in parts: {str(error).splitlines()[0]}"
+        ) from error
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise StageError(
+            f"{name}: this network has an operation that a GPU computes in one way today and in another tomorrow; set "
+            f"`training.deterministic` to false, or choose another architecture: {str(error).split('. ')[0]}"
         ) from error
 
 
@@ -242,7 +267,7 @@ def _train(
     state: State, forward: nn.Module, feed: Feed, size: int, recipe: Recipe, compute: Compute, keeper: "_Keeper"
 ) -> None:
     """The steps that are left of the epoch."""
-    _training_mode(state.model)
+    training_mode(state.model)
     steps = steps_per_epoch(feed, recipe)
     # Sums stay on the device: reading one back each step would make a GPU wait.
     sums = torch.tensor([state.loss, state.hits], dtype=torch.float64, device=compute.device)
@@ -250,9 +275,10 @@ def _train(
     batches = feed.batches(state.epoch, state.step, size)
     for images, labels in progress(batches, steps - state.step, f"{keeper.name}, epoch {state.epoch}"):
         _seed(recipe.seed, state.epoch, state.step)
+        rate = float(state.schedule.get_last_lr()[-1])
         seen = _step(state, forward, images, labels, _batch_size(state, feed, steps), feed.views, recipe, compute)
         sums += summed(seen)
-        losses.note(seen[0])
+        losses.note(seen[0], rate)
         state.step += 1
         if keeper.due():
             losses.check()
@@ -306,15 +332,6 @@ def _seed(seed: int, epoch: int, step: int) -> None:
     torch.manual_seed(int(drawn))
 
 
-def _training_mode(model: nn.Module) -> None:
-    """Training mode, but for modules whose own weights are frozen: a frozen norm keeps its running statistics too."""
-    model.train()
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if own and not any(parameter.requires_grad for parameter in own):
-            module.eval()
-
-
 class _Losses:
     """The losses of the last steps, looked at before anything is kept of what they led to."""
 
@@ -323,9 +340,8 @@ class _Losses:
         self.every = LOOK_AT_LOSS_EVERY if compute.on_gpu else 1
         self.waiting: list[tuple[int, float, Tensor]] = []
 
-    def note(self, loss: Tensor) -> None:
+    def note(self, loss: Tensor, rate: float) -> None:
         """Of the step that was just made, with the learning rate that it was made with."""
-        rate = float(self.state.schedule.get_last_lr()[-1])
         self.waiting.append((self.state.step + 1, rate, loss))
         if len(self.waiting) >= self.every:
             self.check()
@@ -392,7 +408,9 @@ class _Keeper:
     def last_good(self) -> str:
         """What is kept from before an error."""
         path = _checkpoint(self.work)
-        return f"The last good checkpoint stays in {path}" if path.is_file() else "No checkpoint had been written yet"
+        if not path.is_file():
+            return "No checkpoint had been written yet"
+        return f"The last good checkpoint stays in {path} until training begins with other parameters"
 
 
 def _checkpoint(work: Path) -> Path:
@@ -407,7 +425,7 @@ def _checkpoint_steps() -> int:
 
 
 def _resume(state: State, work: Path, compute: Compute, name: str) -> None:
-    kept = load_checkpoint(_checkpoint(work), compute.device)
+    kept = load_checkpoint(_checkpoint(work))
     if kept is None:
         return
     state.load_state_dict(kept)

@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,10 @@ def replace_head(model: Classifier, module: nn.Module) -> None:
     model.net.set_submodule(model.head_name, module)
 
 
-def fresh_head(model: Classifier, width: int, classes: int, seed: int) -> None:
+def fresh_head(model: Classifier, width: int, classes: int, bias: bool, seed: int) -> None:
     """Puts a linear head with random weights there, for features of so many dimensions."""
     torch.manual_seed(seed)
-    replace_head(model, nn.Linear(width, classes))
+    replace_head(model, nn.Linear(width, classes, bias))
 
 
 def check_takes(model: Classifier, image_size: int) -> None:
@@ -174,6 +175,13 @@ def check_takes(model: Classifier, image_size: int) -> None:
         ) from error
 
 
+def take_weights(net: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
+    """As `load_state_dict`, of weights by name alone: MNASNet insists on the version of its layers, which they lack."""
+    versioned = OrderedDict(weights)
+    versioned._metadata = net.state_dict()._metadata  # type: ignore[attr-defined]
+    net.load_state_dict(versioned, strict=strict)
+
+
 def copy_backbone(source: Classifier, target: Classifier) -> None:
     """Gives `target` all weights of `source` but the head's, which is for other classes."""
     left_out = (f"{source.head_name}.", *AUXILIARY)
@@ -184,7 +192,7 @@ def copy_backbone(source: Classifier, target: Classifier) -> None:
         raise StageError(
             "the backbone is of another architecture, stem or size than the model; `dvc repro pretrain` makes it anew"
         )
-    target.net.load_state_dict(weights, strict=False)
+    take_weights(target.net, weights, strict=False)
 
 
 def save_classifier(model: Classifier, config: dict[str, Any], folder: Path) -> None:
@@ -211,7 +219,5 @@ def load_classifier(folder: Path, device: str = "cpu") -> tuple[Classifier, dict
     except FileNotFoundError as error:
         raise StageError(f"{folder} holds no model ({error.filename} is missing); `dvc repro` makes it") from None
     model = build(config, seed=0)
-    versioned = OrderedDict(weights)  # MNASNet insists on the version of its layers, which safetensors does not keep
-    versioned._metadata = model.net.state_dict()._metadata  # type: ignore[attr-defined]
-    model.net.load_state_dict(versioned)
+    take_weights(model.net, weights)
     return model.to(device).eval(), config

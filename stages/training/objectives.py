@@ -61,6 +61,11 @@ class Looking:
         )  # fmt: skip
 
 
+def evaluated_at_once(recipe: Recipe) -> int:
+    """Images of val in one batch of a process: twice those that it trains on at once, since no gradients are kept."""
+    return max(2 * recipe.batch_size // (recipe.accumulate * world_size()), 1)
+
+
 class Supervised:
     """Cross-entropy with labels; mixed images and adversarial ones where the recipe asks for them."""
 

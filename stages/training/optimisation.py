@@ -33,15 +33,20 @@ def optimiser(groups: Groups, recipe: Recipe, dtype: torch.dtype | None = None) 
         head = {id(parameter) for parameter in groups[-1][0]}
         inner = dtype if dtype == torch.bfloat16 else torch.float32
         return Muon(
-            options, recipe.momentum, recipe.muon_scale, lambda each: each.ndim > 1 and id(each) not in head, inner
+            options, recipe.momentum, recipe.muon_scale, lambda each: _is_weight(each) and id(each) not in head, inner
         )
     return torch.optim.SGD(options, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 
+def _is_weight(parameter: nn.Parameter) -> bool:
+    """Of a convolution or a linear layer; not a bias, a scale, a class token or a table of positions (three axes)."""
+    return parameter.ndim in (2, 4)
+
+
 def _options(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.ndim > 1]
-    others = [parameter for parameter in trained if parameter.ndim <= 1]
+    decayed = [parameter for parameter in trained if _is_weight(parameter)]
+    others = [parameter for parameter in trained if not _is_weight(parameter)]
     options = [{"params": decayed, "lr": lr, "weight_decay": weight_decay}] if decayed else []
     return options + ([{"params": others, "lr": lr, "weight_decay": 0.0}] if others else [])
 

@@ -3,6 +3,7 @@
 A step's batch is shared out, gradients are averaged (DDP), and process 0 alone writes, logs and keeps checkpoints.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -25,6 +26,8 @@ RENDEZVOUS = "SYNSET_RENDEZVOUS"
 """host:port of the first machine, where there are several."""
 RESTARTS = "SYNSET_RESTARTS"
 """How often the processes are started again by themselves after one of them died."""
+PR_SET_PDEATHSIG = 1
+"""prctl(2)."""
 HERE = "localhost"
 """Where the processes of one machine meet. By default that is the machine's own name, and where no resolver knows this
 (a container) they would wait for each other for half an hour."""
@@ -85,6 +88,7 @@ def _launch(module: str, arguments: Sequence[str], training: Training) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(training.threads))
     if training.nodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are of what we do on purpose
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its tables say what our one message says
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
@@ -123,6 +127,7 @@ def _check_devices(training: Training) -> None:
 
 def _member(training: Training, main: Callable[[], None]) -> None:
     """One of the processes. What goes wrong is told to the launcher, which prints what went wrong first."""
+    _die_with_parent()
     from torch.distributed.elastic.multiprocessing.errors import record
 
     started = int(os.environ["WORLD_SIZE"])
@@ -140,6 +145,14 @@ def _member(training: Training, main: Callable[[], None]) -> None:
         # At once: a reader that is left in the middle of an epoch complains of how it ends.
         sys.stderr.flush()
         os._exit(1)
+
+
+def _die_with_parent() -> None:
+    """A launcher that is killed must not leave processes behind, which would write where the next ones do."""
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it went before this was said
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _joined(training: Training, main: Callable[[], None]) -> None:

@@ -52,7 +52,7 @@ def _skip(model: Classifier, probability: float) -> None:
         if isinstance(branch, StochasticDepth):
             branch.p = rising
         else:
-            branch.register_forward_hook(partial(_skipped, rising))
+            branch.register_forward_hook(partial(_skipped, rising, model))
 
 
 def _branches(net: nn.Module) -> list[nn.Module]:
@@ -70,5 +70,15 @@ def _branches(net: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _skipped(probability: float, branch: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-    return stochastic_depth(output, probability, "row", branch.training)
+def _skipped(probability: float, model: nn.Module, _branch: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    # Not the branch's own mode: a frozen norm is never in training.
+    return stochastic_depth(output, probability, "row", model.training)
+
+
+def training_mode(model: nn.Module) -> None:
+    """Training mode, but for norms whose own weights are frozen: they keep their running statistics too."""
+    model.train()
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.training = False  # its own alone: dropout inside of it goes on

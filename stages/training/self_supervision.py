@@ -32,6 +32,7 @@ class SelfSupervision:
         self.settings, self.looking, self.compute = pretrain.self_supervised, looking, compute
         self.method = METHODS[pretrain.method]
         self.width, self.classes = model.head.in_features, model.head.out_features
+        self.bias = model.head.bias is not None
         torch.manual_seed(pretrain.seed)
         replace_head(model, projector(self.width, self.settings))
         generator = np.random.default_rng(pretrain.seed)

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from stages.command import StageError
 from stages.params.finetune import Finetune
-from stages.training.blocks import NORMS, belongs, blocks, of_head
+from stages.training.blocks import NORMS, blocks, of_a_head, of_head
 from stages.training.models import Classifier
 from stages.training.optimisation import Groups
 
@@ -43,9 +43,9 @@ def bias(model: Classifier, finetune: Finetune) -> Groups:
     chosen = [
         weights
         for name, module in model.net.named_modules()
-        if not belongs(name, model.head_name)
+        if not of_a_head(name, model)
         for key, weights in module.named_parameters(recurse=False)
-        if key == "bias" or isinstance(module, NORMS)
+        if key.endswith("bias") or isinstance(module, NORMS)  # of attention: in_proj_bias
     ]
     return [(_trained(chosen), finetune.backbone_lr), (_trained(of_head(model)), finetune.lr)]
 
@@ -57,7 +57,7 @@ def lora(model: Classifier, finetune: Finetune) -> Groups:
     added: list[nn.Parameter] = []
     for name, module in list(model.net.named_modules()):
         key = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-        if not isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention) or belongs(name, model.head_name):
+        if not isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention) or of_a_head(name, model):
             continue
         weight = getattr(module, key)
         largest = min(len(weight), weight[0].numel())

@@ -9,13 +9,16 @@ import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torchvision.models import WeightsEnum
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from stages.command import StageError
-from stages.training.models import AUXILIARY, Classifier
+from stages.training.models import AUXILIARY, Classifier, take_weights
 
 logger = logging.getLogger(__name__)
 KEY = "params.yaml: `pretrain.weights`"
+TRANSFORMING = ("googlenet", "inception_v3")
+"""Their published weights are of images in -1..1, to which torchvision's own networks turn those of other models."""
 
 
 def start_from(model: Classifier, architecture: str, weights: str) -> None:
@@ -39,18 +42,34 @@ def start_from(model: Classifier, architecture: str, weights: str) -> None:
         logger.info("the head is for other classes than that of %s and starts at random", weights)
         found = {key: value for key, value in found.items() if not key.startswith(head)}
     _check(found, own, of_head, weights)
-    model.net.load_state_dict(found, strict=False)
+    take_weights(model.net, found, strict=False)
 
 
-def _published(architecture: str, name: str) -> dict[str, Tensor]:
+def normalisation(architecture: str, weights: str) -> dict[str, list[float]] | None:
+    """What torchvision's weights expect of images, `mean` and `std` in 0..1; None for a file, which does not say."""
+    source, _, name = weights.partition(":")
+    if source != "torchvision":
+        return None
+    if architecture in TRANSFORMING:
+        return {"mean": [0.5] * 3, "std": [0.5] * 3}
+    expected = _chosen(architecture, name).transforms()
+    return {"mean": [*expected.mean], "std": [*expected.std]}
+
+
+def _chosen(architecture: str, name: str) -> WeightsEnum:
     known = torchvision.models.get_model_weights(architecture)
     if name and name not in known.__members__:
         raise StageError(
             f"{KEY}: torchvision has no {name} of {architecture}; there are: {', '.join(known.__members__)}"
         )
-    chosen = known[name] if name else known.DEFAULT
+    return known[name] if name else known.DEFAULT
+
+
+def _published(architecture: str, name: str) -> dict[str, Tensor]:
+    chosen = _chosen(architecture, name)
     try:
-        return dict(chosen.get_state_dict(progress=True, check_hash=True))
+        # By the model itself: old files have other names, or lack counts of batches, which it knows how to put right.
+        return torchvision.models.get_model(architecture, weights=chosen).state_dict()
     except (URLError, OSError) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise StageError(
@@ -58,7 +77,7 @@ def _published(architecture: str, name: str) -> dict[str, Tensor]:
             f"{folder}, or name a safetensors file here"
         ) from error
     except RuntimeError as error:  # a damaged download
-        raise StageError(f"{KEY}: {chosen.url}: {error}; run again") from error
+        raise StageError(f"{KEY}: {chosen.url}: {str(error).splitlines()[0]}; run again") from error
 
 
 def _of_file(path: Path) -> dict[str, Tensor]:

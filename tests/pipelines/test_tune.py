@@ -207,6 +207,19 @@ def test_a_trial_is_judged_by_the_weights_that_it_keeps(place: Path, recipe: dic
     assert search(tune(trials=1)).best_value == value
 
 
+def test_a_metric_that_trials_do_not_measure_is_said(place: Path) -> None:
+    with pytest.raises(StageError, match=r"`tune.metric` is val_robust_top1, .* \(no `finetune.adversarial`\)"):
+        search(tune(metric="val_robust_top1"))
+
+
+def test_a_key_below_one_that_is_null_is_searched(place: Path) -> None:
+    space = {"finetune.adversarial.epsilon": {"low": 1.0, "high": 4.0}}
+    found = search(tune(trials=1, space=space))
+    (best,) = place.glob(".synset/tune/*/best.yaml")
+    written_values = yaml.safe_load(best.read_text(encoding="utf-8"))["finetune"]["adversarial"]
+    assert written_values == {"epsilon": found.best_params["finetune.adversarial.epsilon"]}
+
+
 def test_what_a_killed_worker_was_at_is_taken_up_and_goes_on(place: Path) -> None:
     with_space(place)
     killed = worker(place, 2, 1.0)
@@ -244,6 +257,7 @@ def test_a_bad_space_is_named_before_anything_runs(place: Path, space: dict[str,
         ({"space": {"evaluate.seed": {"low": 1, "high": 2}}}, "`evaluate.seed` cannot be searched"),
         ({"space": {"finetune.lr": {"low": 2.0, "high": 1.0}}}, r"`low` \(2.0\) is above `high`"),
         ({"space": {"finetune.lr": {"low": 0.0, "high": 1.0, "log": True}}}, "`log` needs `low` above 0"),
+        ({"space": {"finetune.epochs": {"low": 1, "high": 8, "step": 0.5}}}, r"`step` \(0.5\) must be a whole number"),
         ({"space": {"finetune.lr": {"low": 0.1}}}, "expected `choices`, or `low` and `high`"),
         ({"metric": "test_top1"}, "`tune.metric`: input should be 'val_loss'"),
     ],

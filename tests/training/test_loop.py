@@ -132,7 +132,7 @@ def test_fp16_with_its_scaler_goes_on_exactly(data: tuple[Samples, Samples], tmp
     undisturbed, _ = train(data, half, tmp_path / "a", recipe)
     with pytest.raises(KeyboardInterrupt):
         train(data, half, tmp_path / "b", recipe, lambda feed: interrupted(feed, 1))
-    state = load_checkpoint(tmp_path / "b/checkpoint.pt", "cpu")
+    state = load_checkpoint(tmp_path / "b/checkpoint.pt")
     assert state and state["scaler"]["scale"] > 1
     resumed, _ = train(data, half, tmp_path / "b", recipe)
     assert same_weights(undisturbed, resumed)
@@ -194,7 +194,7 @@ def test_sigterm_leaves_a_checkpoint_of_that_very_step(
     with pytest.raises(SystemExit) as stopped:
         train(data, compute, tmp_path / "b", change=signalling if when == "in an epoch" else lambda feed: feed)
     assert stopped.value.code == 128 + signal.SIGTERM
-    state = load_checkpoint(tmp_path / "b/checkpoint.pt", "cpu")
+    state = load_checkpoint(tmp_path / "b/checkpoint.pt")
     assert state and (state["epoch"], state["step"]) == (2, 3 if when == "in an epoch" else 4)
     resumed, curve_of_resumed = train(data, compute, tmp_path / "b")
     assert same_weights(undisturbed, resumed) and curve == curve_of_resumed
@@ -309,7 +309,7 @@ def test_a_loss_that_is_not_finite_stops_names_step_and_rate_and_leaves_the_last
     recipe = RECIPE.model_copy(update={"lr": 1e20, "warmup": 0.0})
     with pytest.raises(StageError, match=r"the loss is nan at step \d of epoch 1, at a learning rate of .*lower `lr`"):
         train(data, compute, tmp_path, recipe)
-    state = load_checkpoint(tmp_path / "checkpoint.pt", "cpu")
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state and state["step"] >= 1
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
@@ -319,6 +319,20 @@ def test_a_batch_larger_than_the_data_is_refused(
 ) -> None:
     with pytest.raises(StageError, match="`batch_size` is 64, but there are only 32 training images"):
         train(data, compute, tmp_path, RECIPE.model_copy(update={"batch_size": 64}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"batch_size": 6, "accumulate": 3}, "`accumulate: 3` leave parts of fewer than 2 of the 5 images of a batch"),
+        ({"start_size": 48}, r"`start_size` is 48, more than `model.image_size` \(32\)"),
+    ],
+)
+def test_what_cannot_be_done_with_these_images_is_refused(
+    changed: dict[str, Any], words: str, data: tuple[Samples, Samples], compute: Compute, tmp_path: Path
+) -> None:
+    with pytest.raises(StageError, match=words):
+        train(data, compute, tmp_path, RECIPE.model_copy(update=changed))
 
 
 def test_early_stopping_without_what_it_watches_is_refused(

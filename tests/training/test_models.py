@@ -1,5 +1,7 @@
 """Models: every architecture with a new head, small stems, auxiliary heads, files, weights to start from."""
 
+import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from stages.command import StageError
 from stages.params.finetune import Finetune, Lora
@@ -22,9 +25,10 @@ from stages.training.models import (
     replace_head,
     save_classifier,
 )
-from stages.training.regularisation import regularise
+from stages.training.optimisation import optimiser
+from stages.training.regularisation import regularise, training_mode
 from stages.training.strategies import STRATEGIES, merge
-from stages.training.weights import start_from
+from stages.training.weights import normalisation, start_from
 from tests.training.images import CONFIG
 
 SIZES = {
@@ -188,8 +192,46 @@ def test_a_projector_takes_the_place_of_the_head_and_gives_it_back() -> None:
     replace_head(model, nn.Sequential(nn.Linear(512, 16), nn.ReLU(), nn.Linear(16, 8)))
     assert model(images("resnet18")).shape == (2, 8)
     assert model.features(images("resnet18")).shape == (2, 512)
-    fresh_head(model, 512, 2, seed=1)
+    fresh_head(model, 512, 2, bias=True, seed=1)
     assert list(model.net.state_dict()) == list(made("resnet18").net.state_dict())
+    fresh_head(model, 512, 2, bias=False, seed=1)  # maxvit_t has none
+    assert list(model.net.state_dict()) == list(made("resnet18").net.state_dict())[:-1]
+
+
+def test_a_network_that_counts_its_versions_is_copied_and_loaded(tmp_path: Path) -> None:
+    source, target = made("mnasnet0_5"), made("mnasnet0_5", seed=2)
+    copy_backbone(source, target)
+    save_classifier(target, CONFIG | {"architecture": "mnasnet0_5"}, tmp_path / "model")
+    assert same_weights(load_classifier(tmp_path / "model")[0], target)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_auxiliary_heads_are_trained_once_by_every_strategy(strategy: str) -> None:
+    model = build(CONFIG | {"architecture": "googlenet", "image_size": 224}, seed=1, auxiliary_heads=True)
+    recipe = Finetune.model_validate({"strategy": strategy, "lora": Lora(rank=1)})
+    groups = STRATEGIES[strategy](model, recipe)
+    optimiser(groups, recipe)  # torch refuses a parameter of two groups
+    assert {id(each) for each in model.net.get_submodule("aux1").parameters()} <= {id(each) for each in groups[-1][0]}
+
+
+def test_bias_trains_attention_s_biases() -> None:
+    model = made("vit_b_16")
+    STRATEGIES["bias"](model, Finetune(strategy="bias"))
+    left = [name for name, each in model.net.named_parameters() if name.endswith("bias") and not each.requires_grad]
+    assert not left
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "vit_b_16", "convnext_tiny"])
+def test_dropout_and_stochastic_depth_act_where_weights_are_frozen(architecture: str) -> None:
+    model = made(architecture)
+    regularise(model, 0.5, 0.5)
+    STRATEGIES["lora"](model, Finetune(strategy="lora", lora=Lora(rank=1)))
+    training_mode(model)
+    assert all(module.training for module in model.modules() if isinstance(module, nn.Dropout | StochasticDepth))
+    assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    with torch.no_grad():
+        first = model.features(images(architecture, 4))
+        assert not torch.equal(first, model.features(images(architecture, 4)))
 
 
 def test_a_saved_model_loads_the_same_and_saves_the_same(tmp_path: Path) -> None:
@@ -256,20 +298,36 @@ def test_a_safetensors_file_of_torchvision_s_names_is_started_from(classes: int,
     assert ("fc.weight" in same) == (classes == 5)
 
 
+@pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "resnet18", "densenet121", "mnasnet0_5"])
 def test_published_weights_are_loaded_from_where_torchvision_keeps_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The download itself cannot be tried here: what it leaves is made."""
+    """The download itself cannot be tried here: what it leaves is made, with the old ones' oddities."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    known = torchvision.models.get_model_weights("mobilenet_v3_small").DEFAULT
+    known = torchvision.models.get_model_weights(architecture).DEFAULT
     torch.manual_seed(3)
-    net = torchvision.models.mobilenet_v3_small()
+    net = torchvision.models.get_model(architecture)
+    published = net.state_dict()
+    if architecture == "densenet121":
+        for name in [name for name in published if "denselayer" in name]:
+            published[re.sub("(norm|conv)([12])", r"\1.\2", name)] = published.pop(name)
+    if architecture in ("densenet121", "resnet18"):
+        published = OrderedDict((name, each) for name, each in published.items() if "num_batches" not in name)
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    torch.save(net.state_dict(), tmp_path / "hub/checkpoints" / Path(known.url).name)
+    torch.save(published, tmp_path / "hub/checkpoints" / Path(known.url).name)
     for weights in ("torchvision", "torchvision:IMAGENET1K_V1"):
-        model = made("mobilenet_v3_small")
-        start_from(model, "mobilenet_v3_small", weights)
-        assert torch.equal(model.net.state_dict()["features.0.0.weight"], net.state_dict()["features.0.0.weight"])
+        model = made(architecture)
+        start_from(model, architecture, weights)
+        own, expected = model.net.state_dict(), net.state_dict()
+        same = [torch.equal(own[name], expected[name]) for name in own if not name.startswith(f"{model.head_name}.")]
+        assert all(same) and len(same) > 10
+
+
+def test_published_weights_bring_their_own_normalisation() -> None:
+    assert normalisation("resnet18", "torchvision") == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert normalisation("googlenet", "torchvision") == {"mean": [0.5] * 3, "std": [0.5] * 3}
+    assert normalisation("efficientnet_v2_l", "torchvision:IMAGENET1K_V1") == {"mean": [0.5] * 3, "std": [0.5] * 3}
+    assert normalisation("resnet18", "mine.safetensors") is None
 
 
 def test_position_embeddings_are_brought_to_the_size(tmp_path: Path) -> None:
