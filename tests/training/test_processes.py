@@ -4,9 +4,11 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -86,6 +88,25 @@ def test_a_process_that_is_killed_stops_all_with_one_message_and_the_next_run_go
     assert "going on after step" in done.stdout
     resumed = load_file(prepared.root / "models/backbone/model.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_nobody_outlives_a_launcher_that_is_killed(prepared: Workspace) -> None:
+    """They would go on writing where the next run writes."""
+    params = prepared.params
+    params["training"] |= {"world_size": 2}
+    params["pretrain"] |= {"epochs": 1000}
+    prepared.write_params(params)
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "stages.pretrain"], cwd=prepared.root, stderr=subprocess.DEVNULL,
+        env=prepared.environment | {"SYNSET_CHECKPOINT_STEPS": "1"},
+    )  # fmt: skip
+    while not list(prepared.root.glob(".synset/work/pretrain/*/checkpoint.pt")):
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    members = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    launcher.wait()
+    assert len(members) >= 2 and not psutil.wait_procs(members, timeout=100)[1]
 
 
 @pytest.mark.slow
