@@ -28,10 +28,10 @@ from stages import tracking
 from stages.command import StageError, run
 from stages.files import sha256, write_text
 from stages.params.finetune import Finetune
-from stages.params.load import ParamsError, Section, check, load_section, params_path, read_params
+from stages.params.load import ParamsError, check, load_section, params_path, read_params
 from stages.params.model import Model
 from stages.params.training import Training
-from stages.params.tune import Distribution, Tune
+from stages.params.tune import SEARCHED, Distribution, Tune
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 logger = logging.getLogger(__name__)
-SECTIONS: dict[str, type[Section]] = {"model": Model, "finetune": Finetune, "training": Training}
 FOLDER = Path(".synset/tune")
 COMMAND = (sys.executable, "-m", "stages.finetune", "--trial")
 FAILURES = 3
@@ -80,7 +79,7 @@ def search(tune: Tune, command: Sequence[str]) -> None:
         raise ParamsError(
             "params.yaml: `tune.space` is empty; name a key and its values: `finetune.lr: {low: 0.01, high: 0.1}`"
         )
-    params = read_params()
+    text, params = params_path().read_text(encoding="utf-8"), read_params()  # as they are now, whoever edits them later
     _check_space(params, tune.space)
     folder = FOLDER / _fingerprint(params, tune)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +102,7 @@ def search(tune: Tune, command: Sequence[str]) -> None:
                 held.close()
     if stop.asked():
         raise StageError(f"{stop.reason}; the same command goes on with it")
-    _finish(study, folder, tune, params, parent)
+    _finish(study, folder, tune, text, parent)
 
 
 def _check_space(params: dict[str, Any], space: Mapping[str, Distribution]) -> None:
@@ -115,8 +114,9 @@ def _check_space(params: dict[str, Any], space: Mapping[str, Distribution]) -> N
 
 
 def _checked(params: dict[str, Any]) -> Finetune:
-    for name, section in SECTIONS.items():
-        check(name, params[name], section)
+    """The section `finetune`, where all that may be searched is valid."""
+    check("model", params["model"], Model)
+    check("training", params["training"], Training)
     return check("finetune", params["finetune"], Finetune)
 
 
@@ -141,7 +141,7 @@ def _put(params: dict[str, Any], values: Mapping[str, Any]) -> None:
 def _fingerprint(params: dict[str, Any], tune: Tune) -> str:
     """Of what decides a trial's figure but what is searched: data, backbone, code, sections, the space, the metric."""
     fixed = _with(params, dict.fromkeys(tune.space))
-    parts: dict[str, Any] = {name: fixed[name] for name in SECTIONS}
+    parts: dict[str, Any] = {name: fixed[name] for name in SEARCHED}
     parts |= {"space": tune.model_dump()["space"], "metric": tune.metric, "seed": tune.seed, "prune": tune.prune_after}
     parts |= {"files": {path.as_posix(): sha256(path) for path in _files_of_finetune()}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
@@ -353,7 +353,7 @@ def _short(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------ what was found
 
 
-def _finish(study: "Study", folder: Path, tune: Tune, params: dict[str, Any], parent: tracking.TrainingRun) -> None:
+def _finish(study: "Study", folder: Path, tune: Tune, text: str, parent: tracking.TrainingRun) -> None:
     """The best trial as a params file, a table of the best ones, pictures of the search."""
     from optuna.trial import TrialState
 
@@ -365,7 +365,7 @@ def _finish(study: "Study", folder: Path, tune: Tune, params: dict[str, Any], pa
         logger.info("tune: other workers are still at %d trials, which are not counted below", elsewhere)
     ranked = sorted(ended, key=lambda trial: trial.value or 0.0, reverse=tune.maximises)
     head = f"# params.yaml with the best of {len(ended)} trials: {tune.metric} {ranked[0].value:.4f} on val.\n"
-    write_text(folder / "best.yaml", head + _rewritten(params_path().read_text(encoding="utf-8"), ranked[0].params))
+    write_text(folder / "best.yaml", head + _rewritten(text, ranked[0].params))
     pictures = folder / "pictures"
     _draw(study, pictures)
     parent.log({f"best_{tune.metric}": float(ranked[0].value or 0.0), "trials": len(study.trials)}, 0)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,11 @@ class Workspace:
         """The checksum of every output by path, as dvc.lock has them."""
         lock = yaml.safe_load((self.root / "dvc.lock").read_text(encoding="utf-8"))
         return {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage.get("outs", [])}
+
+
+def written(folder: Path, pattern: str, by: "subprocess.Popen[Any]") -> Path:
+    """The file below `folder`, as soon as it is there; fails where the process that is to write it ends without."""
+    while not (found := list(folder.glob(pattern))):
+        assert by.poll() is None, f"it ended with {by.returncode} and wrote no {pattern}"
+        time.sleep(0.1)
+    return found[0]

@@ -3,12 +3,12 @@
 A small script stands in for `stages.finetune --trial`; the last test has the real one.
 """
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipelines import tune as tuning
 from stages.command import StageError
 from stages.params.load import ParamsError, check
 from stages.params.tune import Tune
-from tests.workspace import ROOT, Workspace
+from tests.workspace import ROOT, Workspace, written
 
 STAND_IN = '''
 """Its val loss is (lr - 0.1)^2 + 1 / epoch; it fails where weight_decay is above 0.5, and goes on where it was."""
@@ -154,14 +154,6 @@ def worker(place: Path, trials: int, seconds: float) -> "subprocess.Popen[str]":
     )
 
 
-def written(place: Path, pattern: str, by: "subprocess.Popen[str]") -> Path:
-    """The file, as soon as it is there."""
-    while not (found := list(place.glob(pattern))):
-        assert by.poll() is None
-        time.sleep(0.1)
-    return found[0]
-
-
 def with_space(place: Path) -> None:
     """params.yaml with the space of these tests."""
     params = yaml.safe_load((place / "params.yaml").read_text(encoding="utf-8"))
@@ -188,9 +180,8 @@ def test_a_trial_that_outlives_its_worker_is_not_begun_a_second_time(place: Path
     assert len(began.read_text(encoding="utf-8").split()) == 1, "the first process was still at it"
     running = [trial.number for trial in study().trials if trial.state.name == "RUNNING"]
     assert running == [0]
-    progress = began.parent / "finetuned/progress.jsonl"
-    while len(progress.read_text(encoding="utf-8").splitlines()) < 4:
-        time.sleep(0.1)
+    with (began.parent / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # had as soon as that process has ended
     assert worker(place, 2, 0.05).wait() == 0
     assert [trial.state.name for trial in study().trials].count("COMPLETE") == 2
 

@@ -4,7 +4,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.workspace import Workspace
+from stages.fingerprint import work_folder
+from tests.workspace import Workspace, written
 
 PRETRAIN: dict[str, Any] = {"epochs": 1, "batch_size": 32, "lr": 0.01, "warmup": 0.0}
 
@@ -100,9 +100,7 @@ def test_nobody_outlives_a_launcher_that_is_killed(prepared: Workspace) -> None:
         [sys.executable, "-m", "stages.pretrain"], cwd=prepared.root, stderr=subprocess.DEVNULL,
         env=prepared.environment | {"SYNSET_CHECKPOINT_STEPS": "1"},
     )  # fmt: skip
-    while not list(prepared.root.glob(".synset/work/pretrain/*/checkpoint.pt")):
-        assert launcher.poll() is None
-        time.sleep(0.1)
+    written(prepared.root, f"{work_folder('pretrain', '*')}/checkpoint.pt", launcher)
     members = psutil.Process(launcher.pid).children(recursive=True)
     launcher.kill()
     launcher.wait()
