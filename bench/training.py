@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20, help="of a round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keeps the shards for the next time")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--not-deterministic", action="store_true")
     options = parser.parse_args()
@@ -50,7 +51,8 @@ def main() -> int:
         Training(threads=options.threads, compile=options.compile, deterministic=not options.not_deterministic)
     )
     with tempfile.TemporaryDirectory() as work:
-        samples = _samples(written_shards(options.images.resolve(), options.side, Path(work)), options)
+        shards = written_shards(options.images.resolve(), options.side, (options.work or Path(work)).resolve())
+        samples = _samples(shards, options)
         task = _Task(options, samples, compute, Path(work))
         candidates = [
             Candidate(BARE, "limit", task.bare),

@@ -252,7 +252,7 @@ def evaluation_batches(
         images = fn.resize(images, resize_shorter=resize, interp_type=types.INTERP_CUBIC, antialias=True)
         return fn.crop(images, crop=(image_size, image_size))
 
-    images = (_tensor(*outputs) for outputs in _run(pipeline(), len(batches)))
+    images = _tensors(pipeline(), len(batches), device)
     yield from _with_labels(images, samples, batches, device)
 
 
@@ -283,8 +283,7 @@ def _crops_on_cpu(
         )  # fmt: skip
         return augmentations.augmented(pixels, augmentation, inputs, side)
 
-    for outputs in _run(_quietly(pipeline), count):
-        yield _tensor(*outputs)
+    yield from _tensors(_quietly(pipeline), count, "cpu")
 
 
 def _plain_crops_on_cpu(
@@ -360,8 +359,7 @@ def _crops_on_gpu(
         images = fn.resize(images, size=[side, side], interp_type=types.INTERP_TRIANGULAR, antialias=True)
         return augmentations.augmented(fn.flip(images, horizontal=mirrored), own, inputs, side)
 
-    for outputs in _run(_quietly(pipeline), count):
-        yield _tensor(*outputs)
+    yield from _tensors(_quietly(pipeline), count, "cuda")
 
 
 def _windowed(source: Iterator[tuple[Any, ...]], more: Sequence[Any] = (), dimensions: Sequence[int] = ()) -> Any:
@@ -401,16 +399,22 @@ def _run(pipeline: Any, count: int) -> Iterator[Any]:
         yield pipeline.run()
 
 
-def _tensor(images: Any) -> "torch.Tensor":
-    """DALI's batch (n, H, W, 3) as a tensor (n, 3, H, W), without a copy on the CPU."""
+def _tensors(pipeline: Any, count: int, device: str) -> Iterator["torch.Tensor"]:
+    """DALI's batches (n, H, W, 3) as tensors (n, 3, H, W), without a copy on the CPU."""
     import torch
 
-    pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-    if pixels.is_cuda:
-        # DALI may fill its buffer again as soon as it is let go, while kernels that read it still wait.
-        pixels = pixels.clone()
-        torch.cuda.current_stream().synchronize()
-    return pixels
+    copying = torch.cuda.Stream() if device == "cuda" else None
+    for (images,) in _run(pipeline, count):
+        if copying is None:
+            yield torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+            continue
+        # DALI may fill its buffer again as soon as it is let go, so it is copied, and the copy is waited for; on a
+        # stream of its own, because a whole step of training may wait in the other.
+        with torch.cuda.stream(copying):
+            pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).clone()
+        copying.synchronize()
+        pixels.record_stream(torch.cuda.current_stream())
+        yield pixels
 
 
 def _with_labels(
