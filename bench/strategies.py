@@ -142,7 +142,7 @@ class _Study:
         import mlflow
         import numpy as np
 
-        from stages.evaluation.inference import logits_and_features
+        from stages.evaluation.inference import all_answers
         from stages.params.training import Training
         from stages.training.devices import set_up
         from stages.training.models import load_classifier
@@ -150,10 +150,9 @@ class _Study:
         compute, test = set_up(Training(**self.params["training"])), self.trials.test()
         model, config = load_classifier(trained)
         compute.place(model).eval()
-        logits = logits_and_features(
-            test, {"": model}, {}, image_size=config["image_size"], resize=config["resize"], batch_size=128,
-            compute=compute,
-        )[""]  # fmt: skip
+        logits = all_answers(
+            test, {"": model}, image_size=config["image_size"], resize=config["resize"], batch_size=128, compute=compute
+        )[""].logits
         mlflow.set_tracking_uri(f"sqlite:///{self.trials.workspace.root / 'mlflow.db'}")
         (run,) = mlflow.search_runs(experiment_names=["synset/tune"], max_results=1, output_format="list")
         facts, client = run.data.metrics, mlflow.MlflowClient()

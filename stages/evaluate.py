@@ -1,12 +1,12 @@
-"""evaluate: test and fresh shards and three models -> reports/{metrics.json,predictions.parquet,plots/,report.html}."""
+"""evaluate: shards, models -> reports/: metrics.json, predictions.parquet, label_suspects.csv, plots/, report.html."""
 
 import argparse
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,18 +16,23 @@ from stages.command import StageError, run
 from stages.data.facts import write_table
 from stages.data.loading import Samples, read_samples
 from stages.data.shard_sets import shard_sets
-from stages.evaluation import intervals, metrics, report
+from stages.evaluation import galleries, intervals, metrics, report, slices
+from stages.evaluation.slices import Slice
 from stages.files import replaced_directory, sha256, write_json, write_text
 from stages.params.evaluate import Evaluate
 from stages.params.load import load_section
 from stages.params.training import Training
+
+if TYPE_CHECKING:
+    from stages.evaluation.training_images import TrainingImages
 
 logger = logging.getLogger(__name__)
 MODELS = Path("models")
 REPORTS = Path("reports")
 ACCEPTED = Path("data/accepted")
 QUARANTINE = Path("data/quarantine.parquet")
-MOST_MISTAKES = 24
+SUSPECTS = ["key", "batch", "label", "suggested", "label_probability", "suggested_probability"]
+"""Columns of reports/label_suspects.csv."""
 DIGITS = 6
 """Of every figure written: what lies beyond is noise to a reader and differs between builds of numpy."""
 PREDICTIONS = pa.schema(
@@ -51,21 +56,34 @@ class Answers:
     scratch: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class Found:
+    """What was asked of the models, but for the figures that are worked out from it."""
+
+    test: Answers
+    fresh: Answers
+    training: "TrainingImages"
+    suspects: np.ndarray
+    """Places of training images that look mislabelled, the most suspicious first."""
+    galleries: galleries.Galleries
+
+
 def main() -> None:
-    """Asks the models once, then works out figures, plots and the page."""
+    """Asks the models, then works out figures, plots and the page."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     settings = load_section("evaluate", Evaluate)
     training = load_section("training", Training)
     sets = list(shard_sets("finetune"))
-    test, fresh = (read_samples(sets, split).labelled() for split in ("test", "fresh"))
+    train, test, fresh = (read_samples(sets, split).labelled() for split in ("train", "test", "fresh"))
     if not len(test):
         raise StageError("data/shards/finetune holds no labelled test image, so there is nothing to evaluate on; "
                          "see `split.test_fraction` in params.yaml")  # fmt: skip
     check_complete({"test": test, "fresh": fresh}, ACCEPTED / "finetune")
     config = _config()
-    on_test, on_fresh = _ask(read_samples(sets, "train").labelled(), test, fresh, config, settings, training)
-    figures = _rounded(collect_metrics(on_test, on_fresh, settings))
-    _write(on_test, on_fresh, figures, config, settings)
+    found = _ask(train, test, fresh, config, settings, training)
+    weak = _slices(found, train, config, settings)
+    figures = _rounded(collect_metrics(found, weak, settings))
+    _write(found, train, weak, figures, config, settings)
     logger.info("evaluate: top-1 %.3f on %d test images", figures["test"]["top1"], len(test))
 
 
@@ -116,9 +134,10 @@ def _config() -> dict[str, Any]:
 
 def _ask(
     train: Samples, test: Samples, fresh: Samples, config: Mapping[str, Any], settings: Evaluate, training: Training
-) -> tuple[Answers, Answers]:
-    """All that models are asked: three of them on test, the fine-tuned one on fresh, the backbone on train."""
-    from stages.evaluation.inference import class_means, logits_and_features, nearest_class_mean
+) -> Found:
+    """All that models are asked: three of them on test, the fine-tuned one on fresh, it and the backbone on train."""
+    from stages.evaluation import training_images
+    from stages.evaluation.inference import all_answers, nearest_class_mean
     from stages.training.devices import set_up
     from stages.training.models import load_classifier
 
@@ -128,28 +147,47 @@ def _ask(
     models = {name: load_classifier(MODELS / name, compute.device)[0] for name in names}
     for model in models.values():
         compute.place(model)
-    backbone = {"backbone": models.pop("backbone")}
+    how: dict[str, Any] = {"image_size": config["image_size"], "resize": config["resize"]}
+    how |= {"batch_size": settings.batch_size, "compute": compute}
+    finetuned = models["finetuned"]
 
-    def said(samples: Samples, classifiers: Mapping[str, Any], backbones: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return dict(
-            logits_and_features(
-                samples, classifiers, backbones, image_size=config["image_size"], resize=config["resize"],
-                batch_size=settings.batch_size, compute=compute,
-            )
-        )  # fmt: skip
+    on_test = all_answers(test, models, **how)
+    logits, labels = on_test["finetuned"].logits, test.label
+    chosen = galleries.choose(logits, labels, settings.gallery)
+    asked = on_test["finetuned"].features[chosen.mistakes]
+    seen = training_images.look(train, finetuned, models["backbone"], asked, len(config["classes"]), **how)
+    suspects = training_images.suspects(seen, train.label, len(config["classes"]))
+    on_fresh = all_answers(fresh, {"finetuned": finetuned}, **how)["finetuned"].logits
+    return Found(
+        test=Answers(
+            test, logits, nearest_class_mean(on_test["backbone"].features, seen.means),
+            on_test["scratch"].logits if has_scratch else None,
+        ),
+        fresh=Answers(fresh, on_fresh.reshape(len(fresh), len(config["classes"]))),
+        training=seen,
+        suspects=suspects,
+        galleries=galleries.make(
+            chosen, finetuned, test, logits, train, seen, suspects, config, training.threads
+        ),
+    )  # fmt: skip
 
-    means = class_means(said(train, {}, backbone)["backbone"], train.label, len(config["classes"]))
-    on_test = said(test, models, backbone)
-    before = nearest_class_mean(on_test["backbone"], means)
-    on_fresh = said(fresh, {"finetuned": models["finetuned"]}, {})["finetuned"]
-    return (
-        Answers(test, on_test["finetuned"], before, on_test.get("scratch")),
-        Answers(fresh, on_fresh.reshape(len(fresh), len(config["classes"]))),
-    )
+
+def _slices(found: Found, train: Samples, config: Mapping[str, Any], settings: Evaluate) -> list[Slice]:
+    """Where the fine-tuned model is weaker than on the rest, over test and fresh together."""
+    both = (found.test, found.fresh)
+    keys = [key for each in both for key in each.samples.key]
+    columns = ["key", "batch", "split", "width", "height", "bytes", "brightness", "contrast", "format", "mode"]
+    files = sorted((ACCEPTED / "finetune").glob("*.parquet"))
+    facts = pd.concat([pd.read_parquet(path, columns=columns) for path in files]).set_index("key").loc[keys]
+    labels = np.concatenate([each.samples.label for each in both])
+    right = np.concatenate([metrics.predictions(each.finetuned) == each.samples.label for each in both])
+    per_class = np.bincount(train.label, minlength=len(config["classes"]))
+    return slices.slices(facts, right, labels, config["classes"], per_class, settings.confidence)
 
 
-def collect_metrics(test: Answers, fresh: Answers, settings: Evaluate) -> dict[str, Any]:
+def collect_metrics(found: Found, weak: Sequence[Slice], settings: Evaluate) -> dict[str, Any]:
     """What reports/metrics.json holds, not rounded yet; NaN where a figure was not computed."""
+    test, fresh = found.test, found.fresh
     labels = test.samples.label
     others = {"before": test.before, "scratch": test.scratch}
     figures: dict[str, Any] = {"test": intervals.figures(test.finetuned, labels, settings)}
@@ -169,9 +207,11 @@ def collect_metrics(test: Answers, fresh: Answers, settings: Evaluate) -> dict[s
         for index, name in enumerate(fresh.samples.batch_names)
         if (rows := fresh.samples.batch == index).any()
     }
+    figures["slices"] = slices.figures(weak, settings.confidence)
     figures["data"] = {
         "accepted": sum(_rows(path) for path in ACCEPTED.rglob("*.parquet")),
         "quarantined": _rows(QUARANTINE),
+        "label_suspects": len(found.suspects),
     }
     return figures
 
@@ -182,15 +222,22 @@ def _rows(path: Path) -> int:
     return pq.read_metadata(path).num_rows
 
 
-def _write(test: Answers, fresh: Answers, figures: dict[str, Any], config: dict[str, Any], settings: Evaluate) -> None:
-    findings = _findings(test, figures, config, settings)
-    _write_predictions(test, fresh)
-    _write_plots(test, findings)
+def _write(
+    found: Found, train: Samples, weak: Sequence[Slice], figures: dict[str, Any], config: dict[str, Any],
+    settings: Evaluate,
+) -> None:  # fmt: skip
+    findings = _findings(found, weak, figures, config, settings)
+    _write_predictions(found.test, found.fresh)
+    _write_suspects(found, train, config)
+    _write_plots(found.test, findings)
     write_text(REPORTS / "report.html", report.render(findings))
     write_json(REPORTS / "metrics.json", figures)
 
 
-def _findings(test: Answers, figures: dict[str, Any], config: dict[str, Any], settings: Evaluate) -> report.Findings:
+def _findings(
+    found: Found, weak: Sequence[Slice], figures: dict[str, Any], config: dict[str, Any], settings: Evaluate
+) -> report.Findings:
+    test = found.test
     predicted, labels = metrics.predictions(test.finetuned), test.samples.label
     bins = settings.calibration_bins
     noise = intervals.calibration_noise(test.finetuned, bins, settings.bootstrap, settings.seed)
@@ -201,7 +248,8 @@ def _findings(test: Answers, figures: dict[str, Any], config: dict[str, Any], se
         confusion=metrics.confusion_matrix(labels, predicted, len(config["classes"])),
         reliability=metrics.reliability(test.finetuned, labels, bins),
         calibrated_ece=float(noise.mean()),
-        mistakes=_mistakes(test, config["classes"]),
+        slices=weak,
+        galleries=found.galleries,
         curves=_curves(),
         data=_data_rows(_counts(quarantine["batch"])),
         reasons=_counts(quarantine["reason"]),
@@ -211,21 +259,24 @@ def _findings(test: Answers, figures: dict[str, Any], config: dict[str, Any], se
     )
 
 
-def _mistakes(test: Answers, classes: Sequence[str]) -> list[report.Mistake]:
-    """The wrong answers that the model was surest of."""
-    predicted, sure = metrics.predictions(test.finetuned), metrics.confidences(test.finetuned)
-    wrong = [int(i) for i in np.flatnonzero(predicted != test.samples.label)]
-    wrong.sort(key=lambda i: (-round(float(sure[i]), DIGITS), test.samples.key[i]))
+def _write_suspects(found: Found, train: Samples, config: Mapping[str, Any]) -> None:
+    rows = as_rows(found, train, config["classes"])
+    pd.DataFrame(rows, columns=SUSPECTS).to_csv(
+        REPORTS / "label_suspects.csv", index=False, float_format=f"%.{DIGITS}f", lineterminator="\n"
+    )
+
+
+def as_rows(found: Found, train: Samples, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of reports/label_suspects.csv, the most suspicious first."""
+    seen = found.training
     return [
-        report.Mistake(
-            key=test.samples.key[i],
-            actual=classes[test.samples.label[i]],
-            predicted=classes[predicted[i]],
-            probability=float(sure[i]),
-            jpeg=test.samples.jpeg(i),
-        )
-        for i in wrong[:MOST_MISTAKES]
-    ]
+        {
+            "key": train.key[i], "batch": train.batch_names[train.batch[i]], "label": classes[train.label[i]],
+            "suggested": classes[seen.suggested[i]], "label_probability": seen.own[i],
+            "suggested_probability": seen.other[i],
+        }
+        for i in found.suspects
+    ]  # fmt: skip
 
 
 def _curves() -> dict[str, list[dict[str, float]]]:
@@ -286,6 +337,7 @@ def _write_plots(test: Answers, findings: report.Findings) -> None:
     bins = pd.DataFrame({"confidence": curve.confidence, "accuracy": curve.accuracy, "count": curve.count})
     epochs = pd.DataFrame([{"run": run} | dict(epoch) for run, each in findings.curves.items() for epoch in each])
     tables = {
+        "slices": pd.DataFrame([vars(each) for each in findings.slices], columns=[each.name for each in fields(Slice)]),
         "confusion": confusion,
         "per_class": pd.DataFrame(rows, columns=list(columns)).rename(columns=columns),
         "reliability": bins[curve.count > 0],

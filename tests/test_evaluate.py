@@ -51,6 +51,8 @@ def _rows(batch: str, raw: Path, rng: np.random.Generator) -> pd.DataFrame:
                     {
                         "key": key, "batch": batch, "tar": "all/c.tar", "offset": offset,
                         "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "split": split, "label": label,
+                        "width": 40, "height": 36, "format": "JPEG", "mode": "RGB", "brightness": 50.0 + i,
+                        "contrast": 20.0 + i % 5,
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows).reindex(columns=ACCEPTED.names)
@@ -146,7 +148,10 @@ def test_metrics_are_those_of_the_predictions(root: Path) -> None:
         expected = f1_score(of_split["label"], predicted, average="macro")
         assert part["macro_f1"] == pytest.approx(expected, abs=1e-6)
         assert part["top1_low"] <= part["top1"] <= part["top1_high"]
-    assert found["data"] == {"accepted": 69, "quarantined": 1}
+    suspects = pd.read_csv("reports/label_suspects.csv")
+    assert found["data"] == {"accepted": 69, "quarantined": 1, "label_suspects": len(suspects)}
+    assert (suspects["label"] != suspects["suggested"]).all()
+    assert found["slices"]["looked_at"] == len(pd.read_csv("reports/plots/slices.csv")) > 0
     assert (found["before"]["nll"], found["before"]["ece"]) == (None, None)
     assert found["scratch"]["ece"] is not None
     for name in ("before", "scratch"):
@@ -158,7 +163,7 @@ def test_metrics_are_those_of_the_predictions(root: Path) -> None:
 def test_plots_are_tables_that_dvc_draws(root: Path) -> None:
     evaluate.main()
     plots = {path.stem: pd.read_csv(path) for path in Path("reports/plots").glob("*.csv")}
-    assert set(plots) == {"confusion", "reliability", "per_class", "curves"}
+    assert set(plots) == {"confusion", "reliability", "per_class", "curves", "slices"}
     assert list(plots["confusion"].columns) == ["actual", "predicted"]
     assert len(plots["confusion"]) == 31
     assert plots["reliability"]["count"].sum() == 31
@@ -174,7 +179,15 @@ def test_the_report_is_one_file_without_scripts_and_network(root: Path) -> None:
     test = json.loads(Path("reports/metrics.json").read_text())["test"]
     assert f"{100 * test['top1']:.1f}\u00a0%" in page
     wrong = 31 - round(31 * test["top1"])
-    assert page.count("data:image/jpeg;base64,") == min(wrong, 24) > 0
+    mistakes = page[page.index("<h2>Most confident mistakes") : page.index("<h2>Least confident hits")]
+    assert mistakes.count('class="pair"') == min(wrong, 24) > 0
+    assert mistakes.count("data:image/jpeg;base64,") == min(wrong, 24) * (2 + 3)  # crop, heat map, three neighbours
+
+
+def test_no_galleries_but_their_neighbours_where_none_are_wanted(root: Path) -> None:
+    Path("params.yaml").write_text("evaluate: {gallery: 0, bootstrap: 200}\ntraining: {device: cpu, threads: 1}\n")
+    evaluate.main()
+    assert 'class="pair"' not in Path("reports/report.html").read_text()
 
 
 def test_without_a_model_from_scratch_its_figures_are_null(root: Path) -> None:

@@ -3,7 +3,8 @@
 One pass decodes each image once and shows it to every model, so that all are judged on the same pixels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,57 +23,67 @@ SCALE = 10.0
 """Cosine similarities are within -1 to 1; times this they are logits. Order and accuracy do not depend on it."""
 
 
-def logits_and_features(
-    samples: Samples,
-    classifiers: Mapping[str, Classifier],
-    backbones: Mapping[str, Classifier],
-    *,
-    image_size: int,
-    resize: int,
-    batch_size: int,
+class Answer(NamedTuple):
+    """What a model makes of n images."""
+
+    features: Floats32
+    """(n, D)"""
+    logits: Floats32
+    """(n, C)"""
+
+
+def all_answers(
+    samples: Samples, models: Mapping[str, Classifier], *, image_size: int, resize: int, batch_size: int,
     compute: Compute,
-) -> dict[str, Floats32]:
-    """Logits of every classifier and features of every backbone, by name, in the order of `samples`.
+) -> dict[str, Answer]:  # fmt: skip
+    """Every model's answers to all images, by name, in the order of `samples`.
 
     Args:
-        classifiers: on the device, in evaluation mode; each gives (N, C) float32.
-        backbones: the same; each gives (N, D) float32.
+        models: on the device, in evaluation mode.
 
     Raises:
         StageError: a model gives what is not a number.
     """
-    parts: dict[str, list[Tensor]] = {name: [] for name in (*classifiers, *backbones)}
+    batches = list(
+        answers(samples, models, image_size=image_size, resize=resize, batch_size=batch_size, compute=compute)
+    )
+    nothing = Answer(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
+    return {
+        name: Answer(*(np.concatenate(each) for each in zip(*(batch[name] for batch in batches), strict=True)))
+        if batches
+        else nothing
+        for name in models
+    }
+
+
+def answers(
+    samples: Samples, models: Mapping[str, Classifier], *, image_size: int, resize: int, batch_size: int,
+    compute: Compute,
+) -> Iterator[dict[str, Answer]]:  # fmt: skip
+    """Every model's answers batch by batch, in the order of `samples`: for what is too many to be kept.
+
+    Raises:
+        StageError: a model gives what is not a number.
+    """
     batches = evaluation_batches(
         samples, image_size=image_size, resize=resize, batch_size=batch_size,
         threads=compute.threads, device=compute.device,
     )  # fmt: skip
     with torch.inference_mode(), compute.autocast():
         for images, _ in batches:
-            for name, model in classifiers.items():
-                parts[name].append(model(images).float().cpu())
-            for name, model in backbones.items():
-                parts[name].append(model.features(images).float().cpu())
-    return {name: _joined(name, each) for name, each in parts.items()}
+            yield {name: _answer(name, *model.features_and_logits(images)) for name, model in models.items()}
 
 
-def _joined(name: str, parts: list[Tensor]) -> Floats32:
-    joined = torch.cat(parts).numpy() if parts else np.empty((0, 0), np.float32)
-    if not np.isfinite(joined).all():
+def _answer(name: str, features: Tensor, logits: Tensor) -> Answer:
+    answer = Answer(features.cpu().numpy(), logits.cpu().numpy())
+    if not (np.isfinite(answer.features).all() and np.isfinite(answer.logits).all()):
         raise StageError(f"models/{name} gives what is not a number; its weights are damaged or its training diverged")
-    return joined
+    return answer
 
 
-def class_means(features: Floats32, labels: Int64, classes: int) -> Floats32:
-    """Mean direction of each class, (C, D), of length 1; zeros for a class without images.
-
-    Args:
-        features: (N, D), of training images.
-        labels: (N,).
-    """
-    means = np.zeros((classes, features.shape[1]), np.float32)
-    # A sum has the direction of the mean.
-    np.add.at(means, labels, _unit(features))
-    return _unit(means)
+def add_directions(sums: Floats32, features: Floats32, labels: Int64) -> None:
+    """Adds up the directions of features (n, D) by class, in place; `unit` of the sums (C, D) is the classes' means."""
+    np.add.at(sums, labels, unit(features))
 
 
 def nearest_class_mean(features: Floats32, means: Floats32) -> Floats32:
@@ -80,12 +91,13 @@ def nearest_class_mean(features: Floats32, means: Floats32) -> Floats32:
 
     They rank classes; they are no probabilities, so nothing about their calibration means anything.
     """
-    logits = (SCALE * _unit(features) @ means.T).astype(np.float32)
+    logits = (SCALE * unit(features) @ means.T).astype(np.float32)
     # A class without training images cannot be found; at 0 it would come before opposite directions.
     logits[:, ~means.any(axis=1)] = -SCALE
     return logits
 
 
-def _unit(vectors: Floats32) -> Floats32:
+def unit(vectors: Floats32) -> Floats32:
+    """Of length 1, or 0 where they were: (N, D)."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)

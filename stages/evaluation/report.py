@@ -14,10 +14,13 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from stages.evaluation.galleries import Galleries
 from stages.evaluation.intervals import wilson
 from stages.evaluation.metrics import Int64, PerClass, Reliability, per_class
+from stages.evaluation.slices import Slice, below
 
 MOST_PAIRS = 12
+MOST_SLICES, FEW_SLICES = 20, 5
 MOST_CLASSES_AT_ONCE = 40
 """Longer tables of classes show the worst and fold the rest away."""
 MOST_CLASSES_IN_HEAT_MAP = 24
@@ -26,17 +29,6 @@ MODELS = {
     "test": ("After", "fine-tuned"),
     "scratch": ("From scratch", "same recipe, random start"),
 }
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A test image, what it is and what the model took it for."""
-
-    key: str
-    actual: str
-    predicted: str
-    probability: float
-    jpeg: bytes
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,9 @@ class Findings:
     reliability: Reliability
     calibrated_ece: float
     """ECE that a perfectly calibrated model would show on as many images."""
-    mistakes: Sequence[Mistake]
+    slices: Sequence[Slice]
+    """All that were looked at, the ones that are below first."""
+    galleries: Galleries
     curves: Mapping[str, Sequence[Mapping[str, float]]]
     """Epochs by run: pretrain, finetuned, scratch."""
     data: Sequence[DataRow]
@@ -85,9 +79,10 @@ def render(findings: Findings) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"percent": percent, "count": count, "decimal": decimal, "range": as_range, "signed": signed}
-    environment.filters["breakable"] = breakable
+    environment.filters |= {"breakable": breakable, "data_uri": _data_uri}
     rows = class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
     worst = rows[0] if rows else None
+    weak = below(findings.slices, findings.settings["confidence"])
     return environment.get_template("report.html.j2").render(
         findings=findings,
         test=findings.metrics["test"],
@@ -100,7 +95,9 @@ def render(findings: Findings) -> str:
         heat_map=heat_map(findings.classes, findings.confusion),
         bins=reliability_bars(findings.reliability),
         panels=curve_panels(findings.curves),
-        mistakes=[{"image": _data_uri(each.jpeg), "of": each} for each in findings.mistakes],
+        weak=weak,
+        shown_slices=weak[:MOST_SLICES] or findings.slices[:FEW_SLICES],
+        galleries=findings.galleries,
         fresh=findings.metrics["fresh"],
         splits=("train", "val", "test", "fresh"),
     )

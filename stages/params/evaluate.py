@@ -16,4 +16,6 @@ class Evaluate(Section):
     """Of every interval."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     """Resamples of the intervals that have no closed form."""
+    gallery: Annotated[int, Field(ge=0)] = 200
+    """Test images, at most, that the report shows with what spoke for the answer."""
     seed: Annotated[int, Field(ge=0)] = 1

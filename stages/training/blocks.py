@@ -35,7 +35,7 @@ def blocks(model: Classifier) -> list[list[nn.Parameter]]:
     single layers, a convolution or linear layer with the norm after it. A class token and the like are the first's.
     """
     found: list[list[nn.Parameter]] = []
-    for name, module in _members("", model.net):
+    for name, module in members("", model.net):
         if of_a_head(name, model):
             continue
         parameters = list(module.parameters())
@@ -52,12 +52,12 @@ def blocks(model: Classifier) -> list[list[nn.Parameter]]:
     return [outside + found[0], *found[1:]]
 
 
-def _members(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What the outermost sequences of a network hold, by name."""
+def members(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What the outermost sequences of a network hold, and what it holds besides, by name, in forward order."""
     for key, child in module.named_children():
         path = f"{name}.{key}" if name else key
         if type(child) in (nn.Sequential, nn.ModuleList, Encoder):
-            yield from _members(path, child)
+            yield from members(path, child)
         else:
             yield path, child
 

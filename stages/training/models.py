@@ -50,13 +50,17 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """What the head sees, (N, D) float32, of images (N, 3, H, W) in 0..255."""
+        return self.features_and_logits(images)[0]
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head sees, (N, D) float32, and what comes of it, in one pass; in evaluation mode."""
         seen: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            self(images)
+            logits = self(images)
         finally:
             hook.remove()
-        return seen[0].flatten(1).float()
+        return seen[0].flatten(1).float(), logits
 
     @property
     def head(self) -> Any:
