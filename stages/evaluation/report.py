@@ -1,4 +1,4 @@
-"""reports/report.html: one file that a reviewer reads from top to bottom, without network and without scripts.
+"""reports/report.html: one file that a reviewer reads from top to bottom, without network; its script adds no content.
 
 Everything a figure needs is worked out here; the template places it. Whatever is drawn is SVG, in shares of the space
 it gets, so that it fits a laptop, a narrow window and paper.
@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from stages.evaluation.confusion_map import confusion_map
 from stages.evaluation.galleries import Galleries
 from stages.evaluation.intervals import wilson
 from stages.evaluation.metrics import Int64, PerClass, Reliability, per_class
@@ -93,6 +94,8 @@ def render(findings: Findings) -> str:
         more_classes=rows[MOST_CLASSES_AT_ONCE:],
         pairs=confused_pairs(findings.classes, findings.confusion),
         heat_map=heat_map(findings.classes, findings.confusion),
+        map=confusion_map(findings.classes, findings.confusion),
+        script=Markup((Path(__file__).parent / "report.js").read_text(encoding="utf-8")),
         bins=reliability_bars(findings.reliability),
         panels=curve_panels(findings.curves),
         weak=weak,

@@ -81,6 +81,7 @@ def test_heat_is_where_the_class_is() -> None:
     )
     with torch.no_grad():
         convolution.weight.zero_()
+        assert convolution.bias is not None
         convolution.bias.zero_()
         convolution.weight[0, 0] = 1.0
         head.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))

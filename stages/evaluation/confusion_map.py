@@ -1,0 +1,77 @@
+"""The whole confusion matrix as one picture, classes that are taken for each other side by side."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+
+from stages.evaluation.metrics import Int64
+
+HIT, MISS = (31, 95, 158), (180, 71, 44)
+"""Colours, as in the page."""
+LEAST_SIDE = 600
+"""Of the picture in pixels; a cell is a whole number of them."""
+MOST_ORDERED_BEST = 200
+"""Classes. Which of the orders that a tree allows is best takes the cube of their number."""
+
+
+@dataclass(frozen=True)
+class ConfusionMap:
+    """What the page shows."""
+
+    png: str
+    """Data URI; a row per true class, a column per answer, both in the order of `names`."""
+    names: Sequence[str]
+    cells: Sequence[tuple[int, int, int]]
+    """Row, column and count of whatever is not 0."""
+
+
+def confusion_map(classes: Sequence[str], confusion: Int64) -> ConfusionMap:
+    """Sorted by clusters, and drawn.
+
+    Args:
+        confusion: (C, C) counts, a row per true class.
+    """
+    order = clustered(confusion)
+    ordered = confusion[np.ix_(order, order)]
+    rows, columns = np.nonzero(ordered)
+    cells = [(int(row), int(column), int(ordered[row, column])) for row, column in zip(rows, columns, strict=True)]
+    return ConfusionMap(_png(ordered), [classes[i] for i in order], cells)
+
+
+def clustered(confusion: Int64) -> Int64:
+    """An order of the classes, (C,), in which those that are often taken for each other are neighbours.
+
+    Average linkage over 1 - the share of the two classes' images that are taken for the other.
+    """
+    if len(confusion) < 3:
+        return np.arange(len(confusion))
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    distance = 1 - (share + share.T) / 2
+    np.fill_diagonal(distance, 0)
+    tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=len(confusion) <= MOST_ORDERED_BEST)
+    return leaves_list(tree).astype(np.int64)
+
+
+def _png(confusion: Int64) -> str:
+    """Each cell the deeper the larger its share of the row, by its square root so that rare mistakes are seen."""
+    from PIL import Image
+
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    pixels = np.zeros((*confusion.shape, 4), np.uint8)
+    pixels[..., :3] = MISS
+    pixels[np.arange(len(confusion)), np.arange(len(confusion)), :3] = HIT
+    pixels[..., 3] = np.where(confusion > 0, np.clip(255 * np.sqrt(share), 40, 255), 0)
+    side = max(1, -(-LEAST_SIDE // max(len(confusion), 1)))
+    file = io.BytesIO()
+    Image.fromarray(_enlarged(pixels, side)).save(file, "PNG", optimize=False, compress_level=9)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _enlarged(pixels: npt.NDArray[np.uint8], times: int) -> npt.NDArray[np.uint8]:
+    return np.repeat(np.repeat(pixels, times, axis=0), times, axis=1)
