@@ -81,9 +81,9 @@ def main() -> None:
     check_complete({"test": test, "fresh": fresh}, ACCEPTED / "finetune")
     config = _config()
     found = _ask(train, test, fresh, config, settings, training)
-    weak = _slices(found, train, config, settings)
-    figures = _rounded(collect_metrics(found, weak, settings))
-    _write(found, train, weak, figures, config, settings)
+    weak = find_slices(found, train, config, settings)
+    figures = rounded(collect_metrics(found, weak, settings))
+    write(found, train, weak, figures, config, settings)
     logger.info("evaluate: top-1 %.3f on %d test images", figures["test"]["top1"], len(test))
 
 
@@ -172,7 +172,7 @@ def _ask(
     )  # fmt: skip
 
 
-def _slices(found: Found, train: Samples, config: Mapping[str, Any], settings: Evaluate) -> list[Slice]:
+def find_slices(found: Found, train: Samples, config: Mapping[str, Any], settings: Evaluate) -> list[Slice]:
     """Where the fine-tuned model is weaker than on the rest, over test and fresh together."""
     both = (found.test, found.fresh)
     keys = [key for each in both for key in each.samples.key]
@@ -222,7 +222,7 @@ def _rows(path: Path) -> int:
     return pq.read_metadata(path).num_rows
 
 
-def _write(
+def write(
     found: Found, train: Samples, weak: Sequence[Slice], figures: dict[str, Any], config: dict[str, Any],
     settings: Evaluate,
 ) -> None:  # fmt: skip
@@ -348,10 +348,10 @@ def _write_plots(test: Answers, findings: report.Findings) -> None:
             table.to_csv(aside / f"{name}.csv", index=False, float_format=f"%.{DIGITS}f", lineterminator="\n")
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Figures as they are written: rounded, null where not computed."""
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
+        return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, int | np.integer):
         return int(value)
     return None if np.isnan(value) else round(float(value), DIGITS)

@@ -26,6 +26,8 @@ LEAST_PLACES = 4
 STRENGTH = 0.55
 """Of the colour over the image, where the map is at its largest."""
 QUALITY = 85
+LARGEST_SIDE = 160
+"""Of an image on the page, in pixels."""
 AT_ONCE = 32
 
 
@@ -114,7 +116,19 @@ def overlaid(pixels: Pixels, heat: npt.NDArray[np.float32]) -> Pixels:
 
 
 def jpeg(pixels: Pixels) -> bytes:
-    """Encoded, for the page."""
+    """Encoded for the page, no larger than it is shown there."""
+    import cv2
     import simplejpeg
 
+    height, width = pixels.shape[:2]
+    if (share := LARGEST_SIDE / max(height, width)) < 1:
+        size = (max(round(share * width), 1), max(round(share * height), 1))
+        pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
     return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=QUALITY))
+
+
+def thumbnail(encoded: bytes) -> bytes:
+    """An image of the shards, encoded for the page."""
+    import simplejpeg
+
+    return jpeg(simplejpeg.decode_jpeg(encoded))

@@ -126,7 +126,7 @@ def make(
         model: the fine-tuned one, in evaluation mode.
         found: its `nearest` are of `chosen.mistakes`.
     """
-    from stages.evaluation.explanation import heat_maps, jpeg
+    from stages.evaluation.explanation import heat_maps, jpeg, thumbnail
 
     classes: Sequence[str] = config["classes"]
     predicted, sure, places = predictions(logits), confidences(logits), chosen.all
@@ -135,7 +135,7 @@ def make(
         threads=threads,
     )  # fmt: skip
     neighbours = {
-        int(place): [Neighbour(train.key[i], classes[int(train.label[i])], train.jpeg(int(i))) for i in near]
+        int(place): [Neighbour(train.key[i], classes[int(train.label[i])], thumbnail(train.jpeg(int(i)))) for i in near]
         for place, near in zip(chosen.mistakes, found.nearest, strict=True)
     }
     pictures = {
@@ -152,7 +152,7 @@ def make(
         suspects=[
             Suspect(
                 train.key[i], classes[int(train.label[i])], classes[int(found.suggested[i])], float(found.own[i]),
-                float(found.other[i]), train.jpeg(int(i)),
+                float(found.other[i]), thumbnail(train.jpeg(int(i))),
             )
             for i in suspects[:SUSPECTS]
         ],
