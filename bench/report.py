@@ -94,7 +94,7 @@ def _built(test: evaluate.Answers, classes: int) -> dict[str, float]:
     seen = TrainingImages(np.empty((0, 0), np.float32), np.empty(0), np.empty(0), nobody, nobody)
     fresh = evaluate.Answers(test.samples.at([]), test.finetuned[:0])
     shown = _galleries(test, config["classes"], settings)
-    found = evaluate.Found(test, fresh, seen, nobody, shown)
+    found = evaluate.Found(test, fresh, seen, nobody, shown, None)
 
     @contextlib.contextmanager
     def timed(name: str) -> Iterator[None]:

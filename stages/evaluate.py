@@ -24,6 +24,7 @@ from stages.params.load import load_section
 from stages.params.training import Training
 
 if TYPE_CHECKING:
+    from stages.evaluation.robustness import Findings as Robust
     from stages.evaluation.training_images import TrainingImages
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class Found:
     suspects: np.ndarray
     """Places of training images that look mislabelled, the most suspicious first."""
     galleries: galleries.Galleries
+    robustness: "Robust | None"
+    """None where it is not wanted."""
 
 
 def main() -> None:
@@ -158,6 +161,14 @@ def _ask(
     seen = training_images.look(train, finetuned, models["backbone"], asked, len(config["classes"]), **how)
     suspects = training_images.suspects(seen, train.label, len(config["classes"]))
     on_fresh = all_answers(fresh, {"finetuned": finetuned}, **how)["finetuned"].logits
+    robust = None
+    if settings.robustness:
+        from stages.evaluation.robustness import measure
+
+        robust = measure(
+            finetuned, test, settings.robustness, image_size=config["image_size"], resize=config["resize"],
+            settings=settings, compute=compute,
+        )  # fmt: skip
     return Found(
         test=Answers(
             test, logits, nearest_class_mean(on_test["backbone"].features, seen.means),
@@ -169,6 +180,7 @@ def _ask(
         galleries=galleries.make(
             chosen, finetuned, test, logits, train, seen, suspects, config, training.threads
         ),
+        robustness=robust,
     )  # fmt: skip
 
 
@@ -208,6 +220,7 @@ def collect_metrics(found: Found, weak: Sequence[Slice], settings: Evaluate) -> 
         if (rows := fresh.samples.batch == index).any()
     }
     figures["slices"] = slices.figures(weak, settings.confidence)
+    figures["robustness"] = found.robustness.figures if found.robustness else None
     figures["data"] = {
         "accepted": sum(_rows(path) for path in ACCEPTED.rglob("*.parquet")),
         "quarantined": _rows(QUARANTINE),
@@ -250,6 +263,7 @@ def _findings(
         calibrated_ece=float(noise.mean()),
         slices=weak,
         galleries=found.galleries,
+        spoilt=found.robustness.examples if found.robustness else [],
         curves=_curves(),
         data=_data_rows(_counts(quarantine["batch"])),
         reasons=_counts(quarantine["reason"]),
@@ -331,6 +345,7 @@ def _write_plots(test: Answers, findings: report.Findings) -> None:
         {"actual": names[test.samples.label], "predicted": names[metrics.predictions(test.finetuned)]}
     )
     rows = report.class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
+    robust = findings.metrics["robustness"]
     columns = {"name": "class", "support": "support", "recall": "recall", "low": "recall_low", "high": "recall_high",
                "precision": "precision", "f1": "f1"}  # fmt: skip
     curve = findings.reliability
@@ -341,6 +356,9 @@ def _write_plots(test: Answers, findings: report.Findings) -> None:
         "confusion": confusion,
         "per_class": pd.DataFrame(rows, columns=list(columns)).rename(columns=columns),
         "reliability": bins[curve.count > 0],
+        "robustness": pd.DataFrame(
+            report.robustness_rows(robust) if robust else [], columns=["kind", "change", "top1", "low", "high"]
+        ),
         "curves": epochs.reindex(columns=["run", "epoch", *sorted(set(epochs.columns) - {"run", "epoch"})]),
     }
     with replaced_directory(REPORTS / "plots") as aside:
@@ -354,7 +372,7 @@ def rounded(value: Any) -> Any:
         return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, int | np.integer):
         return int(value)
-    return None if np.isnan(value) else round(float(value), DIGITS)
+    return None if value is None or np.isnan(value) else round(float(value), DIGITS)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,6 +19,9 @@ from stages.evaluation.galleries import Galleries
 from stages.evaluation.intervals import wilson
 from stages.evaluation.metrics import Int64, PerClass, Reliability, per_class
 from stages.evaluation.slices import Slice, below
+
+if TYPE_CHECKING:
+    from stages.evaluation.robustness import Example
 
 MOST_PAIRS = 12
 MOST_SLICES, FEW_SLICES = 20, 5
@@ -56,6 +59,8 @@ class Findings:
     slices: Sequence[Slice]
     """All that were looked at, the ones that are below first."""
     galleries: Galleries
+    spoilt: Sequence["Example"]
+    """Images as robustness was measured on them."""
     curves: Mapping[str, Sequence[Mapping[str, float]]]
     """Epochs by run: pretrain, finetuned, scratch."""
     data: Sequence[DataRow]
@@ -80,7 +85,7 @@ def render(findings: Findings) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"percent": percent, "count": count, "decimal": decimal, "range": as_range, "signed": signed}
-    environment.filters |= {"breakable": breakable, "data_uri": _data_uri}
+    environment.filters |= {"breakable": breakable, "data_uri": _data_uri, "words": words}
     rows = class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
     worst = rows[0] if rows else None
     weak = below(findings.slices, findings.settings["confidence"])
@@ -101,6 +106,8 @@ def render(findings: Findings) -> str:
         weak=weak,
         shown_slices=weak[:MOST_SLICES] or findings.slices[:FEW_SLICES],
         galleries=findings.galleries,
+        robust=findings.metrics["robustness"],
+        spoilt=[spoilt(each) for each in findings.spoilt],
         fresh=findings.metrics["fresh"],
         splits=("train", "val", "test", "fresh"),
     )
@@ -176,6 +183,37 @@ def reliability_bars(curve: Reliability) -> list[dict[str, float]]:
         }
         for i in np.flatnonzero(curve.count)
     ]  # fmt: skip
+
+
+def robustness_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every measured change as a row of reports/plots/robustness.csv, shares 0-1 with their intervals.
+
+    Args:
+        figures: as `robustness` in reports/metrics.json.
+    """
+    measured = [("clean", "", figures["clean"], "top1")]
+    for name, each in figures["corruptions"].items():
+        measured += [(name, f"severity {severity}", top1, "top1") for severity, top1 in each["top1"].items()]
+    for method, by_epsilon in figures["attacks"].items():
+        measured += [(method, f"epsilon {epsilon}", top1, "top1") for epsilon, top1 in by_epsilon.items()]
+    measured += [("consistency", kind, each, "same") for kind, each in figures["consistency"].items()]
+    return [
+        {"kind": kind, "change": change, "top1": each[name], "low": each[f"{name}_low"], "high": each[f"{name}_high"]}
+        for kind, change, each, name in measured
+    ]
+
+
+def spoilt(example: "Example") -> dict[str, Any]:
+    """An image as it was, and in every way that it was spoilt, encoded."""
+    from stages.evaluation.explanation import jpeg
+
+    pictures = {"as it is": example.clean} | example.corrupted
+    return {"severity": example.severity, "pictures": {words(name): jpeg(each) for name, each in pictures.items()}}
+
+
+def words(name: str) -> str:
+    """A key as people read it."""
+    return name.replace("_", " ")
 
 
 def curve_panels(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:
