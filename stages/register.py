@@ -301,7 +301,7 @@ def _log_files(name: str, run: "Run", review: "Review", answered: Answered) -> N
         ):
             if path.exists():
                 shutil.copyfile(path, folder / path.name)
-        for path in (PREDICTIONS, *REPORTS.rglob("*.json")):
+        for path in (PREDICTIONS, *REPORTS.rglob("*.csv"), *REPORTS.rglob("*.json")):
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
