@@ -160,7 +160,7 @@ def collect_metrics(test: Answers, fresh: Answers, settings: Evaluate) -> dict[s
             else intervals.figures(logits, labels, settings, calibrated=name != "before")
         )
     figures["gain"] = {
-        name: intervals.gain(test.finetuned, logits, labels, settings)
+        name: intervals.gain(test.finetuned, logits, labels, settings, calibrated=name != "before")
         for name, logits in others.items()
         if logits is not None
     }

@@ -11,7 +11,7 @@ Conventions that hold throughout:
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,10 @@ class Answers:
     def correct(self) -> Bools:
         """Whether the prediction is right."""
         return self.rank == 0
+
+    def first(self, images: int) -> "Answers":
+        """Those to so many images."""
+        return Answers(*(getattr(self, field.name)[:images] for field in fields(self)))
 
 
 def answers(logits: Floats, labels: Int64) -> Answers:
