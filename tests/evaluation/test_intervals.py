@@ -139,16 +139,25 @@ def _coverage(truth: float, ends: list[bootstrap.Interval]) -> float:
     return float(np.mean([low <= truth <= high for low, high in ends]))
 
 
-def test_coverage_of_a_mean_and_of_a_paired_difference() -> None:
+def test_coverage_of_a_skewed_mean_and_of_paired_differences() -> None:
     rng = np.random.default_rng(5)
     ends = [bootstrap.mean_interval(rng.exponential(size=500), 300, seed, 0.95) for seed in range(400)]
     assert 0.92 <= _coverage(1.0, ends) <= 0.98
-    differences = []
-    for seed in range(1000):
-        shared, own, other = rng.random(600), rng.random(600) < 0.85, rng.random(600) < 0.8
-        one, two = np.where(shared < 0.7, shared < 0.6, own), np.where(shared < 0.7, shared < 0.6, other)
-        differences.append(bootstrap.accuracy_difference_interval(one, two, 400, seed, 0.95))
-    assert 0.93 <= _coverage(0.3 * 0.05, differences) <= 0.97
+    losses = []
+    for seed in range(400):  # seldom not about 0, and then far from it, to either side
+        drawn = rng.normal(0.02, 0.05, 500) + 2 * (rng.random(500) < 0.1) * rng.normal(size=500)
+        losses.append(bootstrap.difference_intervals(drawn[:, None], 300, seed, 0.95)[0])
+    assert 0.92 <= _coverage(0.02, losses) <= 0.98
+
+
+def test_differences_have_an_interval_about_their_mean_as_students_on_normal_ones() -> None:
+    values = np.random.default_rng(23).normal([0, 5], 1, size=(60, 2))
+    for column, (low, high) in zip(values.T, bootstrap.difference_intervals(values, 20_000, 1, 0.95), strict=True):
+        expected = stats.ttest_1samp(column, 0).confidence_interval(0.95)
+        assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.03)
+    assert bootstrap.difference_intervals(np.full((9, 1), 0.3), 100, 1, 0.95) == [pytest.approx((0.3, 0.3))]
+    # Two images: half of the resamples are of one of them, and do not tell how far they are apart.
+    assert np.isnan(bootstrap.difference_intervals(np.array([[0.0], [1.0]]), 100, 1, 0.95)[0]).all()
 
 
 def _calibrated(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -311,6 +320,25 @@ def test_the_influence_on_the_area_is_its_derivative() -> None:
         assert 2001 * (after - before) == pytest.approx(influence[place], abs=0.06)
 
 
+def test_accuracy_on_the_surest_images_is_less_sure_than_as_many_images_are() -> None:
+    """Coverage where the accuracy falls steeply at the edge, so that it matters which images are kept."""
+    rng = np.random.default_rng(24)
+    plain = own = 0
+    for seed in range(400):
+        confident = rng.random(500)
+        correct = rng.random(500) < np.where(confident > 0.5, 0.97, 0.3)
+        _, (low, high) = intervals.selective_intervals(confident, correct, 0.8, 200, seed, 0.95)
+        low_plain, high_plain = intervals.wilson(
+            metrics.accuracy_at(metrics.selective_curve(confident, correct), 0.8) * 400, 400, 0.95
+        )
+        own += int(low <= 0.71875 <= high)
+        plain += int(low_plain <= 0.71875 <= high_plain)
+    assert plain < 372 < own < 394
+    # None of the surest is wrong: Wilson's of as many images.
+    _, found = intervals.selective_intervals(np.arange(100.0), np.arange(100) > 20, 0.4, 200, 1, 0.95)
+    assert found == pytest.approx([float(end) for end in intervals.wilson(40, 40, 0.95)])
+
+
 def test_balanced_accuracy_with_classes_alike_is_as_sure_as_accuracy() -> None:
     confusion = np.full((4, 4), 10) + np.diag([60] * 4)
     low, high = intervals.balanced_accuracy_interval(confusion, 0.95)
@@ -369,9 +397,12 @@ def test_gain_of_a_model_over_itself_is_exactly_nothing() -> None:
     logits, labels = _calibrated(np.random.default_rng(10), 100)
     found = intervals.gain(logits, logits, labels, Evaluate())
     assert found.pop("p") == 1
-    assert set(found.values()) == {0}
-    assert set(found) == {f"{name}{end}" for name in ("top1", "top5", "macro_f1", "nll", "brier")
-                          for end in ("", "_low", "_high")}  # fmt: skip
+    names = ("top1", "top5", "macro_f1", "nll", "brier")
+    assert set(found) == {f"{name}{end}" for name in names for end in ("", "_low", "_high")}
+    assert {found[name] for name in names} == {0}
+    assert {found[f"{name}{end}"] for name in ("macro_f1", "nll", "brier") for end in ("_low", "_high")} == {0}
+    # A hundred images that both have right or wrong do not show that the next hundred are so too.
+    assert -0.05 < found["top1_low"] < -0.03 and 0.03 < found["top1_high"] < 0.05
 
 
 def test_gain_is_above_nothing_where_the_first_model_is_better() -> None:
