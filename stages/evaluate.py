@@ -210,7 +210,7 @@ def collect_metrics(found: Found, weak: Sequence[Slice], settings: Evaluate) -> 
             else intervals.figures(logits, labels, settings, calibrated=name != "before")
         )
     figures["gain"] = {
-        name: intervals.gain(test.finetuned, logits, labels, settings)
+        name: intervals.gain(test.finetuned, logits, labels, settings, calibrated=name != "before")
         for name, logits in others.items()
         if logits is not None
     }

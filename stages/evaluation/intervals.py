@@ -4,7 +4,7 @@ The right kind for each: Wilson for proportions, a bootstrap over images for wha
 differences where two models answered the same images, since most of their errors are shared.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,75 +12,110 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr, betainc, betaincinv, ndtri
 
+from stages.evaluation import bootstrap
+from stages.evaluation.bootstrap import NOTHING, Interval
 from stages.evaluation.metrics import (
+    Answers,
     Bools,
     Float64,
     Floats,
     Int64,
+    accuracy_at,
+    answers,
     balanced_accuracy,
     bin_indices,
+    binned,
+    calibration_error,
     confidences,
     confusion_matrix,
-    expected_calibration_error,
-    f1_scores,
-    losses,
+    debiased_calibration_error,
     macro_f1,
-    nan_mean,
-    negative_log_likelihood,
-    predictions,
-    top_k_correct,
+    per_class,
+    risk_coverage_area,
+    selective_curve,
     worst_class,
 )
 from stages.params.evaluate import Evaluate
 
-CHUNK = 4_000_000
-"""Resampled images held at once: 32 MB of indices."""
-
-
-class Interval(NamedTuple):
-    """Both ends belong to it; NaN where there is nothing to tell from."""
-
-    low: float
-    high: float
+COVERAGE = 0.8
+"""Share of the images on which the selective accuracy is stated: one in five is left to a person."""
 
 
 def figures(logits: Floats, labels: Int64, settings: Evaluate, calibrated: bool = True) -> dict[str, float]:
     """Every figure of one model on one set of images, with the ends of its interval: as reports/metrics.json has them.
 
+    `ece_debiased` has no ends of its own: those of `ece` are of what both of them estimate.
+
     Args:
-        calibrated: the logits claim probabilities; without it NLL and ECE are NaN.
+        calibrated: the logits claim probabilities; without it NLL, Brier and ECE are NaN, and so is what the
+            confidence decides: selective accuracy and AURC.
     """
-    confidence, draws, seed = settings.confidence, settings.bootstrap, settings.seed
-    n, bins, nothing = len(labels), settings.calibration_bins, Interval(np.nan, np.nan)
-    top1, top5 = (int(top_k_correct(logits, labels, k).sum()) for k in (1, 5))
-    confusion = confusion_matrix(labels, predictions(logits), logits.shape[1])
-    worst = worst_class(confusion)
-    support = confusion.sum(axis=1)
-    recall = _proportion(confusion[worst, worst], support[worst]) if worst is not None else np.nan
-    loss = mean_interval(losses(logits, labels), draws, seed, confidence) if calibrated else nothing
-    gap = calibration_interval(logits, labels, bins, draws, seed, confidence) if calibrated else nothing
+    n, confidence = len(labels), settings.confidence
+    said = answers(logits, labels)
+    confusion = confusion_matrix(labels, said.predicted, logits.shape[1])
+    top1, top5 = (int((said.rank < k).sum()) for k in (1, 5))
+    macro = bootstrap.macro_f1_interval(confusion, settings.bootstrap, settings.seed, confidence)
     return {
         "count": n,
         **_with_ends("top1", _proportion(top1, n), Interval(*map(float, wilson(top1, n, confidence)))),
         **_with_ends("top5", _proportion(top5, n), Interval(*map(float, wilson(top5, n, confidence)))),
-        **_with_ends("macro_f1", macro_f1(confusion), macro_f1_interval(confusion, draws, seed, confidence)),
-        "balanced_accuracy": balanced_accuracy(confusion),
-        "worst_class_recall": recall,
-        **_with_ends("nll", negative_log_likelihood(logits, labels) if calibrated else np.nan, loss),
-        **_with_ends("ece", expected_calibration_error(logits, labels, bins) if calibrated else np.nan, gap),
+        **_with_ends("macro_f1", macro_f1(confusion), macro),
+        **_with_ends(
+            "balanced_accuracy", balanced_accuracy(confusion), balanced_accuracy_interval(confusion, confidence)
+        ),
+        **_worst_class(confusion, confidence),
+        # Of no images nothing is defined.
+        **_of_probabilities(said if calibrated else said.first(0), settings),
     }
 
 
-def gain(one: Floats, other: Floats, labels: Int64, settings: Evaluate) -> dict[str, float]:
-    """What `one` is better than `other` on the same images, in top-1: the difference, its ends, and McNemar's p.
+def _of_probabilities(said: Answers, settings: Evaluate) -> dict[str, float]:
+    sure, correct, bins = said.confidence, said.correct, settings.calibration_bins
+    how = settings.bootstrap, settings.seed, settings.confidence
+    nll, brier = bootstrap.mean_intervals(np.stack([said.loss, said.brier], axis=1), *how)
+    aurc, selective = selective_intervals(sure, correct, COVERAGE, *how)
+    curve, kept = binned(sure, correct, bins), selective_curve(sure, correct)
+    return {
+        **_with_ends("nll", _mean(said.loss), nll),
+        **_with_ends("brier", _mean(said.brier), brier),
+        **_with_ends("ece", calibration_error(curve), calibration_interval(sure, correct, bins, *how)),
+        "ece_debiased": debiased_calibration_error(curve),
+        **_with_ends("aurc", risk_coverage_area(kept), aurc),
+        **_with_ends("selective_top1_80", accuracy_at(kept, COVERAGE), selective),
+    }
+
+
+def gain(one: Floats, other: Floats, labels: Int64, settings: Evaluate, calibrated: bool = True) -> dict[str, float]:
+    """What `one` is better than `other` on the same images: differences with their ends, and McNemar's p of top-1.
+
+    *Above 0 `one` is better*, in every figure: NLL and Brier, where less is better, are the other's less its own.
+    Top-1 and top-5 have Tango's interval, which does not vanish where the two hardly ever differ.
 
     Args:
         one, other: (N, C) logits of the same images in the same order.
+        calibrated: both claim probabilities; without it NLL and Brier are NaN.
     """
-    right, other_right = predictions(one) == labels, predictions(other) == labels
-    ends = accuracy_difference_interval(right, other_right, settings.bootstrap, settings.seed, settings.confidence)
-    difference = float(right.mean() - other_right.mean()) if len(labels) else np.nan
-    return {**_with_ends("top1", difference, ends), "p": mcnemar(right, other_right).two_sided}
+    how = settings.bootstrap, settings.seed, settings.confidence
+    own, others = answers(one, labels), answers(other, labels)
+    saved = np.stack([others.loss - own.loss, others.brier - own.brier], axis=1)[: len(labels) if calibrated else 0]
+    nll, brier = bootstrap.difference_intervals(saved, *how)
+    classes, first, second = one.shape[1], own.predicted, others.predicted
+    f1, other_f1 = (macro_f1(confusion_matrix(labels, each, classes)) for each in (first, second))
+    f1_ends = bootstrap.macro_f1_difference_interval(labels, first, second, classes, *how)
+    return {
+        **_gain_in_accuracy("top1", own.rank < 1, others.rank < 1, settings.confidence),
+        **_gain_in_accuracy("top5", own.rank < 5, others.rank < 5, settings.confidence),
+        **_with_ends("macro_f1", f1 - other_f1, f1_ends),
+        **_with_ends("nll", _mean(saved[:, 0]), nll),
+        **_with_ends("brier", _mean(saved[:, 1]), brier),
+        "p": mcnemar(own.correct, others.correct).two_sided,
+    }
+
+
+def _gain_in_accuracy(name: str, one: Bools, other: Bools, confidence: float) -> dict[str, float]:
+    won, lost = int((one & ~other).sum()), int((other & ~one).sum())
+    ends = paired_interval(won, lost, len(one), confidence)
+    return _with_ends(name, _mean(one) - _mean(other), Interval(*map(float, ends)))
 
 
 def _with_ends(name: str, value: float, ends: Interval) -> dict[str, float]:
@@ -89,6 +124,16 @@ def _with_ends(name: str, value: float, ends: Interval) -> dict[str, float]:
 
 def _proportion(hits: int, n: int) -> float:
     return float(hits / n) if n else np.nan
+
+
+def _mean(values: Float64 | Bools) -> float:
+    return float(values.mean()) if len(values) else np.nan
+
+
+def _worst_class(confusion: Int64, confidence: float) -> dict[str, float]:
+    hits, support, worst = confusion.diagonal(), confusion.sum(axis=1), worst_class(confusion)
+    recall = np.nan if worst is None else _proportion(int(hits[worst]), int(support[worst]))
+    return _with_ends("worst_class_recall", recall, worst_interval(hits, support, confidence))
 
 
 def wilson(hits: ArrayLike, n: ArrayLike, confidence: float) -> tuple[Float64, Float64]:
@@ -105,62 +150,105 @@ def wilson(hits: ArrayLike, n: ArrayLike, confidence: float) -> tuple[Float64, F
     return low, high
 
 
-def mean_interval(values: Float64, draws: int, seed: int, confidence: float) -> Interval:
-    """Percentile bootstrap of a mean over images: NLL, or any difference that is paired image by image.
+def effective_images(share: float, variance: float, images: float) -> float:
+    """So many images would give a plain proportion this variance; at most `images`, and as many where nothing varies.
+
+    The effective sample size of surveys (Korn and Graubard 1998; with Wilson's interval Dean and Pagano 2015). So a
+    share that is no plain proportion has an interval that keeps to 0-1 and does not vanish where all are right.
+    """
+    return min(images, share * (1 - share) / variance) if variance > 0 and 0 < share < 1 else images
+
+
+def balanced_accuracy_interval(confusion: Int64, confidence: float) -> Interval:
+    """Of the mean recall of the classes that have images; NaN where none has.
+
+    The recalls are independent proportions, so their variances r (1 - r) / (n - 1) add up. One image tells nothing of
+    the spread in its class, which then counts as the largest that the mean recall allows.
+    """
+    support = confusion.sum(axis=1)
+    recall = per_class(confusion).recall[support > 0]
+    if not len(recall):
+        return NOTHING
+    n, mean = support[support > 0], float(recall.mean())
+    spread = np.where(n > 1, recall * (1 - recall) / np.maximum(n - 1, 1), mean * (1 - mean))
+    effective = effective_images(mean, float(spread.sum()) / len(recall) ** 2, float(n.sum()))
+    return Interval(*map(float, wilson(mean * effective, effective, confidence)))
+
+
+def selective_intervals(
+    confident: Float64, correct: Bools, coverage: float, draws: int, seed: int, confidence: float
+) -> tuple[Interval, Interval]:
+    """Of AURC, and of the accuracy on the most confident share of the images; NaN of no images.
+
+    AURC: BCa bootstrap. The accuracy: Wilson's interval of the images kept would be too narrow, since it is chance too
+    which they are; so it is Wilson's with the variance that the bootstrap finds.
 
     Args:
-        values: (N,), one of each image.
+        confident, correct: (N,) the confidence in each prediction, and whether it is right.
     """
-    if not len(values):
-        return Interval(np.nan, np.nan)
-    means = np.concatenate([values[rows].mean(axis=1) for rows in _resamples(len(values), draws, seed)])
-    return _percentiles(means, confidence)
+    if not len(correct):
+        return NOTHING, NOTHING
+    areas, shares = bootstrap.selective_draws(confident, correct, coverage, draws, seed).T
+    curve = selective_curve(confident, correct)
+    influence = bootstrap.risk_coverage_influence(confident, correct)
+    effective = effective_images(float(shares.mean()), float(shares.var()), coverage * len(correct))
+    return (
+        bootstrap.bca(areas, risk_coverage_area(curve), influence, confidence),
+        Interval(*map(float, wilson(accuracy_at(curve, coverage) * effective, effective, confidence))),
+    )
 
 
-def accuracy_difference_interval(one: Bools, other: Bools, draws: int, seed: int, confidence: float) -> Interval:
-    """Of accuracy(one) - accuracy(other) on the same images: paired percentile bootstrap.
+def worst_interval(hits: Int64, support: Int64, confidence: float) -> Interval:
+    """Of the true share of the group that was picked for having the lowest one of all: a class or a slice.
 
-    Only the images on which the two differ move it, so the draw is of three counts and not of N images.
+    The lowest of many is low by bad luck too. The upper end allows for it: it is that of a Clopper-Pearson interval
+    which holds for all groups at once (Šidák 1967), so it holds for whichever was picked. The lower end needs no
+    correction: a group is hardly picked as the lowest in a draw that flatters it. Covers at least so often as it says,
+    whatever the shares are; where all groups have as many images, so it does the lowest of all true shares.
 
     Args:
-        one, other: (N,) correct or not, of the same images in the same order.
+        hits, support: (G,) counts; groups without images are left out. NaN where none has any.
     """
-    n = len(one)
-    if not n:
-        return Interval(np.nan, np.nan)
-    won, lost = int((one & ~other).sum()), int((other & ~one).sum())
-    counts = np.random.default_rng(seed).multinomial(n, [won / n, lost / n, (n - won - lost) / n], size=draws)
-    return _percentiles((counts[:, 0] - counts[:, 1]) / n, confidence)
+    groups = np.flatnonzero(support)
+    if not len(groups):
+        return NOTHING
+    worst = groups[np.argmin(hits[groups] / support[groups])]
+    right, n = int(hits[worst]), int(support[worst])
+    each = -np.expm1(np.log1p(-(1 - confidence) / 2) / len(groups))  # of the upper tail, for every group
+    return Interval(clopper_pearson(right, n, confidence).low, clopper_pearson(right, n, 1 - 2 * each).high)
 
 
-def macro_f1_interval(confusion: Int64, draws: int, seed: int, confidence: float) -> Interval:
-    """Reverse percentile bootstrap of macro-F1: 2 estimate - quantile.
+@dataclass(frozen=True)
+class ClassIntervals:
+    """(C,) each; NaN where the figure is not defined."""
 
-    With few images a class, macro-F1 comes out too low, and in a resample of them once more. Measured coverage of 95 %:
-    94 % at 100 images a class, 96 % at 20 and 94 % at 5; of the plain percentile bootstrap 95, 86 and 47 %.
-    Resampling images and counting them again is one multinomial draw over the cells of the confusion matrix that are
-    not empty, at most N of them however many classes there are.
+    recall_low: Float64
+    recall_high: Float64
+    precision_low: Float64
+    precision_high: Float64
+    f1_low: Float64
+    f1_high: Float64
 
-    Args:
-        confusion: (C, C) counts.
+
+def class_intervals(confusion: Int64, confidence: float) -> ClassIntervals:
+    """Of recall, precision and F1 of every class, each for itself: of C of them some miss.
+
+    Recall and precision are proportions: Wilson. F1 is 2 J / (1 + J) with J = TP / (TP + FP + FN), a proportion too
+    once the images are given that are, or are taken for, the class. It grows with J, so its ends are those of J in the
+    same formula ("Wilson indirect", Lam, Gopal and Qian 2023).
     """
-    n, classes = int(confusion.sum()), len(confusion)
-    if not n:
-        return Interval(np.nan, np.nan)
-    actual, predicted = np.nonzero(confusion)
-    chances = confusion[actual, predicted] / n
-    rng, scores = np.random.default_rng(seed), []
-    for rows in _chunks(draws, max(len(actual), classes)):
-        drawn = rng.multinomial(n, chances, size=rows)
-        hits = _sums(drawn[:, actual == predicted], actual[actual == predicted], classes)
-        scores.append(nan_mean(f1_scores(hits, _sums(drawn, actual, classes), _sums(drawn, predicted, classes))))
-    low, high = _percentiles(np.concatenate(scores), confidence)
-    estimate = macro_f1(confusion)
-    return Interval(max(0.0, 2 * estimate - high), min(1.0, 2 * estimate - low))
+    hits, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    low, high = wilson(hits, support + predicted - hits, confidence)
+    return ClassIntervals(
+        *wilson(hits, support, confidence),
+        *wilson(hits, predicted, confidence),
+        f1_low=2 * low / (1 + low),
+        f1_high=2 * high / (1 + high),
+    )
 
 
 def calibration_interval(
-    logits: Floats, labels: Int64, bins: int, draws: int, seed: int, confidence: float
+    confident: Float64, correct: Bools, bins: int, draws: int, seed: int, confidence: float
 ) -> Interval:
     """Of the ECE that the model would show on endless images.
 
@@ -168,19 +256,18 @@ def calibration_interval(
     bootstrap covers the truth of a well-calibrated model never (measured: 0 of 400). This is the reverse percentile
     bootstrap, 2 ECE - quantile, which takes that push off again; and where the data do not contradict a perfectly
     calibrated model (`calibration_noise`), the interval begins at 0. Measured coverage of 95 %: 87 to 98 %.
+
+    Args:
+        confident, correct: (N,) the confidence in each prediction, and whether it is right.
     """
-    if not len(labels):
-        return Interval(np.nan, np.nan)
-    confident = confidences(logits)
-    index, gaps = bin_indices(confident, bins), (predictions(logits) == labels) - confident
-    estimate = np.abs(np.bincount(index, gaps, minlength=bins)).sum() / len(gaps)
-    resampled = [
-        np.abs(_binned(gaps[rows], index[rows], bins)).sum(axis=1) / len(gaps)
-        for rows in _resamples(len(gaps), draws, seed)
-    ]
-    low, high = _percentiles(np.concatenate(resampled), confidence)
-    calibrated = calibration_noise(logits, bins, draws, seed)
-    contradicted = estimate > np.quantile(calibrated, (1 + confidence) / 2)
+    n = len(correct)
+    if not n:
+        return NOTHING
+    gaps = (correct - confident)[:, None] * _one_hot(confident, bins)
+    estimate = np.abs(gaps.sum(axis=0)).sum() / n
+    errors = bootstrap.resampled(n, draws, seed, lambda counts: np.abs(counts @ gaps).sum(axis=1, keepdims=True) / n)
+    low, high = bootstrap.percentiles(errors[:, 0], confidence)
+    contradicted = estimate > np.quantile(_noise(confident, bins, draws, seed), (1 + confidence) / 2)
     return Interval(float(max(0, 2 * estimate - high)) if contradicted else 0.0, float(2 * estimate - low))
 
 
@@ -189,15 +276,25 @@ def calibration_noise(logits: Floats, bins: int, draws: int, seed: int) -> Float
 
     Consistency resampling (Bröcker and Smith 2007): each prediction is right with the probability that it claims.
     """
-    confident = confidences(logits)
-    if not len(confident):
+    return _noise(confidences(logits), bins, draws, seed)
+
+
+def _noise(confident: Float64, bins: int, draws: int, seed: int) -> Float64:
+    n = len(confident)
+    if not n:
         return np.full(draws, np.nan)
-    index, rng = bin_indices(confident, bins), np.random.default_rng([seed, 1])
-    noise = []
-    for rows in _chunks(draws, len(confident)):
-        gaps = (rng.random((rows, len(confident))) < confident) - confident
-        noise.append(np.abs(_binned(gaps, np.broadcast_to(index, gaps.shape), bins)).sum(axis=1) / len(confident))
-    return np.concatenate(noise)
+    member, rng = _one_hot(confident, bins), np.random.default_rng([seed, 1])
+    claimed = confident @ member
+    errors = [
+        np.abs((rng.random((rows, n)) < confident) @ member - claimed).sum(axis=1)
+        for rows in bootstrap.chunks(draws, n)
+    ]
+    return np.concatenate(errors) / n
+
+
+def _one_hot(confident: Float64, bins: int) -> Float64:
+    """(N, bins) 1 in the bin of each confidence, 0 elsewhere."""
+    return (bin_indices(confident, bins)[:, None] == np.arange(bins)).astype(np.float64)
 
 
 class McNemar(NamedTuple):
@@ -343,40 +440,3 @@ def holm(p_values: ArrayLike) -> Float64:
 
 def _normal_quantile(confidence: float) -> float:
     return float(ndtri((1 + confidence) / 2))
-
-
-def _percentiles(draws: Float64, confidence: float) -> Interval:
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(low), float(high))
-
-
-def _chunks(draws: int, width: int) -> Iterator[int]:
-    """`draws` in pieces, each of which holds about CHUNK numbers in rows of `width`."""
-    rows = max(1, CHUNK // width)
-    for start in range(0, draws, rows):
-        yield min(rows, draws - start)
-
-
-def _resamples(n: int, draws: int, seed: int) -> Iterator[Int64]:
-    """Indices of `draws` resamples with replacement, (rows, n) at a time."""
-    rng = np.random.default_rng(seed)
-    for rows in _chunks(draws, n):
-        yield rng.integers(0, n, size=(rows, n))
-
-
-def _sums(values: Int64, groups: Int64, count: int) -> Int64:
-    """(R, K) values summed over the columns of each group: (R, count)."""
-    sums = np.zeros((len(values), count), dtype=np.int64)
-    if not len(groups):
-        return sums
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    sums[:, groups[order][starts]] = np.add.reduceat(values[:, order], starts, axis=1)
-    return sums
-
-
-def _binned(values: Float64, index: Int64, bins: int) -> Float64:
-    """(R, N) values summed into the bins that `index` (R, N) names, row by row: (R, bins)."""
-    cells = index + bins * np.arange(len(values))[:, None]
-    sums = np.bincount(cells.ravel(), values.ravel(), minlength=bins * len(values))
-    return sums.reshape(-1, bins).astype(np.float64, copy=False)

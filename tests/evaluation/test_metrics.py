@@ -1,10 +1,12 @@
-"""Every figure equals scikit-learn's, on random input and on degenerate input."""
+"""Every figure equals scikit-learn's or torchmetrics', on random input and on degenerate input."""
 
 import warnings
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from scipy.integrate import quad
+from scipy.stats import norm
 from sklearn import metrics as reference
 from sklearn.calibration import calibration_curve
 
@@ -118,6 +120,37 @@ def test_negative_log_likelihood_of_extreme_logits_is_not_clipped() -> None:
     assert metrics.negative_log_likelihood(np.array([[1000.0, 0.0]]), np.array([1])) == pytest.approx(1000)
 
 
+def test_brier(case: tuple[np.ndarray, np.ndarray]) -> None:
+    logits, labels = case
+    probabilities, classes = np.exp(metrics.log_probabilities(logits)), logits.shape[1]
+    expected = reference.brier_score_loss(labels, probabilities, labels=range(classes), scale_by_half=False)
+    assert metrics.brier(logits, labels) == _near(expected)
+    truth = np.eye(classes)[labels]
+    assert metrics.brier_scores(logits, labels) == _near(((probabilities - truth) ** 2).sum(axis=1))
+
+
+def test_brier_of_two_classes_is_twice_that_of_the_second() -> None:
+    logits, labels = CASES["two classes"]
+    second = np.exp(metrics.log_probabilities(logits))[:, 1]
+    assert metrics.brier(logits, labels) == _near(2 * reference.brier_score_loss(labels, second))
+    certain = np.array([[1e4, -1e4]])
+    assert [metrics.brier(certain, np.array([label])) for label in (0, 1)] == [0, 2]
+
+
+def test_answers_are_those_of_each_metric_whatever_the_chunk(
+    case: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, labels = case
+    monkeypatch.setattr(metrics, "CHUNK", 7 * logits.shape[1])
+    found = metrics.answers(logits, labels)
+    assert (found.predicted == metrics.predictions(logits)).all()
+    assert (found.rank == metrics.label_ranks(logits, labels)).all()
+    assert (found.correct == (found.predicted == labels)).all()
+    logs = metrics.log_probabilities(logits)
+    assert found.confidence == pytest.approx(np.exp(logs.max(axis=1)), abs=1e-12)
+    assert found.loss == pytest.approx(-logs[np.arange(len(labels)), labels], abs=1e-9)
+
+
 @pytest.mark.parametrize("bins", [2, 10, 15])
 def test_calibration(case: tuple[np.ndarray, np.ndarray], bins: int) -> None:
     logits, labels = case
@@ -144,6 +177,94 @@ def test_calibration_error_as_guo_et_al_wrote_it(case: tuple[np.ndarray, np.ndar
     assert metrics.expected_calibration_error(logits, labels, 15) == _near(error)
 
 
+@pytest.mark.parametrize("bins", [2, 10, 15])
+def test_calibration_error_is_that_of_torchmetrics(case: tuple[np.ndarray, np.ndarray], bins: int) -> None:
+    """No confidence here lies on the edge of a bin, where they differ: its are closed below, Guo et al.'s above."""
+    import torch  # some seconds, for this one test
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    logits, labels = case
+    probabilities = torch.from_numpy(np.exp(metrics.log_probabilities(logits)))
+    expected = multiclass_calibration_error(probabilities, torch.from_numpy(labels), logits.shape[1], bins)
+    assert metrics.expected_calibration_error(logits, labels, bins) == _near(float(expected))
+
+
+def test_debiased_calibration_error_as_kumar_et_al_draw_it(case: tuple[np.ndarray, np.ndarray]) -> None:
+    """Their procedure, integrated instead of drawn: twice the ECE less its mean over normal accuracies of the bins."""
+    logits, labels = case
+    confidence, correct = metrics.confidences(logits), metrics.predictions(logits) == labels
+    edges, error = np.linspace(0, 1, 16), 0.0
+    for low, high in pairwise(edges):
+        inside = (confidence > low) & (confidence <= high)
+        if not inside.any():
+            continue
+        accuracy, stated, n = correct[inside].mean(), confidence[inside].mean(), inside.sum()
+        spread = np.sqrt(accuracy * (1 - accuracy) / n)
+        # Split at the kink of |x|, up to which the integrand is smooth.
+        cuts = np.clip([-12, (stated - accuracy) / spread, 12], -12, 12) if spread else [0, 0]
+        mean = (
+            sum(quad(lambda z: abs(accuracy + spread * z - stated) * norm.pdf(z), *ends)[0] for ends in pairwise(cuts))  # noqa: B023
+            if spread
+            else abs(accuracy - stated)
+        )
+        error += (2 * abs(accuracy - stated) - mean) * inside.mean()
+    assert metrics.debiased_ece(logits, labels, 15) == _near(error)
+
+
+def test_debiased_calibration_error_is_nearer_the_truth() -> None:
+    rng = np.random.default_rng(8)
+    found: dict[float, list[tuple[float, float]]] = {1.0: [], 1.6: []}
+    for sharper, errors in found.items():
+        for _ in range(200):
+            logits = rng.normal(size=(400, 6)) * 2
+            chances = np.exp(metrics.log_probabilities(logits)).cumsum(axis=1)
+            labels = (chances > rng.random((400, 1))).argmax(axis=1)
+            scaled = sharper * logits
+            errors.append(
+                (metrics.expected_calibration_error(scaled, labels, 15), metrics.debiased_ece(scaled, labels, 15))
+            )
+    plain, debiased = np.mean(found[1.0], axis=0)  # of which nothing is true
+    assert 0 < debiased < 0.7 * plain
+    plain, debiased = np.mean(found[1.6], axis=0)
+    logits = rng.normal(size=(400_000, 6)) * 2
+    chances = np.exp(metrics.log_probabilities(logits)).cumsum(axis=1)
+    labels = (chances > rng.random((400_000, 1))).argmax(axis=1)
+    truth = metrics.expected_calibration_error(1.6 * logits, labels, 15)
+    assert abs(debiased - truth) < 0.6 * (plain - truth)
+
+
+def test_selective_accuracy(case: tuple[np.ndarray, np.ndarray]) -> None:
+    """Against accuracy_score of the k surest; of those that tie at the end each counts in part."""
+    logits, labels = case
+    confidence, predicted = metrics.confidences(logits), metrics.predictions(logits)
+    found = metrics.selective_accuracy(logits, labels)
+    assert found.coverage == _near(np.arange(1, len(labels) + 1) / len(labels))
+    expected = []
+    for kept in range(1, len(labels) + 1):
+        least = np.sort(confidence)[-kept]
+        surer, equal = confidence > least, confidence == least
+        weight = surer + equal * (kept - surer.sum()) / equal.sum()
+        expected.append(reference.accuracy_score(labels, predicted, sample_weight=weight))
+        assert found.confidence[kept - 1] == least
+    assert found.accuracy == _near(np.array(expected))
+    assert found.accuracy[-1] == _near(metrics.top_k_accuracy(logits, labels, 1))
+    assert metrics.aurc(logits, labels) == _near(1 - np.mean(expected))
+    assert metrics.accuracy_at(found, 1.0) == found.accuracy[-1]
+    order = np.random.default_rng(1).permutation(len(labels))
+    again = metrics.selective_accuracy(logits[order], labels[order])
+    assert again.accuracy == pytest.approx(found.accuracy, abs=1e-12)
+
+
+def test_accuracy_at_a_coverage_and_coverage_at_an_accuracy() -> None:
+    confidence, correct = np.array([0.9, 0.5, 0.8, 0.6, 0.7]), np.array([True, False, True, False, True])
+    curve = metrics.selective_curve(confidence, correct)
+    assert curve.accuracy == _near([1, 1, 1, 3 / 4, 3 / 5])
+    assert [metrics.accuracy_at(curve, share) for share in (0.2, 0.6, 0.61, 0.8, 1)] == [1, 1, 0.75, 0.75, 0.6]
+    assert [metrics.coverage_at(curve, share) for share in (1, 0.75, 0.7, 0.5)] == [0.6, 0.8, 0.8, 1]
+    assert metrics.coverage_at(metrics.selective_curve(confidence, ~np.ones(5, bool)), 0.1) == 0
+    assert metrics.risk_coverage_area(curve) == _near((0 + 0 + 0 + 1 / 4 + 2 / 5) / 5)
+
+
 def test_figures_of_no_images_are_not_defined() -> None:
     logits, labels = np.empty((0, 3), np.float32), np.empty(0, np.int64)
     confusion = metrics.confusion_matrix(labels, labels, 3)
@@ -152,7 +273,12 @@ def test_figures_of_no_images_are_not_defined() -> None:
         metrics.macro_f1(confusion),
         metrics.balanced_accuracy(confusion),
         metrics.negative_log_likelihood(logits, labels),
+        metrics.brier(logits, labels),
         metrics.expected_calibration_error(logits, labels, 15),
+        metrics.debiased_ece(logits, labels, 15),
+        metrics.aurc(logits, labels),
+        metrics.accuracy_at(metrics.selective_accuracy(logits, labels), 0.8),
+        metrics.coverage_at(metrics.selective_accuracy(logits, labels), 0.8),
     ]
     assert np.isnan(figures).all()
     assert metrics.worst_class(confusion) is None
