@@ -32,6 +32,12 @@ MODELS = Path("models")
 REPORTS = Path("reports")
 ACCEPTED = Path("data/accepted")
 QUARANTINE = Path("data/quarantine.parquet")
+PER_CLASS = {
+    "name": "class", "support": "support", "recall": "recall", "low": "recall_low", "high": "recall_high",
+    "precision": "precision", "precision_low": "precision_low", "precision_high": "precision_high",
+    "f1": "f1", "f1_low": "f1_low", "f1_high": "f1_high",
+}  # fmt: skip
+"""Columns of reports/plots/per_class.csv, as the report's rows call them and as the file does."""
 SUSPECTS = ["key", "batch", "label", "suggested", "label_probability", "suggested_probability"]
 """Columns of reports/label_suspects.csv."""
 DIGITS = 6
@@ -260,6 +266,7 @@ def _findings(
         metrics=figures,
         confusion=metrics.confusion_matrix(labels, predicted, len(config["classes"])),
         reliability=metrics.reliability(test.finetuned, labels, bins),
+        selective=metrics.selective_accuracy(test.finetuned, labels),
         calibrated_ece=float(noise.mean()),
         slices=weak,
         galleries=found.galleries,
@@ -346,16 +353,17 @@ def _write_plots(test: Answers, findings: report.Findings) -> None:
     )
     rows = report.class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
     robust = findings.metrics["robustness"]
-    columns = {"name": "class", "support": "support", "recall": "recall", "low": "recall_low", "high": "recall_high",
-               "precision": "precision", "f1": "f1"}  # fmt: skip
     curve = findings.reliability
     bins = pd.DataFrame({"confidence": curve.confidence, "accuracy": curve.accuracy, "count": curve.count})
     epochs = pd.DataFrame([{"run": run} | dict(epoch) for run, each in findings.curves.items() for epoch in each])
     tables = {
         "slices": pd.DataFrame([vars(each) for each in findings.slices], columns=[each.name for each in fields(Slice)]),
         "confusion": confusion,
-        "per_class": pd.DataFrame(rows, columns=list(columns)).rename(columns=columns),
+        "per_class": pd.DataFrame(rows, columns=list(PER_CLASS)).rename(columns=PER_CLASS),
         "reliability": bins[curve.count > 0],
+        "selective": pd.DataFrame(
+            report.selective_rows(findings.selective), columns=["coverage", "accuracy", "confidence"]
+        ),
         "robustness": pd.DataFrame(
             report.robustness_rows(robust) if robust else [], columns=["kind", "change", "top1", "low", "high"]
         ),

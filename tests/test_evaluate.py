@@ -23,6 +23,14 @@ from stages.data.sharding import write_shard_set
 from stages.params.shard import Shard
 
 CLASSES = ["blue", "green", "red"]
+FEW = "robustness: {images: 7, corruptions: [fog, jpeg_compression], severities: 2, epsilons: [4], pgd_steps: 2}"
+
+
+def params(evaluate: str) -> str:
+    """A small params.yaml."""
+    return f"evaluate: {{bootstrap: 200, {evaluate}}}\ntraining: {{device: cpu, threads: 1}}\n"
+
+
 COUNTS = {"first": {"train": 12, "val": 3, "test": 31}, "later": {"train": 6, "val": 3, "fresh": 14}}
 
 
@@ -90,9 +98,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "reports/finetune").mkdir(parents=True)
     epochs = [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.1, "val_top1": 0.4}]
     (root / "reports/finetune/metrics.json").write_text(json.dumps({"finetuned": {"epochs": epochs}}))
-    (root / "params.yaml").write_text(
-        "evaluate: {batch_size: 8, bootstrap: 200}\ntraining: {device: cpu, threads: 1}\n"
-    )
+    (root / "params.yaml").write_text(params("batch_size: 8, " + FEW))
     return root
 
 
@@ -129,7 +135,7 @@ def test_every_accepted_image_of_test_and_fresh_is_scored_once_and_the_bytes_are
     evaluate.main()
     assert _outputs(root) == first
     # What the batches are cut to changes nothing but the last bits of sums in convolutions.
-    Path("params.yaml").write_text("evaluate: {batch_size: 5, bootstrap: 200}\ntraining: {device: cpu, threads: 1}\n")
+    Path("params.yaml").write_text(params("batch_size: 5, " + FEW))
     evaluate.main()
     again = pd.read_parquet("reports/predictions.parquet")
     assert again["key"].tolist() == predictions["key"].tolist()
@@ -151,6 +157,8 @@ def test_metrics_are_those_of_the_predictions(root: Path) -> None:
     suspects = pd.read_csv("reports/label_suspects.csv")
     assert found["data"] == {"accepted": 69, "quarantined": 1, "label_suspects": len(suspects)}
     assert (suspects["label"] != suspects["suggested"]).all()
+    assert found["robustness"]["images"] == 7
+    assert set(found["robustness"]["corruptions"]) == {"fog", "jpeg_compression"}
     assert found["slices"]["looked_at"] == len(pd.read_csv("reports/plots/slices.csv")) > 0
     assert (found["before"]["nll"], found["before"]["ece"]) == (None, None)
     assert found["scratch"]["ece"] is not None
@@ -163,7 +171,15 @@ def test_metrics_are_those_of_the_predictions(root: Path) -> None:
 def test_plots_are_tables_that_dvc_draws(root: Path) -> None:
     evaluate.main()
     plots = {path.stem: pd.read_csv(path) for path in Path("reports/plots").glob("*.csv")}
-    assert set(plots) == {"confusion", "reliability", "per_class", "curves", "slices"}
+    assert set(plots) == {
+        "confusion",
+        "reliability",
+        "per_class",
+        "curves",
+        "slices",
+        "robustness",
+        "selective",
+    }
     assert list(plots["confusion"].columns) == ["actual", "predicted"]
     assert len(plots["confusion"]) == 31
     assert plots["reliability"]["count"].sum() == 31
@@ -185,7 +201,7 @@ def test_the_report_is_one_file_without_scripts_and_network(root: Path) -> None:
 
 
 def test_no_galleries_but_their_neighbours_where_none_are_wanted(root: Path) -> None:
-    Path("params.yaml").write_text("evaluate: {gallery: 0, bootstrap: 200}\ntraining: {device: cpu, threads: 1}\n")
+    Path("params.yaml").write_text(params("gallery: 0, robustness: null"))
     evaluate.main()
     assert 'class="pair"' not in Path("reports/report.html").read_text()
 

@@ -16,8 +16,8 @@ from markupsafe import Markup, escape
 
 from stages.evaluation.confusion_map import confusion_map
 from stages.evaluation.galleries import Galleries
-from stages.evaluation.intervals import wilson
-from stages.evaluation.metrics import Int64, PerClass, Reliability, per_class
+from stages.evaluation.intervals import class_intervals
+from stages.evaluation.metrics import Int64, PerClass, Reliability, Selective, coverage_at, per_class
 from stages.evaluation.slices import Slice, below
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MOST_PAIRS = 12
 MOST_SLICES, FEW_SLICES = 20, 5
+WANTED = (0.95, 0.99)
+"""Accuracies of which it is said how many images may be answered for them."""
 MOST_CLASSES_AT_ONCE = 40
 """Longer tables of classes show the worst and fold the rest away."""
 MOST_CLASSES_IN_HEAT_MAP = 24
@@ -54,6 +56,7 @@ class Findings:
     """As in reports/metrics.json."""
     confusion: Int64
     reliability: Reliability
+    selective: Selective
     calibrated_ece: float
     """ECE that a perfectly calibrated model would show on as many images."""
     slices: Sequence[Slice]
@@ -85,7 +88,7 @@ def render(findings: Findings) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"percent": percent, "count": count, "decimal": decimal, "range": as_range, "signed": signed}
-    environment.filters |= {"breakable": breakable, "data_uri": _data_uri, "words": words}
+    environment.filters |= {"breakable": breakable, "data_uri": _data_uri, "words": words, "plain_signed": plain_signed}
     rows = class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
     worst = rows[0] if rows else None
     weak = below(findings.slices, findings.settings["confidence"])
@@ -102,6 +105,7 @@ def render(findings: Findings) -> str:
         map=confusion_map(findings.classes, findings.confusion),
         script=Markup((Path(__file__).parent / "report.js").read_text(encoding="utf-8")),
         bins=reliability_bars(findings.reliability),
+        silent=silence(findings.selective),
         panels=curve_panels(findings.curves),
         weak=weak,
         shown_slices=weak[:MOST_SLICES] or findings.slices[:FEW_SLICES],
@@ -125,15 +129,18 @@ def model_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 def class_rows(classes: Sequence[str], confusion: Int64, confidence: float) -> list[dict[str, Any]]:
     """A row per class, the lowest recall first; classes without images last."""
     figures: PerClass = per_class(confusion)
-    low, high = wilson(confusion.diagonal(), figures.support, confidence)
+    ends = class_intervals(confusion, confidence)
     rows = []
     for index, name in enumerate(classes):
         wrong = np.where(np.arange(len(classes)) == index, 0, confusion[index])
         rows.append(
             {
                 "name": name, "support": int(figures.support[index]), "recall": figures.recall[index],
-                "low": low[index], "high": high[index], "precision": figures.precision[index], "f1": figures.f1[index],
-                "taken_for": classes[int(wrong.argmax())] if wrong.any() else "", "times": int(wrong.max(initial=0)),
+                "low": ends.recall_low[index], "high": ends.recall_high[index],
+                "precision": figures.precision[index], "precision_low": ends.precision_low[index],
+                "precision_high": ends.precision_high[index], "f1": figures.f1[index], "f1_low": ends.f1_low[index],
+                "f1_high": ends.f1_high[index], "taken_for": classes[int(wrong.argmax())] if wrong.any() else "",
+                "times": int(wrong.max(initial=0)),
             }
         )  # fmt: skip
     return sorted(rows, key=lambda row: (np.isnan(row["recall"]), row["recall"], row["name"]))
@@ -183,6 +190,35 @@ def reliability_bars(curve: Reliability) -> list[dict[str, float]]:
         }
         for i in np.flatnonzero(curve.count)
     ]  # fmt: skip
+
+
+def silence(curve: Selective) -> dict[str, Any]:
+    """The curve in shares of its chart, and how much is answered for a wanted accuracy, from which confidence on."""
+    rows = selective_rows(curve)
+    least = min((row["accuracy"] for row in rows), default=0.0)
+    bottom = np.floor(10 * least) / 10 if least < 1 else 0.9
+    heights = [{"value": value, "height": (value - bottom) / (1 - bottom)} for value in ticks(bottom, 1, 5)]
+    points = [(row["coverage"], (row["accuracy"] - bottom) / (1 - bottom)) for row in rows]
+    reached = []
+    for wanted in WANTED:
+        share = coverage_at(curve, wanted)
+        threshold = curve.confidence[max(round(share * len(curve.confidence)) - 1, 0)] if len(rows) else np.nan
+        reached.append((wanted, share, float(threshold)))
+    return {"ticks": heights, "points": points, "reached": reached}
+
+
+def selective_rows(curve: Selective) -> list[dict[str, float]]:
+    """Accuracy and least confidence at each percent of coverage, of as many as there are images for."""
+    n = len(curve.coverage)
+    places = np.unique(np.ceil(np.linspace(0, n, 101)[1:]).astype(np.int64) - 1)[:n]
+    return [
+        {
+            "coverage": float(curve.coverage[i]),
+            "accuracy": float(curve.accuracy[i]),
+            "confidence": float(curve.confidence[i]),
+        }
+        for i in places
+    ]
 
 
 def robustness_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -277,6 +313,11 @@ def as_range(low: float | None, high: float | None, digits: int = 1) -> str:
 def signed(share: float | None) -> str:
     """A difference of shares in points: `+12.3`."""
     return "–" if _absent(share) else f"{100 * _number(share):+.1f}".replace("-", "−")
+
+
+def plain_signed(value: float | None, digits: int = 3) -> str:
+    """A difference of numbers that are no shares: `+0.123`."""
+    return "–" if _absent(value) else f"{_number(value):+.{digits}f}".replace("-", "−")
 
 
 def decimal(value: float | None, digits: int = 3) -> str:

@@ -26,8 +26,9 @@ from torchvision.transforms.v2.functional import pad, rotate
 
 from stages.command import StageError
 from stages.data.loading import Samples, evaluation_batches
+from stages.evaluation.bootstrap import mean_interval
 from stages.evaluation.corruptions import corrupted
-from stages.evaluation.intervals import mean_interval, wilson
+from stages.evaluation.intervals import wilson
 from stages.evaluation.metrics import Bools, Float64, Int64
 from stages.params.evaluate import Evaluate, Robustness
 from stages.params.recipe import Adversarial
