@@ -14,6 +14,8 @@ from stages.evaluation.metrics import Int64
 
 HIT, MISS = (31, 95, 158), (180, 71, 44)
 """Colours, as in the page."""
+FAINTEST = 110
+"""Opacity of a single mistake, of 255."""
 LEAST_SIDE = 600
 """Of the picture in pixels; a cell is a whole number of them."""
 MOST_ORDERED_BEST = 200
@@ -66,7 +68,7 @@ def _png(confusion: Int64) -> str:
     pixels = np.zeros((*confusion.shape, 4), np.uint8)
     pixels[..., :3] = MISS
     pixels[np.arange(len(confusion)), np.arange(len(confusion)), :3] = HIT
-    pixels[..., 3] = np.where(confusion > 0, np.clip(255 * np.sqrt(share), 40, 255), 0)
+    pixels[..., 3] = np.where(confusion > 0, np.clip(255 * np.sqrt(share), FAINTEST, 255), 0)
     side = max(1, -(-LEAST_SIDE // max(len(confusion), 1)))
     file = io.BytesIO()
     Image.fromarray(_enlarged(pixels, side)).save(file, "PNG", optimize=False, compress_level=9)
