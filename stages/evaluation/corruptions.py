@@ -17,10 +17,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import scipy.fft
+import simplejpeg
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import jpeg
 
 Array = npt.NDArray[Any]
 
@@ -29,6 +29,8 @@ PAPER_SIDE = 224
 """In pixels, of the images that the strengths are for."""
 STREAK_STEP = 0.25
 """Pixels between the points of which a streak is made."""
+DISK_POINTS = 64
+"""From side to side, of which a disk is made."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,10 @@ def _defocus_blur(images: Tensor, radius: float, _: Sequence[int]) -> Tensor:
 
 
 def _disk(radius: float) -> Array:
-    """Each pixel by the share of it that lies in the disk, from 16x16 points; sum 1."""
-    half, points = math.ceil(radius), 16
-    along = (np.arange((2 * half + 1) * points) + 0.5) / points - half - 0.5
-    inside = along[:, None] ** 2 + along**2 <= radius**2
-    shares = inside.reshape(2 * half + 1, points, -1, points).mean(axis=(1, 3))
-    return (shares / shares.sum()).astype(np.float32)
+    along = (np.arange(DISK_POINTS) + 0.5) * 2 * radius / DISK_POINTS - radius
+    x, y = (each.ravel() for each in np.meshgrid(along, along))
+    inside = x**2 + y**2 <= radius**2
+    return _kernel(x[inside], y[inside], np.ones(inside.sum()))
 
 
 def _glass_blur(images: Tensor, strength: tuple[float, float, int], seeds: Sequence[int]) -> Tensor:
@@ -128,14 +128,19 @@ def _motion_blur(images: Tensor, strength: tuple[float, float], seeds: Sequence[
 
 
 def _streak(radius: float, sigma: float, degrees: float) -> Array:
-    """Half a Gaussian from the middle on in one direction, twice `radius` long; sum 1."""
+    """Half a Gaussian from the middle on in one direction, twice `radius` long."""
     length = min(2 * radius, 4 * sigma)
     along = np.arange(0, length, STREAK_STEP)
     x, y = along * math.cos(math.radians(degrees)), along * math.sin(math.radians(degrees))
-    half, weights = math.ceil(length) + 1, np.exp(-0.5 * (along / sigma) ** 2)
-    kernel = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
+    return _kernel(x, y, np.exp(-0.5 * (along / sigma) ** 2))
+
+
+def _kernel(x: Array, y: Array, weights: Array) -> Array:
+    """Of points (P,) in pixels from the middle, each shared out among the four pixels around it; odd sides, sum 1."""
     left, top = np.floor(x).astype(int), np.floor(y).astype(int)
-    for right, below in ((0, 0), (0, 1), (1, 0), (1, 1)):  # each point is shared out among the four pixels around it
+    half = int(max(abs(left).max(), abs(top).max())) + 1
+    kernel = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
+    for right, below in ((0, 0), (0, 1), (1, 0), (1, 1)):
         share = (1 - abs(x - left - right)) * (1 - abs(y - top - below))
         np.add.at(kernel, (half + top + below, half + left + right), weights * share)
     return kernel / kernel.sum()
@@ -264,8 +269,14 @@ def _pixelate(images: Tensor, kept: float, _: Sequence[int]) -> Tensor:
 
 
 def _jpeg(images: Tensor, quality: int, _: Sequence[int]) -> Tensor:
-    pixels = (255 * images).round().to(torch.uint8)
-    return jpeg(pixels, quality=scaled_quality(quality, _scale(images))).float() / 255
+    quality = scaled_quality(quality, _scale(images))
+
+    def through(image: Array) -> Array:
+        pixels = np.rint(255 * image).astype(np.uint8)
+        encoded = simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420", fastdct=False)
+        return np.asarray(simplejpeg.decode_jpeg(encoded, fastdct=False, fastupsample=False), np.float32) / 255
+
+    return _each(images, through)
 
 
 def scaled_quality(quality: int, scale: float) -> int:
