@@ -226,13 +226,19 @@ def collect_metrics(found: Found, weak: Sequence[Slice], settings: Evaluate) -> 
         if (rows := fresh.samples.batch == index).any()
     }
     figures["slices"] = slices.figures(weak, settings.confidence)
-    figures["robustness"] = found.robustness.figures if found.robustness else None
+    figures["robustness"] = _in_short(found.robustness.figures) if found.robustness else None
     figures["data"] = {
         "accepted": sum(_rows(path) for path in ACCEPTED.rglob("*.parquet")),
         "quarantined": _rows(QUARANTINE),
         "label_suspects": len(found.suspects),
     }
     return figures
+
+
+def _in_short(robustness: Mapping[str, Any]) -> dict[str, Any]:
+    """Of corruptions their mean error alone: what each severity gave is in reports/plots/robustness.csv."""
+    errors = {name: figures["error"] for name, figures in robustness["corruptions"].items()}
+    return {**robustness, "corruptions": errors}
 
 
 def _rows(path: Path) -> int:
@@ -270,7 +276,7 @@ def _findings(
         calibrated_ece=float(noise.mean()),
         slices=weak,
         galleries=found.galleries,
-        spoilt=found.robustness.examples if found.robustness else [],
+        robustness=found.robustness,
         curves=_curves(),
         data=_data_rows(_counts(quarantine["batch"])),
         reasons=_counts(quarantine["reason"]),
@@ -352,7 +358,7 @@ def _write_plots(test: Answers, findings: report.Findings) -> None:
         {"actual": names[test.samples.label], "predicted": names[metrics.predictions(test.finetuned)]}
     )
     rows = report.class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
-    robust = findings.metrics["robustness"]
+    robust = findings.robustness.figures if findings.robustness else None
     curve = findings.reliability
     bins = pd.DataFrame({"confidence": curve.confidence, "accuracy": curve.accuracy, "count": curve.count})
     epochs = pd.DataFrame([{"run": run} | dict(epoch) for run, each in findings.curves.items() for epoch in each])

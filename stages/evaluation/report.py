@@ -22,6 +22,7 @@ from stages.evaluation.slices import Slice, below
 
 if TYPE_CHECKING:
     from stages.evaluation.robustness import Example
+    from stages.evaluation.robustness import Findings as Robustness
 
 MOST_PAIRS = 12
 MOST_SLICES, FEW_SLICES = 20, 5
@@ -62,8 +63,8 @@ class Findings:
     slices: Sequence[Slice]
     """All that were looked at, the ones that are below first."""
     galleries: Galleries
-    spoilt: Sequence["Example"]
-    """Images as robustness was measured on them."""
+    robustness: "Robustness | None"
+    """None where it is not wanted."""
     curves: Mapping[str, Sequence[Mapping[str, float]]]
     """Epochs by run: pretrain, finetuned, scratch."""
     data: Sequence[DataRow]
@@ -110,8 +111,8 @@ def render(findings: Findings) -> str:
         weak=weak,
         shown_slices=weak[:MOST_SLICES] or findings.slices[:FEW_SLICES],
         galleries=findings.galleries,
-        robust=findings.metrics["robustness"],
-        spoilt=[spoilt(each) for each in findings.spoilt],
+        robust=findings.robustness.figures if findings.robustness else None,
+        spoilt=[spoilt(each) for each in findings.robustness.examples] if findings.robustness else [],
         fresh=findings.metrics["fresh"],
         splits=("train", "val", "test", "fresh"),
     )
@@ -225,7 +226,7 @@ def robustness_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every measured change as a row of reports/plots/robustness.csv, shares 0-1 with their intervals.
 
     Args:
-        figures: as `robustness` in reports/metrics.json.
+        figures: as `stages.evaluation.robustness.measure` describes them.
     """
     measured = [("clean", "", figures["clean"], "top1")]
     for name, each in figures["corruptions"].items():
