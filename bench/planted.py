@@ -57,8 +57,8 @@ def main() -> int:
     print(f"planted: {dark} known by day alone; named first: {named}")
     print(slices.head(5).to_string(index=False))
     found = suspects["key"].map(lambda key: Path(key).name in wrong)
-    print(f"\nof the first {LOOKED_AT} suspects {found[:LOOKED_AT].sum()} have a planted label; of {len(wrong)} planted "
-          f"{found.sum()} are among all {len(suspects)} suspects")  # fmt: skip
+    print(f"\n{found[:LOOKED_AT].sum()} of the first {LOOKED_AT} suspects have a planted label;")
+    print(f"of {len(wrong)} planted {found.sum()} are among all {len(suspects)} suspects")
     return 0
 
 

@@ -16,7 +16,7 @@ from stages.data.loading import Samples, evaluation_batches, read_samples
 from stages.data.sharding import write_shard_set
 from stages.evaluation import robustness
 from stages.evaluation.corruptions import CORRUPTIONS
-from stages.evaluation.inference import logits_and_features
+from stages.evaluation.inference import all_answers
 from stages.evaluation.intervals import wilson
 from stages.evaluation.robustness import figures, measure, moved, spread
 from stages.params import evaluate
@@ -142,9 +142,8 @@ def test_no_more_images_than_asked_for_are_shown(samples: Samples) -> None:
 def test_clean_top1_is_that_of_the_same_images_as_all_figures_see_them(samples: Samples) -> None:
     model = untrained()
     chosen = samples.at(spread(samples.label, 40, SETTINGS.seed))
-    logits = logits_and_features(
-        chosen, {"it": model}, {}, image_size=SIZE, resize=RESIZE, batch_size=7, compute=COMPUTE
-    )["it"]
+    asked_once = all_answers(chosen, {"it": model}, image_size=SIZE, resize=RESIZE, batch_size=7, compute=COMPUTE)
+    logits = asked_once["it"].logits
     hits = int((logits.argmax(1) == chosen.label).sum())
     low, high = wilson(hits, 40, 0.95)
     found = asked(model, samples, FEW.model_copy(update={"images": 40}))["clean"]
