@@ -71,7 +71,8 @@ def bca(draws: Float64, estimate: float, influence: Float64, confidence: float) 
     spread = (influence**2).sum() ** 1.5
     acceleration = (influence**3).sum() / (6 * spread) if spread > 0 else 0.0
     moved = shift + ndtri(np.array([(1 - confidence) / 2, (1 + confidence) / 2]))
-    low, high = np.quantile(draws, ndtr(shift + moved / (1 - acceleration * moved)))
+    # Of a handful of images with one far off, the end may lie beyond all draws.
+    low, high = np.quantile(draws, ndtr(shift + moved / np.maximum(1 - acceleration * moved, 1e-9)))
     return Interval(float(low), float(high))
 
 

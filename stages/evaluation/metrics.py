@@ -245,7 +245,7 @@ def debiased_ece(logits: Floats, labels: Int64, bins: int) -> float:
 
     It is not cut off at 0, which would be a bias again: below 0 it says that nothing is left but noise. A bin whose
     images are all right or all wrong, as one image is, has no noise to take off. It takes off about two fifths of the
-    bias of a perfectly calibrated model, and nearly all where a model is far from it.
+    bias of a perfectly calibrated model, and most of it where a model is far from it.
     """
     return debiased_calibration_error(reliability(logits, labels, bins))
 
