@@ -170,7 +170,8 @@ def take_again(
         # First, and set again last: a kill in between must not leave the new result beside the old opponent.
         tracking.delete_tag(version, IN_FORCE)
     with tempfile.TemporaryDirectory() as folder:
-        reviewing.write_verdict(review, Path(folder, own_folder(version.name)))
+        exports = reviewing.recorded_exports(version)
+        reviewing.write_verdict(review, Path(folder, own_folder(version.name)), exports)
         tracking.log_files(run, Path(folder))
     tracking.describe_version(version, with_verdict(version.description, review))
     tracking.set_tags(version, reviewing.verdict_tags(review.verdict))

@@ -26,6 +26,8 @@ MOST_CHANGED = 40
 """Images of each kind that review.html names."""
 SECOND_PART = "### This model\n"
 """Begins what stays of a card when the gate is taken again."""
+EXPORTS_BEGIN, EXPORTS_END = "<!-- exports -->", "<!-- end of exports -->"
+"""Around a section of review.html. Nothing that the page tells can look like them: its text is escaped."""
 CUT = "\n\nThere is more than fits here: see the run.\n"
 FIGURES = {
     "top1": ("top-1, %", 100, 1),
@@ -171,6 +173,21 @@ def render_review(review: Review) -> str:
         "most": MOST_CHANGED,
     }
     return _templates(None).get_template("review.html.j2").render(values)
+
+
+def with_exports(page: str, exports: Mapping[str, Any]) -> str:
+    """The same page review.html with its section `Exports` made anew, or added at its end; all else as it was.
+
+    Args:
+        exports: the figures of each format, as stages.export records them.
+    """
+    values = {"exports": exports, "begin": EXPORTS_BEGIN, "end": EXPORTS_END}
+    section = _templates(None).get_template("exports.html.j2").render(values)
+    before, begin, rest = page.partition(EXPORTS_BEGIN)
+    if begin:
+        return before + section + rest.partition(EXPORTS_END)[2]
+    before, _, after = page.rpartition("</body>")
+    return f"{before}{section}\n</body>{after}"
 
 
 # ----------------------------------------------------------------------------------------------- verdict, comparison

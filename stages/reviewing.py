@@ -27,6 +27,7 @@ DECISION = "gate.decision"
 """The tag that says the how-manyth decision on its test set a verdict was."""
 DECISIONS = "gate.decisions.{test_set}"
 """The tag of the registered model that says how many a test set has taken: versions may be deleted."""
+EXPORTS = "exports.json"
 LATENCY = "latency.median_ms"
 IN_FORCE = "gate.in_force"
 """The tag that says whom a verdict was taken against, by sha256 of the weights. Without it no verdict holds."""
@@ -204,12 +205,22 @@ def find_run(run_id: str) -> "Run | None":
         raise
 
 
-def write_verdict(review: "Review", folder: Path) -> None:
-    """gate.json and review.html."""
-    from stages.model_card import render_review
+def recorded_exports(version: tracking.Version) -> dict[str, Any]:
+    """By format, what stages.export has recorded with the version; a damaged record is as none, which is logged."""
+    try:
+        return recorded_json(version, f"{own_folder(version.name)}/{EXPORTS}") or {}
+    except ValueError as error:
+        logger.warning("warning: the exports recorded with version %d cannot be read: %s", version.number, error)
+        return {}
+
+
+def write_verdict(review: "Review", folder: Path, exports: Mapping[str, Any] | None = None) -> None:
+    """gate.json and review.html, with what is recorded of exports."""
+    from stages.model_card import render_review, with_exports
 
     write_json(folder / "gate.json", review.verdict.to_dict())
-    write_text(folder / "review.html", render_review(review))
+    page = render_review(review)
+    write_text(folder / "review.html", with_exports(page, exports) if exports else page)
 
 
 def verdict_tags(verdict: "Verdict") -> dict[str, str]:

@@ -65,15 +65,9 @@ def find(address: str) -> tracking.Version:
     parts = ADDRESS.fullmatch(address)
     if not parts:
         raise StageError(f"{address!r} is no registered model; expected models:/NAME@ALIAS or models:/NAME/VERSION")
-    database = Path(tracking.tracking_uri().removeprefix("sqlite:///"))
-    if tracking.tracking_uri().startswith("sqlite:///") and not database.exists():
-        raise StageError(f"there is no registry: {database} is missing. `make repro` makes it, in the repository root")
     name, alias, number = parts["name"], parts["alias"], parts["number"]
-    with tracking.reachable():
-        versions = tracking.versions(name)
+    versions = _versions(name)
     found = [each for each in versions if alias in each.aliases or str(each.number) == number]
-    if not versions:
-        raise StageError(f"MLflow at {tracking.tracking_uri()} has no version of a model called {name}")
     if not found:
         what = f"version {number}" if number else f"version with the alias {alias}"
         listed = ", ".join(" ".join([str(each.number), *(f"@{one}" for one in each.aliases)]) for each in versions[:10])
@@ -82,6 +76,28 @@ def find(address: str) -> tracking.Version:
             f"{name} has no {what}; it has {listed}{more}. One of them: models:/{name}/{versions[0].number}"
         )
     return found[0]
+
+
+def newest(name: str) -> tracking.Version:
+    """The newest version of a model whose registration was finished.
+
+    Raises:
+        StageError: there is none, or MLflow failed.
+    """
+    if found := [each for each in _versions(name) if each.sha256]:
+        return found[0]
+    raise StageError(f"no version of {name} was registered to the end (tag {tracking.SHA256}); `make repro` does it")
+
+
+def _versions(name: str) -> list[tracking.Version]:
+    database = Path(tracking.tracking_uri().removeprefix("sqlite:///"))
+    if tracking.tracking_uri().startswith("sqlite:///") and not database.exists():
+        raise StageError(f"there is no registry: {database} is missing. `make repro` makes it, in the repository root")
+    with tracking.reachable():
+        versions = tracking.versions(name)
+    if not versions:
+        raise StageError(f"MLflow at {tracking.tracking_uri()} has no version of a model called {name}")
+    return versions
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import yaml
 from tests.closure import ROOT, closure, code_deps, imports, locked, packages, sections
 
 STAGES = ["ingest", "scan", "validate", "shard", "pretrain", "finetune", "evaluate", "register"]
-COMMANDS = ["examine", "predict"]
+COMMANDS = ["examine", "export", "label_queue", "predict"]
 """That compute, outside the graph."""
 HEAVY = ["torch", "torchvision", "mlflow", "great_expectations", "nvidia.dali", "prefect"]
 # Packages that decide no byte of an output: an upgrade reruns nothing.
