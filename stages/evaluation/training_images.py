@@ -101,7 +101,7 @@ def suspects(found: TrainingImages, labels: Int64, classes: int) -> Int64:
     """Training images that look mislabelled, the most suspicious first: confident learning (Northcutt et al. 2021).
 
     A class's threshold is the mean probability that its own images get. An image is suspect whose label gets less than
-    its threshold while another class gets more than that one's. They are ranked by how much likelier the other is.
+    its threshold while another class gets more than that one's. They are ranked by how unlikely their label is.
 
     Args:
         labels: (N,) as given.
@@ -114,5 +114,5 @@ def suspects(found: TrainingImages, labels: Int64, classes: int) -> Int64:
         np.bincount(labels, found.own, minlength=classes), counts, out=np.full(classes, np.inf), where=counts > 0
     )
     suspect = (found.own < thresholds[labels]) & (found.other >= thresholds[found.suggested])
-    margin = np.round(found.other - found.own, 6)
-    return np.array(sorted(np.flatnonzero(suspect), key=lambda i: (-margin[i], i)), np.int64)
+    places = np.flatnonzero(suspect)
+    return places[np.argsort(np.round(found.own[places], 6), kind="stable")].astype(np.int64)
