@@ -23,6 +23,7 @@ LOCKED = $(shell cksum < requirements.lock) $(CURDIR)
 # Packages whose version decides the bytes of stages' outputs: stages/versions/*.txt are dependencies in dvc.yaml.
 DATA_PACKAGES := great-expectations|jinja2|markupsafe|numpy|opencv-python-headless|pandas|pillow|pyarrow|scipy|simplejpeg
 TRAINING_PACKAGES := numpy|nvidia-dali-cuda130|opencv-python-headless|safetensors|simplejpeg|torch|torchvision
+EVALUATION_PACKAGES := captum|matplotlib
 
 .PHONY: help
 help: ## this list
@@ -62,6 +63,7 @@ lock: uv ## requirements.lock from pyproject.toml, and stages/versions/ from the
 	@mkdir -p stages/versions
 	@grep -oE '^($(DATA_PACKAGES))==[^ ]+' requirements.lock > stages/versions/data.txt
 	@grep -oE '^($(TRAINING_PACKAGES))==[^ ]+' requirements.lock > stages/versions/training.txt
+	@grep -oE '^($(EVALUATION_PACKAGES))==[^ ]+' requirements.lock > stages/versions/evaluation.txt
 
 .PHONY: repro
 repro: setup ## everything that is not up to date, from images to a model under review (dvc repro)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ("stages", "pipelines", "tests", "bench")
+KINDS = ("data", "evaluation", "training")
+"""Of stages/versions/: packages whose versions decide bytes."""
 UNTRACKED = "stages/tracking.py"
 """Only observes, so no stage depends on it; neither do the imports that it makes."""
 
@@ -93,7 +95,7 @@ def versions(module: str) -> set[Path]:
     one of pandas the training.
     """
     needed, both = packages(module), locked("data") & locked("training")
-    kinds = [kind for kind in ("data", "training") if needed & (locked(kind) - both)]
+    kinds = [kind for kind in KINDS if needed & (locked(kind) - both)]
     if not kinds and needed & both:
         kinds = ["data"]
     return {Path(f"stages/versions/{kind}.txt") for kind in kinds}

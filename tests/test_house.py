@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pipelines import environment
-from tests.closure import DISTRIBUTIONS, ROOT, imports
+from tests.closure import DISTRIBUTIONS, KINDS, ROOT, imports
 
 BARE = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
 
@@ -99,7 +99,7 @@ def test_the_lock_is_of_pyproject_and_has_every_hash() -> None:
     assert "://" not in text_of(Path("requirements.lock"))
 
 
-@pytest.mark.parametrize("kind", ["data", "training"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_versions_that_stages_depend_on_are_the_locked_and_installed_ones(kind: str) -> None:
     for line in text_of(Path(f"stages/versions/{kind}.txt")).splitlines():
         name, version = line.split("==")
