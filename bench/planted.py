@@ -22,7 +22,7 @@ from bench.rounds import ROOT, machine
 from tests.workspace import Workspace
 
 NOISE = 0.03
-DARKER = 0.35
+DARKER = 0.15
 DELIVERED = 60
 """Images of each other class in the later delivery."""
 LOOKED_AT = 100

@@ -40,9 +40,9 @@ def main() -> int:
     options = parser.parse_args()
     here = machine()
     with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):
-        test, facts = _answers(options.images, options.classes)
-        _files(facts)
-        parts = _built(test, options.classes)
+        test, facts = answers(options.images, options.classes)
+        write_inputs(facts)
+        parts = built(test, [f"class {i:04d}" for i in range(options.classes)])
         size = Path("reports/report.html").stat().st_size
         if options.out:
             shutil.copytree("reports", options.out, dirs_exist_ok=True)
@@ -53,7 +53,7 @@ def main() -> int:
     return 0
 
 
-def _answers(images: int, classes: int) -> tuple[evaluate.Answers, pd.DataFrame]:
+def answers(images: int, classes: int) -> tuple[evaluate.Answers, pd.DataFrame]:
     """About 76 % right and overconfident; most mistakes within a group of ten classes."""
     rng = np.random.default_rng(1)
     labels = np.arange(images) % classes
@@ -76,7 +76,7 @@ def _answers(images: int, classes: int) -> tuple[evaluate.Answers, pd.DataFrame]
     return evaluate.Answers(samples, logits, before, before + 1), facts
 
 
-def _files(facts: pd.DataFrame) -> None:
+def write_inputs(facts: pd.DataFrame) -> None:
     """What evaluate reads besides the models' answers."""
     write_table(facts.reindex(columns=ACCEPTED.names), ACCEPTED, Path("data/accepted/finetune/made-up.parquet"))
     write_table(pd.DataFrame(columns=QUARANTINE.names), QUARANTINE, evaluate.QUARANTINE)
@@ -85,15 +85,16 @@ def _files(facts: pd.DataFrame) -> None:
         Path(path).write_text(json.dumps({}))
 
 
-def _built(test: evaluate.Answers, classes: int) -> dict[str, float]:
+def built(test: evaluate.Answers, classes: list[str]) -> dict[str, float]:
+    """Writes reports/ and says how many seconds each part took."""
     settings, parts = Evaluate(), {}
-    config: dict[str, Any] = {"classes": [f"class {i:04d}" for i in range(classes)], "architecture": "made-up"}
+    config: dict[str, Any] = {"classes": classes, "architecture": "made-up"}
     config |= {"image_size": SIDE, "resize": 256}
     train = test.samples
     nobody = np.empty(0, np.int64)
     seen = TrainingImages(np.empty((0, 0), np.float32), np.empty(0), np.empty(0), nobody, nobody)
     fresh = evaluate.Answers(test.samples.at([]), test.finetuned[:0])
-    shown = _galleries(test, config["classes"], settings)
+    shown = _galleries(test, classes, settings)
     found = evaluate.Found(test, fresh, seen, nobody, shown, None)
 
     @contextlib.contextmanager

@@ -81,7 +81,7 @@ def export(version: tracking.Version, form: str, out: Path, threads: int) -> dic
     path = out / f"model.{form}"
     with replaced_file(path) as aside:
         figures = _written(original, facts, form, aside, samples, threads)
-        write_json(path.with_name(f"{path.name}.json"), facts | {"sha256": figures["sha256"]})
+    write_json(path.with_name(f"{path.name}.json"), facts | {"sha256": figures["sha256"]})
     _record(version, run_of_version, form, path, figures)
     return figures
 

@@ -301,7 +301,9 @@ def _log_files(name: str, run: "Run", review: "Review", answered: Answered) -> N
         ):
             if path.exists():
                 shutil.copyfile(path, folder / path.name)
-        for path in (PREDICTIONS, *REPORTS.rglob("*.csv"), *REPORTS.rglob("*.json")):
+        parts, endings = (".", "plots", "pretrain", "finetune"), ("csv", "json")
+        made = [path for part in parts for ending in endings for path in (REPORTS / part).glob(f"*.{ending}")]
+        for path in (PREDICTIONS, *made):
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)

@@ -204,6 +204,10 @@ def test_no_galleries_but_their_neighbours_where_none_are_wanted(root: Path) -> 
     Path("params.yaml").write_text(params("gallery: 0, robustness: null"))
     evaluate.main()
     assert 'class="pair"' not in Path("reports/report.html").read_text()
+    Path("params.yaml").write_text(params("gallery: 0, robustness: {images: 5, corruptions: [], epsilons: []}"))
+    evaluate.main()
+    robustness = json.loads(Path("reports/metrics.json").read_text())["robustness"]
+    assert set(robustness) == {"images", "clean", "corruptions", "attacks", "consistency"}
 
 
 def test_without_a_model_from_scratch_its_figures_are_null(root: Path) -> None:

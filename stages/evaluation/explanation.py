@@ -1,7 +1,7 @@
 """Explanation: what in an image speaks for the answer that the model gave, as a heat map over the image.
 
 Grad-CAM (Selvaraju et al. 2017) by captum, on the last block whose map has a few places at least; of networks that end
-in tokens instead of maps (ViT), the gradient itself (Simonyan et al. 2014).
+in tokens instead of maps (ViT), the gradient times how far a pixel is from the mean (Shrikumar et al. 2016).
 """
 
 import copy
@@ -63,7 +63,10 @@ def heat_maps(
 
 
 def last_map(model: "Classifier", image: Tensor) -> nn.Module | None:
-    """The last block whose output is a map of at least 4 by 4 places; None of a network that ends in tokens."""
+    """The last block whose output is a map of at least 4 by 4 places.
+
+    None where what comes after it are tokens, (n, tokens, D), or has its channels last (Swin, on small images).
+    """
     seen: list[tuple[nn.Module, Tensor]] = []
 
     def note(module: nn.Module, _: object, output: object) -> None:
@@ -79,14 +82,16 @@ def last_map(model: "Classifier", image: Tensor) -> nn.Module | None:
     finally:
         for hook in hooks:
             hook.remove()
-    if any(output.ndim == 3 for _, output in seen):
-        return None
-    maps = [module for module, output in seen if _is_map(output) and not isinstance(module, nn.AdaptiveAvgPool2d)]
-    return maps[-1] if maps else None
+    for module, output in reversed(seen):
+        if _is_map(output) and not isinstance(module, nn.AdaptiveAvgPool2d):
+            return module
+        if output.ndim == 3 or (output.ndim == 4 and output.shape[2] != output.shape[3]):
+            return None
+    return None
 
 
 def _is_map(output: Tensor) -> bool:
-    """Square, as the images are; the blocks of Swin, which have their channels last, are not."""
+    """Square, as the images are."""
     return output.ndim == 4 and LEAST_PLACES <= output.shape[2] == output.shape[3]
 
 
@@ -96,7 +101,8 @@ def _attributed(model: "Classifier", layer: nn.Module | None, images: Tensor, ta
 
     inputs = images.float().requires_grad_()
     if layer is None:
-        heat = Saliency(model).attribute(inputs, target=target).amax(1, keepdim=True)
+        gradient = Saliency(model).attribute(inputs, target=target, abs=False)
+        heat = (gradient * (inputs - model.mean)).sum(1, keepdim=True).relu()
         heat = F.avg_pool2d(heat, kernel_size=5, stride=1, padding=2)  # single pixels are noise to the eye
     else:
         heat = LayerGradCam(model, layer).attribute(inputs, target=target, relu_attributions=True)

@@ -3,7 +3,7 @@
 One pass decodes each image once and shows it to every model, so that all are judged on the same pixels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -34,26 +34,31 @@ class Answer(NamedTuple):
 
 def all_answers(
     samples: Samples, models: Mapping[str, Classifier], *, image_size: int, resize: int, batch_size: int,
-    compute: Compute,
+    compute: Compute, featured: Collection[str] = (),
 ) -> dict[str, Answer]:  # fmt: skip
     """Every model's answers to all images, by name, in the order of `samples`.
 
     Args:
         models: on the device, in evaluation mode.
+        featured: whose features are kept; of the others they are (N, 0).
 
     Raises:
         StageError: a model gives what is not a number.
     """
-    batches = list(
-        answers(samples, models, image_size=image_size, resize=resize, batch_size=batch_size, compute=compute)
-    )
+    kept: dict[str, Answer] = {}
+    start = 0
+    for batch in answers(samples, models, image_size=image_size, resize=resize, batch_size=batch_size, compute=compute):
+        for name, (features, logits) in batch.items():
+            if name not in kept:
+                width = features.shape[1] if name in featured else 0
+                kept[name] = Answer(*(np.empty((len(samples), each), np.float32) for each in (width, logits.shape[1])))
+            rows = slice(start, start + len(logits))
+            kept[name].logits[rows] = logits
+            if name in featured:
+                kept[name].features[rows] = features
+        start += len(next(iter(batch.values())).logits)
     nothing = Answer(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
-    return {
-        name: Answer(*(np.concatenate(each) for each in zip(*(batch[name] for batch in batches), strict=True)))
-        if batches
-        else nothing
-        for name in models
-    }
+    return {name: kept.get(name, nothing) for name in models}
 
 
 def answers(

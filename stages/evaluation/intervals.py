@@ -150,6 +150,23 @@ def wilson(hits: ArrayLike, n: ArrayLike, confidence: float) -> tuple[Float64, F
     return low, high
 
 
+def newcombe(
+    hits: ArrayLike, n: ArrayLike, other_hits: ArrayLike, other_n: ArrayLike, confidence: float
+) -> tuple[Float64, Float64]:
+    """Of the difference of two proportions of different images (Newcombe 1998, method 10); arrays give arrays.
+
+    NaN where there are no images on either side.
+    """
+    (low, high), (other_low, other_high) = wilson(hits, n, confidence), wilson(other_hits, other_n, confidence)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.asarray(hits, dtype=np.float64) / np.asarray(n, dtype=np.float64)
+        other = np.asarray(other_hits, dtype=np.float64) / np.asarray(other_n, dtype=np.float64)
+    difference = share - other
+    return difference - np.hypot(share - low, other_high - other), difference + np.hypot(
+        high - share, other - other_low
+    )
+
+
 def effective_images(share: float, variance: float, images: float) -> float:
     """So many images would give a plain proportion this variance; at most `images`, and as many where nothing varies.
 

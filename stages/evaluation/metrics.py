@@ -308,14 +308,6 @@ def accuracy_at(curve: Selective, coverage: float) -> float:
     return float(curve.accuracy[kept - 1]) if kept else float("nan")
 
 
-def coverage_at(curve: Selective, accuracy: float) -> float:
-    """The largest share of the images that is answered with at least this accuracy: 0 where there is none."""
-    if not len(curve.coverage):
-        return float("nan")
-    reached = np.flatnonzero(curve.accuracy >= accuracy - 1e-12)  # which the sum of shares may miss
-    return float(curve.coverage[reached[-1]]) if len(reached) else 0.0
-
-
 def risk_coverage_area(curve: Selective) -> float:
     """AURC: mean error over every number of images kept, 0 (no error) to 1; NaN of no images (Geifman et al. 2019)."""
     return _mean(1 - curve.accuracy)

@@ -27,6 +27,7 @@ function describe(event) {
 }
 
 box.addEventListener("wheel", (event) => {
+  if (!event.ctrlKey && !event.metaKey) return; // the page scrolls
   event.preventDefault();
   const corner = box.getBoundingClientRect(), x = event.clientX - corner.left, y = event.clientY - corner.top;
   const wanted = Math.min(most, Math.max(1, scale * Math.exp(-event.deltaY / 400)));

@@ -17,8 +17,8 @@ from markupsafe import Markup, escape
 from stages.evaluation.confusion_map import confusion_map
 from stages.evaluation.galleries import Galleries
 from stages.evaluation.intervals import class_intervals
-from stages.evaluation.metrics import Int64, PerClass, Reliability, Selective, coverage_at, per_class
-from stages.evaluation.slices import Slice, below
+from stages.evaluation.metrics import Int64, PerClass, Reliability, Selective, per_class
+from stages.evaluation.slices import Slice, below, error_rate
 
 if TYPE_CHECKING:
     from stages.evaluation.robustness import Example
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 MOST_PAIRS = 12
 MOST_SLICES, FEW_SLICES = 20, 5
-WANTED = (0.95, 0.99)
-"""Accuracies of which it is said how many images may be answered for them."""
 MOST_CLASSES_AT_ONCE = 40
 """Longer tables of classes show the worst and fold the rest away."""
 MOST_CLASSES_IN_HEAT_MAP = 24
@@ -109,6 +107,7 @@ def render(findings: Findings) -> str:
         silent=silence(findings.selective),
         panels=curve_panels(findings.curves),
         weak=weak,
+        slice_level=error_rate(findings.settings["confidence"]),
         shown_slices=weak[:MOST_SLICES] or findings.slices[:FEW_SLICES],
         galleries=findings.galleries,
         robust=findings.robustness.figures if findings.robustness else None,
@@ -144,7 +143,7 @@ def class_rows(classes: Sequence[str], confusion: Int64, confidence: float) -> l
                 "times": int(wrong.max(initial=0)),
             }
         )  # fmt: skip
-    return sorted(rows, key=lambda row: (np.isnan(row["recall"]), row["recall"], row["name"]))
+    return sorted(rows, key=lambda row: (np.isnan(row["recall"]), row["recall"]))  # the first of equals, as in figures
 
 
 def confused_pairs(classes: Sequence[str], confusion: Int64) -> list[dict[str, Any]]:
@@ -194,18 +193,13 @@ def reliability_bars(curve: Reliability) -> list[dict[str, float]]:
 
 
 def silence(curve: Selective) -> dict[str, Any]:
-    """The curve in shares of its chart, and how much is answered for a wanted accuracy, from which confidence on."""
+    """The curve in shares of its chart."""
     rows = selective_rows(curve)
     least = min((row["accuracy"] for row in rows), default=0.0)
     bottom = np.floor(10 * least) / 10 if least < 1 else 0.9
     heights = [{"value": value, "height": (value - bottom) / (1 - bottom)} for value in ticks(bottom, 1, 5)]
     points = [(row["coverage"], (row["accuracy"] - bottom) / (1 - bottom)) for row in rows]
-    reached = []
-    for wanted in WANTED:
-        share = coverage_at(curve, wanted)
-        threshold = curve.confidence[max(round(share * len(curve.confidence)) - 1, 0)] if len(rows) else np.nan
-        reached.append((wanted, share, float(threshold)))
-    return {"ticks": heights, "points": points, "reached": reached}
+    return {"ticks": heights, "points": points}
 
 
 def selective_rows(curve: Selective) -> list[dict[str, float]]:
@@ -228,12 +222,15 @@ def robustness_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     Args:
         figures: as `stages.evaluation.robustness.measure` describes them.
     """
-    measured = [("clean", "", figures["clean"], "top1")]
+    measured = [("clean", "as they are", figures["clean"], "top1")]
     for name, each in figures["corruptions"].items():
-        measured += [(name, f"severity {severity}", top1, "top1") for severity, top1 in each["top1"].items()]
+        measured += [
+            ("corruption", f"{words(name)}, severity {severity}", top1, "top1")
+            for severity, top1 in each["top1"].items()
+        ]
     for method, by_epsilon in figures["attacks"].items():
-        measured += [(method, f"epsilon {epsilon}", top1, "top1") for epsilon, top1 in by_epsilon.items()]
-    measured += [("consistency", kind, each, "same") for kind, each in figures["consistency"].items()]
+        measured += [("attack", f"{method}, epsilon {epsilon}", top1, "top1") for epsilon, top1 in by_epsilon.items()]
+    measured += [("consistency", f"same after {kind}", each, "same") for kind, each in figures["consistency"].items()]
     return [
         {"kind": kind, "change": change, "top1": each[name], "low": each[f"{name}_low"], "high": each[f"{name}_high"]}
         for kind, change, each, name in measured
@@ -276,7 +273,7 @@ def _panel(
         for key in keys
     }
     every = [point for line in points.values() for point in line]
-    top = 1.0 if share else 1.05 * max((y for _, y in every), default=1.0)
+    top = 1.0 if share else 1.05 * max((y for _, y in every), default=1.0) or 1.0  # of one class the loss is 0
     last = max((x for x, _ in every), default=1)
     lines: list[dict[str, Any]] = [
         {"run": run, "key": key, "end": line[-1][1], "points": [((x - 1) / max(last - 1, 1), y / top) for x, y in line]}

@@ -206,7 +206,15 @@ class _Asked:
         images, labels = self._placed(self.images[standing]), self.labels[standing].to(self.compute.device)
         with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), self.compute.autocast():
             torch.manual_seed(_seed(self.seed, settings.method, *self.keys))
-            worst = attacked(self.model, images, labels, settings)
+            try:
+                worst = attacked(self.model, images, labels, settings)
+            except RuntimeError as error:
+                if "does not have a deterministic implementation" not in str(error):
+                    raise
+                raise StageError(
+                    "an attack needs a gradient that a GPU computes in one way today and in another tomorrow; set "
+                    "`evaluate.robustness.epsilons` to [], or `training.deterministic` to false"
+                ) from error
         left = standing.copy()
         left[standing] = self.classes(worst) == self.labels[standing].numpy()
         return left

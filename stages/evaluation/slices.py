@@ -2,7 +2,8 @@
 
 A model inherits what its training images had in common: a class seen only in daylight is known only in daylight. So
 accuracy is held against that of all other images, slice by slice, and within each class against that of its own
-others, since a hard class says nothing about light. Every slice that is looked at is paid for (Holm 1979).
+others, since a hard class says nothing about light. Every slice that is looked at is paid for, in p values (Holm 1979)
+and in intervals (Bonferroni), so that what is said of the first of them is true although it was picked.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom
 
-from stages.evaluation.intervals import holm, wilson
+from stages.evaluation.intervals import holm, newcombe, wilson
 from stages.evaluation.metrics import Bools, Float64, Int64
 
 BINS = 4
@@ -22,11 +23,13 @@ LEAST = 10
 """Images of the smallest slice that is looked at, and of the rest that it is held against: fewer tell nothing."""
 RARE = 0.5
 """Of the median class's training images: a class with fewer is rare; frequent is one with its double."""
+FREQUENCY = "class frequency"
+MOST_DIGITS = 9
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Accuracy of some images beside that of the others. Shares are 0-1."""
+    """Accuracy of some images beside that of the others. Shares are 0-1; intervals hold for all slices at once."""
 
     attribute: str
     value: str
@@ -43,79 +46,99 @@ class Slice:
     gap_low: float
     gap_high: float
     p: float
-    """Adjusted for all slices that were looked at; one-sided."""
+    """Adjusted; one-sided."""
+
+    @property
+    def name(self) -> str:
+        """In one line."""
+        return f"{self.attribute} {self.value}" + (f", {self.within}" if self.within else "")
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """What the images are parted by: names of the parts, and which each image is in, (N,)."""
+
+    name: str
+    values: Sequence[str]
+    index: Int64
 
 
 def slices(
     facts: pd.DataFrame, correct: Bools, labels: Int64, classes: Sequence[str], per_class: Int64, confidence: float
 ) -> list[Slice]:
-    """All slices looked at: those significantly below the rest first, of them those whose gap is surely the largest.
+    """All slices looked at: those below the rest first, of them those whose gap is at least the largest.
 
     Args:
         facts: rows of data/accepted, one of each scored image, in their order.
         correct: (N,) whether the answer is right.
         labels: (N,).
         per_class: (C,) training images of each class.
-        confidence: of intervals; a slice is significantly below where its adjusted p is under half of what this lacks
-            to 1, since only one side counts.
+        confidence: joint, of all intervals.
     """
-    members = _members(facts, labels, per_class)
-    found = [
-        _Counts(name, value, "", inside, ~inside)
-        for name, by_value in members.items()
-        for value, inside in by_value.items()
-    ]
-    for label, within in enumerate(classes):
-        own = labels == label
-        found += [
-            _Counts(name, value, within, inside & own, ~inside & own)
-            for name, by_value in members.items()
-            if name != FREQUENCY
-            for value, inside in by_value.items()
-        ]
-    looked_at = [each for each in found if each.inside.sum() >= LEAST and each.outside.sum() >= LEAST]
-    rows = _tested(looked_at, correct, confidence)
-    level = (1 - confidence) / 2
+    found: list[tuple[str, str, str]] = []
+    counts: list[Int64] = []
+    for attribute in _attributes(facts, labels, per_class):
+        images, hits = _tables(attribute, correct, labels, len(classes))
+        total, total_hits = images.sum(axis=0), hits.sum(axis=0)
+        for part in range(len(attribute.values)):
+            found.append((attribute.name, attribute.values[part], ""))
+            counts.append(np.array([total[part], total.sum(), total_hits[part], total_hits.sum()]))
+        of_class, of_class_hits = images.sum(axis=1), hits.sum(axis=1)
+        for label, part in np.argwhere(images) if attribute.name != FREQUENCY else ():
+            found.append((attribute.name, attribute.values[part], classes[label]))
+            counts.append(np.array([images[label, part], of_class[label], hits[label, part], of_class_hits[label]]))
+    inside, both, hits_inside, hits_both = np.array(counts, np.int64).reshape(-1, 4).T
+    kept = np.flatnonzero((inside >= LEAST) & (both - inside >= LEAST))
+    rows = _tested([found[i] for i in kept], inside[kept], both[kept], hits_inside[kept], hits_both[kept], confidence)
+    level = error_rate(confidence)
     return sorted(rows, key=lambda each: (each.p > level, each.gap_high if each.p <= level else each.p, each.gap))
+
+
+def error_rate(confidence: float) -> float:
+    """The adjusted p up to which a slice is below the rest: one side of what `confidence` lacks to 1."""
+    return (1 - confidence) / 2
 
 
 def below(rows: Sequence[Slice], confidence: float) -> list[Slice]:
     """Those significantly below the rest."""
-    return [each for each in rows if each.p <= (1 - confidence) / 2]
+    return [each for each in rows if each.p <= error_rate(confidence)]
 
 
-@dataclass(frozen=True)
-class _Counts:
-    attribute: str
-    value: str
-    within: str
-    inside: Bools
-    outside: Bools
+def figures(rows: Sequence[Slice], confidence: float) -> Mapping[str, float]:
+    """What reports/metrics.json holds: how many there are, and the one that is named first; NaN without any."""
+    first = rows[0] if rows else None
+    found: dict[str, float] = {"looked_at": len(rows), "below": len(below(rows, confidence))}
+    names = ("top1", "low", "high", "gap", "gap_low", "gap_high", "p")
+    return found | {f"worst_{name}": getattr(first, name) if first else np.nan for name in names}
 
 
-def _tested(found: Sequence[_Counts], correct: Bools, confidence: float) -> list[Slice]:
-    """With Wilson's intervals, Newcombe's of the difference (1998, method 10), and Fisher's exact test."""
-    images, others = (np.array([getattr(each, side).sum() for each in found], np.int64) for side in SIDES)
-    hits, other_hits = (np.array([(getattr(each, side) & correct).sum() for each in found], np.int64) for side in SIDES)
+def _tables(attribute: _Attribute, correct: Bools, labels: Int64, classes: int) -> tuple[Int64, Int64]:
+    """Images and hits of each class and part, (C, parts) each."""
+    parts = len(attribute.values)
+    cell = labels * parts + attribute.index
+    images = np.bincount(cell, minlength=classes * parts).reshape(classes, parts)
+    hits = np.bincount(cell[correct], minlength=classes * parts).reshape(classes, parts)
+    return images.astype(np.int64), hits.astype(np.int64)
+
+
+def _tested(
+    found: Sequence[tuple[str, str, str]], images: Int64, both: Int64, hits: Int64, hits_both: Int64, confidence: float
+) -> list[Slice]:
+    """With Wilson's intervals, Newcombe's of the difference, and Fisher's exact test."""
+    others, other_hits = both - images, hits_both - hits
+    joint = 1 - (1 - confidence) / max(len(found), 1)
+    low, high = wilson(hits, images, joint)
     top1, rest = hits / images, other_hits / others
-    low, high = wilson(hits, images, confidence)
-    rest_low, rest_high = wilson(other_hits, others, confidence)
-    gap_low = top1 - rest - np.hypot(top1 - low, rest_high - rest)
-    gap_high = top1 - rest + np.hypot(high - top1, rest - rest_low)
-    p = holm(hypergeom.cdf(hits, images + others, hits + other_hits, images))
+    gap_low, gap_high = newcombe(hits, images, other_hits, others, joint)
+    p = holm(hypergeom.cdf(hits, both, hits_both, images))
     columns = zip(images, top1, low, high, rest, top1 - rest, gap_low, gap_high, p, strict=True)
     return [
-        Slice(each.attribute, each.value, each.within, int(count), *map(float, figures))
-        for each, (count, *figures) in zip(found, columns, strict=True)
+        Slice(*names, int(count), *map(float, shares)) for names, (count, *shares) in zip(found, columns, strict=True)
     ]
 
 
-SIDES = ("inside", "outside")
-FREQUENCY = "class frequency"
-
-
-def _members(facts: pd.DataFrame, labels: Int64, per_class: Int64) -> dict[str, dict[str, Bools]]:
-    """Which images belong to which value of which attribute; attributes of one value alone are left out."""
+def _attributes(facts: pd.DataFrame, labels: Int64, per_class: Int64) -> Iterator[_Attribute]:
+    """Those by which the images differ."""
     width, height = (facts[side].to_numpy(np.float64) for side in ("width", "height"))
     measured: dict[str, tuple[Float64, str]] = {
         "size": (np.sqrt(width * height), "px"),
@@ -125,37 +148,35 @@ def _members(facts: pd.DataFrame, labels: Int64, per_class: Int64) -> dict[str, 
         # The facts hold no tables of quantisation; this is what they do to a file.
         "compression": (8 * facts["bytes"].to_numpy(np.float64) / (width * height), "bit a pixel"),
     }
-    members = {name: dict(_quarters(values, unit)) for name, (values, unit) in measured.items()}
+    for name, (values, unit) in measured.items():
+        yield from _quarters(name, values, unit)
     delivered = facts["batch"].where(facts["split"] == "test", facts["batch"] + " (fresh)")
-    for name, values in (("batch", delivered), ("format", facts["format"]), ("colour mode", facts["mode"])):
-        members[name] = {value: (values == value).to_numpy() for value in sorted(values.unique())}
-    usual = float(np.median(per_class))
-    share = per_class[labels] / max(usual, 1)
-    members[FREQUENCY] = {
-        f"rare (under {RARE:.0%} of the median class)": share < RARE,
-        "usual": (share >= RARE) & (share <= 1 / RARE),
-        f"frequent (over {1 / RARE:.0%} of it)": share > 1 / RARE,
-    }
-    return {name: by_value for name, by_value in members.items() if sum(each.any() for each in by_value.values()) > 1}
+    for name, kinds in (("batch", delivered), ("format", facts["format"]), ("colour mode", facts["mode"])):
+        present, index = np.unique(kinds.to_numpy(dtype=object).astype(str), return_inverse=True)
+        if len(present) > 1:
+            yield _Attribute(name, [str(each) for each in present], index.astype(np.int64))
+    share = per_class[labels] / max(float(np.median(per_class)), 1)
+    index = np.where(share < RARE, 0, np.where(share > 1 / RARE, 2, 1))
+    if len(np.unique(index)) > 1:
+        named = (f"rare (under {RARE:.0%} of the median class)", "usual", f"frequent (over {1 / RARE:.0%} of it)")
+        yield _Attribute(FREQUENCY, named, index.astype(np.int64))
 
 
-def _quarters(values: Float64, unit: str) -> Iterator[tuple[str, Bools]]:
-    """Bins of about equally many images, fewer where many have the same value; each open below, the first closed."""
+def _quarters(name: str, values: Float64, unit: str) -> Iterator[_Attribute]:
+    """Parts of about equally many images, fewer where many have the same value; each open below, the first closed."""
     edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1))) if len(values) else np.empty(0)
-    if len(edges) < 2:
+    if len(edges) < 3 or not np.isfinite(edges).all():
         return
     index = np.clip(np.searchsorted(edges, values, side="left") - 1, 0, len(edges) - 2)
-    for number, (low, high) in enumerate(pairwise(edges)):
-        yield f"{low:.3g} to {high:.3g} {unit}".strip(), index == number
+    shown = _distinct(edges)
+    parts = [f"{low} to {high} {unit}".strip() for low, high in pairwise(shown)]
+    yield _Attribute(name, parts, index.astype(np.int64))
 
 
-def figures(rows: Sequence[Slice], confidence: float) -> Mapping[str, float]:
-    """What reports/metrics.json holds of them; the worst is the one that is named first, NaN where none is below."""
-    weak = below(rows, confidence)
-    worst = weak[0] if weak else None
-    return {
-        "looked_at": len(rows),
-        "below": len(weak),
-        "worst_top1": worst.top1 if worst else np.nan,
-        "worst_gap": worst.gap if worst else np.nan,
-    }
+def _distinct(edges: Float64) -> list[str]:
+    """Numbers with as few digits as keep them apart, three at least."""
+    for digits in range(3, MOST_DIGITS):
+        shown = [np.format_float_positional(each, digits, unique=False, fractional=False, trim="-") for each in edges]
+        if len(set(shown)) == len(shown):
+            break
+    return shown

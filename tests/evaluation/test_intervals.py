@@ -18,6 +18,14 @@ def test_wilson_is_the_score_interval() -> None:
     assert np.isnan(intervals.wilson(0, 0, 0.95)).all()
 
 
+def test_newcombe_is_that_of_the_paper() -> None:
+    # Newcombe 1998, table II, (a) and (h): 56 of 70 against 48 of 80, and 10 of 10 against 0 of 10.
+    low, high = intervals.newcombe([56, 10], [70, 10], [48, 0], [80, 10], 0.95)
+    assert low == pytest.approx([0.0524, 0.6075], abs=5e-5)
+    assert high == pytest.approx([0.3339, 1.0], abs=5e-5)
+    assert np.isnan(intervals.newcombe(1, 2, 0, 0, 0.95)).all()
+
+
 def test_mcnemar_is_the_exact_binomial_test() -> None:
     rng = np.random.default_rng(1)
     for n, share in ((1, 0.5), (20, 0.5), (300, 0.4), (2000, 0.55)):

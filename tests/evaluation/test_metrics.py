@@ -255,13 +255,11 @@ def test_selective_accuracy(case: tuple[np.ndarray, np.ndarray]) -> None:
     assert again.accuracy == pytest.approx(found.accuracy, abs=1e-12)
 
 
-def test_accuracy_at_a_coverage_and_coverage_at_an_accuracy() -> None:
+def test_accuracy_at_a_coverage() -> None:
     confidence, correct = np.array([0.9, 0.5, 0.8, 0.6, 0.7]), np.array([True, False, True, False, True])
     curve = metrics.selective_curve(confidence, correct)
     assert curve.accuracy == _near([1, 1, 1, 3 / 4, 3 / 5])
     assert [metrics.accuracy_at(curve, share) for share in (0.2, 0.6, 0.61, 0.8, 1)] == [1, 1, 0.75, 0.75, 0.6]
-    assert [metrics.coverage_at(curve, share) for share in (1, 0.75, 0.7, 0.5)] == [0.6, 0.8, 0.8, 1]
-    assert metrics.coverage_at(metrics.selective_curve(confidence, ~np.ones(5, bool)), 0.1) == 0
     assert metrics.risk_coverage_area(curve) == _near((0 + 0 + 0 + 1 / 4 + 2 / 5) / 5)
 
 
@@ -278,7 +276,6 @@ def test_figures_of_no_images_are_not_defined() -> None:
         metrics.debiased_ece(logits, labels, 15),
         metrics.aurc(logits, labels),
         metrics.accuracy_at(metrics.selective_accuracy(logits, labels), 0.8),
-        metrics.coverage_at(metrics.selective_accuracy(logits, labels), 0.8),
     ]
     assert np.isnan(figures).all()
     assert metrics.worst_class(confusion) is None

@@ -2,14 +2,18 @@
 
 import base64
 import io
+import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from bench import report as made_up
 from stages.evaluation import report
 from stages.evaluation.confusion_map import clustered, confusion_map
-from stages.evaluation.metrics import confusion_matrix
+from stages.evaluation.metrics import confusion_matrix, worst_class
 
 
 def test_classes_come_weakest_first_with_what_they_were_taken_for() -> None:
@@ -81,3 +85,30 @@ def test_the_map_shows_every_cell_that_is_not_empty() -> None:
 @pytest.mark.parametrize("classes", [1, 2, 3])
 def test_few_classes_have_an_order(classes: int) -> None:
     assert sorted(clustered(np.eye(classes, dtype=np.int64))) == list(range(classes))
+
+
+def test_no_name_breaks_out_of_the_page_of_many_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"</script><script>alert({i})</script>&\"'" for i in range(30)]
+    test, facts = made_up.answers(900, 30)
+    made_up.write_inputs(facts)
+    made_up.built(test, names)
+    page = Path("reports/report.html").read_text()
+    assert page.count("<script") == 2 and "alert(1)" in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|url\(""", page)
+    found = re.search(r'<script type="application/json" id="confusion">(.*?)</script>', page, re.DOTALL)
+    assert found
+    shown = json.loads(found[1])
+    assert sorted(shown["names"]) == sorted(names)
+    assert sum(count for _, _, count in shown["cells"]) == 900
+
+
+def test_of_equally_weak_classes_the_first_is_the_worst_as_in_the_figures() -> None:
+    confusion = np.array([[1, 1, 0], [0, 9, 1], [10, 10, 20]])
+    rows = report.class_rows(["b", "c", "a"], confusion, 0.95)
+    assert rows[0]["name"] == ["b", "c", "a"][worst_class(confusion) or 0] == "b"
+
+
+def test_a_loss_of_zero_has_a_chart() -> None:
+    panels = report.curve_panels({"finetuned": [{"epoch": 1, "train_loss": 0.0, "val_loss": 0.0}]})
+    assert [panel["title"] for panel in panels] == ["Target: loss"]
