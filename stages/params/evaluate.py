@@ -16,7 +16,7 @@ CORRUPTIONS = (
 class Robustness(Section):
     """How the fine-tuned model bears spoilt, attacked and slightly moved images (docs/robustness.md)."""
 
-    images: Annotated[int, Field(ge=1)] = 80
+    images: Annotated[int, Field(ge=1)] = 60
     """Of test, at most; as many of each class as can be."""
     corruptions: list[str] = Field(default_factory=lambda: list(CORRUPTIONS))
     """Names, or `all`."""
