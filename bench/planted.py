@@ -26,6 +26,8 @@ DARKER = 0.15
 DELIVERED = 60
 """Images of each other class in the later delivery."""
 LOOKED_AT = 100
+FRESH = 0.999
+"""Of the later delivery: none of it is to train on, or darkness itself becomes known."""
 
 
 def main() -> int:
@@ -105,7 +107,7 @@ def _write(path: Path, content: bytes) -> None:
 def _params(preset: Path, epochs: int) -> dict[str, Any]:
     params: dict[str, Any] = yaml.safe_load(preset.read_text(encoding="utf-8"))
     params["batches"] = {name: {"role": "finetune", "source": name} for name in ("first", "second")}
-    params["split"] |= {"val_fraction": 0.0, "fresh_fraction": 0.9}
+    params["split"] |= {"val_fraction": 0.0, "fresh_fraction": FRESH}
     params["model"]["stem"] = "half"
     params["finetune"] |= {"epochs": epochs, "adversarial": None, "monitor": "train_loss"}
     return params
