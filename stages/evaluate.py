@@ -32,8 +32,10 @@ MODELS = Path("models")
 REPORTS = Path("reports")
 ACCEPTED = Path("data/accepted")
 QUARANTINE = Path("data/quarantine.parquet")
-MOST_SLICES = 100
-"""In reports/plots/slices.csv, which is committed: of a thousand classes there are thousands."""
+MOST_SLICES = 20
+"""In reports/plots/slices.csv: more cannot be read in a plot."""
+ROBUSTNESS = ["kind", "change", "top1", "low", "high", *(f"severity_{severity}" for severity in range(1, 6))]
+"""Columns of reports/plots/robustness.csv."""
 PER_CLASS = {
     "name": "class", "support": "support", "recall": "recall", "low": "recall_low", "high": "recall_high",
     "precision": "precision", "precision_low": "precision_low", "precision_high": "precision_high",
@@ -392,9 +394,7 @@ def _write_plots(test: Answers, findings: report.Findings) -> None:
         "selective": pd.DataFrame(
             report.selective_rows(findings.selective), columns=["coverage", "accuracy", "confidence"]
         ),
-        "robustness": pd.DataFrame(
-            report.robustness_rows(robust) if robust else [], columns=["kind", "change", "top1", "low", "high"]
-        ),
+        "robustness": pd.DataFrame(report.robustness_rows(robust) if robust else [], columns=ROBUSTNESS),
         "curves": epochs.reindex(columns=["run", "epoch", *sorted(set(epochs.columns) - {"run", "epoch"})]),
     }
     with replaced_directory(REPORTS / "plots") as aside:

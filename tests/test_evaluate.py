@@ -159,7 +159,7 @@ def test_metrics_are_those_of_the_predictions(root: Path) -> None:
     assert (suspects["label"] != suspects["suggested"]).all()
     assert found["robustness"]["images"] == 7
     assert set(found["robustness"]["corruptions"]) == {"fog", "jpeg_compression"}
-    assert found["slices"]["looked_at"] == len(pd.read_csv("reports/plots/slices.csv")) > 0
+    assert found["slices"]["looked_at"] >= len(pd.read_csv("reports/plots/slices.csv")) > 0
     assert (found["before"]["nll"], found["before"]["ece"]) == (None, None)
     assert found["scratch"]["ece"] is not None
     for name in ("before", "scratch"):

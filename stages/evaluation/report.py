@@ -217,24 +217,31 @@ def selective_rows(curve: Selective) -> list[dict[str, float]]:
 
 
 def robustness_rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every measured change as a row of reports/plots/robustness.csv, shares 0-1 with their intervals.
+    """Every kind of change as a row of reports/plots/robustness.csv, shares 0-1 with their intervals.
+
+    Of corruptions the mean over severities, and each severity in a column.
 
     Args:
         figures: as `stages.evaluation.robustness.measure` describes them.
     """
-    measured = [("clean", "as they are", figures["clean"], "top1")]
+    rows = [_change("clean", "as they are", figures["clean"], "top1")]
     for name, each in figures["corruptions"].items():
-        measured += [
-            ("corruption", f"{words(name)}, severity {severity}", top1, "top1")
-            for severity, top1 in each["top1"].items()
-        ]
+        mean = {"top1": 1 - each["error"], "low": 1 - each["error_high"], "high": 1 - each["error_low"]}
+        severities = {f"severity_{severity}": top1["top1"] for severity, top1 in each["top1"].items()}
+        rows.append({"kind": "corruption", "change": words(name)} | mean | severities)
     for method, by_epsilon in figures["attacks"].items():
-        measured += [("attack", f"{method}, epsilon {epsilon}", top1, "top1") for epsilon, top1 in by_epsilon.items()]
-    measured += [("consistency", f"same after {kind}", each, "same") for kind, each in figures["consistency"].items()]
-    return [
-        {"kind": kind, "change": change, "top1": each[name], "low": each[f"{name}_low"], "high": each[f"{name}_high"]}
-        for kind, change, each, name in measured
+        rows += [
+            _change("attack", f"{method}, epsilon {epsilon}", top1, "top1") for epsilon, top1 in by_epsilon.items()
+        ]
+    rows += [
+        _change("consistency", f"same after {kind}", each, "same") for kind, each in figures["consistency"].items()
     ]
+    return rows
+
+
+def _change(kind: str, change: str, figures: Mapping[str, float], name: str) -> dict[str, Any]:
+    ends = {"top1": figures[name], "low": figures[f"{name}_low"], "high": figures[f"{name}_high"]}
+    return {"kind": kind, "change": change} | ends
 
 
 def spoilt(example: "Example") -> dict[str, Any]:
