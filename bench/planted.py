@@ -3,7 +3,7 @@
 Of one class of `imagenette-dev` training and test see the brighter half; a later delivery brings the darker half, made
 darker still, with images of the other classes as they are. Besides, 3 % of the training images have a wrong label. The
 pipeline trains on that as on anything; then the slice should be named first, and wrong labels come first among the
-suspects. Trains for about ten minutes on two cores.
+suspects. Trains for about ten minutes on two idle cores.
 """
 
 import argparse
