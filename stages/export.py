@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import reviewing, scoring, tracking
+from stages.arguments import positive
 from stages.command import StageError, run
 from stages.files import replaced_file, sha256, write_json, write_text
 from stages.params.load import load_section
@@ -302,19 +303,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", required=True, choices=FORMATS, help="of the file")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--version", type=_positive, metavar="N", help="of `register.name`; default: the newest")
+    which.add_argument("--version", type=positive, metavar="N", help="of `register.name`; default: the newest")
     which.add_argument("--alias", metavar="NAME", help="the version that has it: serving, champion, challenger")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {OUT}/NAME/N, which git ignores")
     parser.add_argument(
-        "--threads", type=_positive, default=1, help="of the CPU while latency is measured (%(default)s)"
+        "--threads", type=positive, default=1, help="of the CPU while latency is measured (%(default)s)"
     )
     return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

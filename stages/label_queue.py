@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.arguments import positive
 from stages.command import StageError, run
 from stages.files import replaced_file, write_text
 from stages.params.evaluate import Evaluate
@@ -207,16 +208,10 @@ def _check_folder(out: Path) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("batch", metavar="BATCH", help="a batch of params.yaml, of either role")
-    parser.add_argument("--count", type=_positive, default=100, help="images asked for (%(default)s)")
+    parser.add_argument("--count", type=positive, default=100, help="images asked for (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {OUT}/BATCH, which git ignores")
-    parser.add_argument("--seed", type=_positive, default=1, help="of the draw among the candidates (%(default)s)")
+    parser.add_argument("--seed", type=positive, default=1, help="of the draw among the candidates (%(default)s)")
     return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

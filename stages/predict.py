@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from stages import scoring, tracking
+from stages.arguments import positive
 from stages.command import StageError, run
 from stages.files import replaced_file
 from stages.params.load import load_section
@@ -326,15 +327,9 @@ def _arguments() -> argparse.Namespace:
         "--model", help="models:/NAME@ALIAS or models:/NAME/VERSION; default: the one in force, of `register.name`"
     )
     parser.add_argument("--out", type=Path, default=OUT, help="a .csv or .parquet file (%(default)s)")
-    parser.add_argument("--top-k", type=_positive, default=5, help="classes for each image, best first (%(default)s)")
-    parser.add_argument("--batch-size", type=_positive, default=64, help="images asked about at once (%(default)s)")
+    parser.add_argument("--top-k", type=positive, default=5, help="classes for each image, best first (%(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images asked about at once (%(default)s)")
     return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return int(text)
 
 
 def load(address: str) -> Model:
