@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from stages.params.all import check_all
-from stages.params.load import ParamsError
+from stages.params.load import ParamsError, read_params
 from tests.workspace import ROOT
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
@@ -37,6 +37,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("model", {"stem": "tiny"}, "`model.stem`: input should be 'standard', 'half' or 'small'"),
     ("training", {"world_size": 3, "nodes": 2}, r"`world_size` \(3\) is no multiple of `nodes` \(2\)"),
     ("training", {"precision": "fp8"}, "`training.precision`: input should be 'auto', 'float32', 'bf16' or 'fp16'"),
+    ("evaluate", {"robustness": False}, "`evaluate.robustness`: should be keys with their values, or left out"),
     ("tune", {"metric": "test_top1"}, "`tune.metric`: input should be 'val_loss'"),
 ]
 
@@ -57,3 +58,16 @@ def test_pretraining_without_labels_needs_images_to_pretrain_on(tmp_path: Path) 
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     with pytest.raises(ParamsError, match=r"`pretrain\.method` is vicreg, but no batch has the role pretrain"):
         check_all(tmp_path / "params.yaml")
+
+
+def test_a_key_that_is_there_twice_is_an_error_that_says_where(tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    changed = text.replace("\ntraining:", "\nmodel: {architecture: resnet50, image_size: 64}\ntraining:")
+    (tmp_path / "params.yaml").write_text(changed, encoding="utf-8")
+    with pytest.raises(ParamsError, match=r"a key is there twice: first(.|\n)*then `model`(.|\n)*line \d+"):
+        check_all(tmp_path / "params.yaml")
+
+
+def test_merged_keys_of_yaml_may_be_overridden(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("a: &a {b: 1, c: 2}\nd: {<<: *a, b: 3}\n", encoding="utf-8")
+    assert read_params(tmp_path / "params.yaml")["d"] == {"b": 3, "c": 2}

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml.constructor import ConstructorError
 
 from stages.command import StageError
 
@@ -23,6 +24,27 @@ class ParamsError(StageError):
     """params.yaml is wrong; the message says where and what is expected."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes no key twice, of which PyYAML would silently keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As its parent.
+
+        Raises:
+            ConstructorError: a key is there twice.
+        """
+        seen: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue  # refused by its parent, or meant to be there more than once
+            first = seen.setdefault((key.tag, key.value), key)
+            if first is not key:
+                raise ConstructorError(
+                    "a key is there twice: first", first.start_mark, f"then `{key.value}`", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def params_path() -> Path:
     """params.yaml of the working directory, or the file that SYNSET_PARAMS names (a trial of a search)."""
     return Path(os.environ.get("SYNSET_PARAMS", "params.yaml"))
@@ -36,7 +58,7 @@ def read_params(path: Path | None = None) -> dict[str, Any]:
     """
     path = path or params_path()
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; run this from the repository root") from None
     except yaml.YAMLError as error:
@@ -76,6 +98,8 @@ def _explain(name: str, detail: Any, model: type[BaseModel]) -> str:
         return f"unknown key `{key}`" + (f" (known: {known})" if known else "")
     if detail["type"] == "missing":
         return f"`{key}` is missing"
+    if detail["type"] == "model_type":
+        return f"`{key}`: should be keys with their values, or left out, got {detail['input']!r}"
     message = detail["msg"].removeprefix("Value error, ")
     # What is wrong of several keys together says which; the whole section would only hide it.
     found = "" if isinstance(detail["input"], dict) else f", got {detail['input']!r}"
