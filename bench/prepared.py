@@ -65,8 +65,8 @@ class Trials:
         (work / "checkout").mkdir()
         self.workspace = Workspace(work / "checkout", SYNSET_INCOMING=str(self.incoming))
 
-    def trained(self, params: dict[str, Any]) -> Path:
-        """Brings the stages before it up to date and trains; the folder of the model.
+    def prepare(self, params: dict[str, Any]) -> None:
+        """Brings the stages before fine-tuning up to date.
 
         Raises:
             SystemExit: a stage failed, with its words.
@@ -74,6 +74,14 @@ class Trials:
         self.workspace.write_params(params)
         self._run("dvc", "repro", "--quiet", "pretrain")
         self._run("dvc", "repro", "--quiet", "shard")
+
+    def trained(self, params: dict[str, Any]) -> Path:
+        """Prepares and trains; the folder of the model.
+
+        Raises:
+            SystemExit: a stage failed, with its words.
+        """
+        self.prepare(params)
         trial = self.workspace.root / "trial"
         shutil.rmtree(trial, ignore_errors=True)
         trial.mkdir()
@@ -86,6 +94,21 @@ class Trials:
 
         indexes = sorted((self.workspace.root / "data/shards/finetune").glob("*/index.json"))
         return read_samples([index.parent for index in indexes], "test")
+
+    def hits(self, trained: Path, params: dict[str, Any]) -> tuple[int, int]:
+        """How many test images the model in the folder `trained` recognises, and of how many."""
+        from stages.evaluation.inference import all_answers
+        from stages.params.training import Training
+        from stages.training.devices import set_up
+        from stages.training.models import load_classifier
+
+        compute, test = set_up(Training(**params["training"])), self.test()
+        model, config = load_classifier(trained)
+        compute.place(model).eval()
+        logits = all_answers(
+            test, {"": model}, image_size=config["image_size"], resize=config["resize"], batch_size=128, compute=compute
+        )[""].logits
+        return int((logits.argmax(1) == np.asarray(test.label)).sum()), len(test)
 
     def _run(self, *command: str) -> None:
         ended = self.workspace.run(*command)

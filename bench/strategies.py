@@ -140,28 +140,20 @@ class _Study:
 
     def _measured(self, trained: Path) -> Trained:
         import mlflow
-        import numpy as np
 
-        from stages.evaluation.inference import all_answers
-        from stages.params.training import Training
-        from stages.training.devices import set_up
-        from stages.training.models import load_classifier
-
-        compute, test = set_up(Training(**self.params["training"])), self.trials.test()
-        model, config = load_classifier(trained)
-        compute.place(model).eval()
-        logits = all_answers(
-            test, {"": model}, image_size=config["image_size"], resize=config["resize"], batch_size=128, compute=compute
-        )[""].logits
+        hits, images = self.trials.hits(trained, self.params)
         mlflow.set_tracking_uri(f"sqlite:///{self.trials.workspace.root / 'mlflow.db'}")
         (run,) = mlflow.search_runs(experiment_names=["synset/tune"], max_results=1, output_format="list")
         facts, client = run.data.metrics, mlflow.MlflowClient()
         seconds = [point.value for point in client.get_metric_history(run.info.run_id, "seconds")]
         return Trained(
-            hits=int((logits.argmax(1) == np.asarray(test.label)).sum()), images=len(test),
-            parameters=int(facts["trainable_parameters"]), share=facts["trainable_share"], seconds=mean(seconds),
+            hits=hits,
+            images=images,
+            parameters=int(facts["trainable_parameters"]),
+            share=facts["trainable_share"],
+            seconds=mean(seconds),
             memory_mb=facts["peak_memory_mb"],
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":
