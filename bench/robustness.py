@@ -29,7 +29,7 @@ def main() -> int:
     if not params["finetune"].get("adversarial"):
         parser.error(f"{options.params}: the section finetune has no `adversarial`")
     plain = json.loads(json.dumps(params))
-    plain["finetune"]["adversarial"] = None
+    plain["finetune"] |= {"adversarial": None, "monitor": "val_loss"}  # robust top-1 is measured with attacks alone
     here = machine()
     epsilon = params["finetune"]["adversarial"]["epsilon"]
     print(f"{here['cpu']}, {here['cores']} cores\n")

@@ -76,8 +76,10 @@ def main() -> int:
         study = _Study(params, options.incoming, options.work or Path(temporary) / "work")
         for labels in options.labels:
             for start, strategy in _rows(backbones, options):
-                pretrain = backbones.get(start, {"method": "none", "seed": 1})
-                found = [study.trained(labels, pretrain, strategy, seed + 1) for seed in range(options.seeds)]
+                found = [
+                    study.trained(labels, backbones.get(start, {"method": "none", "seed": seed}), strategy, seed)
+                    for seed in range(1, options.seeds + 1)
+                ]
                 print(f"| {labels} | {start} | {strategy} | {_cells(found)} |", flush=True)
     return 0
 

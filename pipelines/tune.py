@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 FOLDER = Path(".synset/tune")
 COMMAND = (sys.executable, "-m", "stages.finetune", "--trial")
+FLOAT = "tag:yaml.org,2002:float"
 FAILURES = 3
 """Trials that fail one after the other, before any has ended well, stop the search: it would go on for ever."""
 
@@ -135,16 +136,25 @@ def _put(params: dict[str, Any], values: Mapping[str, Any]) -> None:
             if section.get(part) is None:  # `adversarial: null`
                 section[part] = {}
             section = section[part]
+            if not isinstance(section, dict):
+                raise ParamsError(f"`tune.space`: `{key}` cannot be searched: `{part}` has no keys, it is {section!r}")
         section[last] = value
 
 
 def _fingerprint(params: dict[str, Any], tune: Tune) -> str:
     """Of what decides a trial's figure but what is searched: data, backbone, code, sections, the space, the metric."""
     fixed = _with(params, dict.fromkeys(tune.space))
-    parts: dict[str, Any] = {name: fixed[name] for name in SEARCHED}
+    parts: dict[str, Any] = {name: fixed[name] for name in SEARCHED} | {"machine": _machine(params)}
     parts |= {"space": tune.model_dump()["space"], "metric": tune.metric, "seed": tune.seed, "prune": tune.prune_after}
     parts |= {"files": {path.as_posix(): sha256(path) for path in _files_of_finetune()}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _machine(params: dict[str, Any]) -> str:
+    """The kind that decides bytes: no trial goes on from another kind's checkpoint, nor is held against its figures."""
+    from stages.training.devices import set_up
+
+    return set_up(check("training", params["training"], Training)).kind
 
 
 def _files_of_finetune() -> list[Path]:
@@ -152,7 +162,8 @@ def _files_of_finetune() -> list[Path]:
     dependencies = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]["finetune"]["deps"]
     files: list[Path] = []
     for path in map(Path, dependencies):
-        found = [path] if path.is_file() else sorted(each for each in path.rglob("*.*") if each.suffix != ".tar")
+        indexes = "*/index.json" if path.as_posix().startswith("data/shards/") else "*.*"
+        found = [path] if path.is_file() else sorted(path.rglob(indexes))
         if not found:
             raise StageError(f"{path} is missing; `dvc repro pretrain shard` makes what a trial starts from")
         files += found
@@ -386,11 +397,17 @@ def _rewritten(text: str, values: Mapping[str, Any]) -> str:
     keeping.preserve_quotes, keeping.width = True, 200
     null = "tag:yaml.org,2002:null"
     keeping.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar(null, "null"))
+    keeping.representer.add_representer(float, lambda writer, each: writer.represent_scalar(FLOAT, _written(each)))
     changed = keeping.load(text)
     _put(changed, values)
     written = io.StringIO()
     keeping.dump(changed, written)
     return written.getvalue()
+
+
+def _written(value: float) -> str:
+    """A number as all YAML readers take it: ruamel's `1e-05` is a string to PyYAML."""
+    return yaml.safe_dump(value).split("\n")[0]
 
 
 def _draw(study: "Study", folder: Path) -> None:

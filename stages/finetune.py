@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,7 @@ def _both(finetune: Finetune, model: Model, training: Training) -> None:
     config = _config(model)
     work = training_work("finetune", compute.kind, training)
     with training_run("finetune", _params(finetune, model, training), work.tags, resumed=work.resumed) as tracked:
-        task = _Task(finetune, model, config, compute, tracked)
+        task = _Task(finetune, model, config, compute, tracked, work.prune)
         curves = {"finetuned": task.trained("finetuned", work.folder, FINETUNED)}
         if finetune.scratch:
             curves["scratch"] = task.trained("scratch", work.folder, SCRATCH)
@@ -78,7 +78,7 @@ def _both(finetune: Finetune, model: Model, training: Training) -> None:
             tracked.log_artifacts(REPORTS)
     wait_for_first()
     if is_first():
-        shutil.rmtree(work.folder)
+        work.remove()
 
 
 def _trial(folder: Path, finetune: Finetune, model: Model, training: Training) -> None:
@@ -92,7 +92,8 @@ def _trial(folder: Path, finetune: Finetune, model: Model, training: Training) -
     tags = {"trial": folder.name, "machine": compute.kind, "fingerprint": str(folder.absolute())}
     resumed = (folder / "finetuned").is_dir()
     with training_run("tune", _params(finetune, model, training), tags, resumed=resumed) as tracked:
-        curve = _Task(finetune, model, _config(model), compute, tracked).trained("finetuned", folder, folder / "model")
+        task = _Task(finetune, model, _config(model), compute, tracked)
+        curve = task.trained("finetuned", folder, folder / "model")
     if is_first():
         write_json(folder / "metrics.json", {"epochs": curve})
 
@@ -101,9 +102,11 @@ class _Task:
     """Training for the target's classes, from either start."""
 
     def __init__(
-        self, finetune: Finetune, model: Model, config: dict[str, Any], compute: "Compute", tracked: "TrainingRun"
-    ) -> None:
+        self, finetune: Finetune, model: Model, config: dict[str, Any], compute: "Compute", tracked: "TrainingRun",
+        on_epoch: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.finetune, self.model, self.config, self.compute, self.tracked = finetune, model, config, compute, tracked
+        self.on_epoch = on_epoch
         sets = list(shard_sets("finetune"))
         check_resize(sets, model.image_size)
         self.train, self.val = read_samples(sets, "train"), read_samples(sets, "val")
@@ -128,6 +131,10 @@ class _Task:
         def log(metrics: "Metrics", epoch: int) -> None:
             self.tracked.log({prefix + key: value for key, value in metrics.items()}, epoch)
 
+        def end_epoch(metrics: "Metrics", epoch: int) -> None:
+            log(metrics, epoch)
+            self.on_epoch()
+
         start, groups = self._start(name)
         count, share = trainable(start)
         log({"trainable_parameters": count, "trainable_share": share}, 0)
@@ -135,7 +142,16 @@ class _Task:
         objective = Supervised(start, self.finetune, looking, self.compute)
         feed = crops(self.train, self.finetune, self.compute)
         curve = fit(
-            start, groups, feed, objective, self.finetune, self.model.image_size, self.compute, work / name, log, name
+            start,
+            groups,
+            feed,
+            objective,
+            self.finetune,
+            self.model.image_size,
+            self.compute,
+            work / name,
+            end_epoch,
+            name,
         )
         merge(start)
         if is_first():
@@ -145,12 +161,13 @@ class _Task:
     def _start(self, name: str) -> "tuple[Classifier, Groups]":
         """The network before its first step, and what of it is trained."""
         from stages.training.blocks import every_weight
+        from stages.training.loop import sizes
         from stages.training.models import build, check_takes, copy_backbone, load_classifier
         from stages.training.regularisation import regularise
         from stages.training.strategies import STRATEGIES
 
         start = build(self.config, self.finetune.seed, self.model.auxiliary_heads)
-        for size in {self.model.image_size, self.finetune.smallest(self.model.image_size)}:
+        for size in sizes(self.finetune, self.model.image_size):
             check_takes(start, size)
         if name == "scratch":
             groups = every_weight(start, self.finetune.lr)

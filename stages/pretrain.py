@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from stages.command import StageError, run
 from stages.data.loading import Samples, read_samples
 from stages.data.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
 from stages.files import sha256, write_json
+from stages.fingerprint import prune, work_folder
 from stages.params.load import load_section
 from stages.params.model import Model
 from stages.params.pretrain import Pretrain
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stages.training.devices import Compute
     from stages.training.feeding import Feed
     from stages.training.models import Classifier
-    from stages.training.objectives import Objective
+    from stages.training.objectives import Metrics, Objective
 
 logger = logging.getLogger(__name__)
 BACKBONE = Path("models/backbone")
@@ -53,6 +53,7 @@ def _untrained(pretrain: Pretrain, model: Model) -> None:
     config |= {"resize": model.image_size, **(_expected(pretrain, model) or IMAGENET)}
     save_classifier(_start(pretrain, model, config), config, BACKBONE)
     write_json(REPORTS / "metrics.json", {"epochs": []})
+    prune(work_folder("pretrain", ""), keep=Path())  # whatever training had begun before
     logger.info("pretrain: %s (`pretrain.method` is none)", pretrain.weights or "a random backbone")
 
 
@@ -82,8 +83,13 @@ def _trained(pretrain: Pretrain, model: Model, training: Training) -> None:
         groups = every_weight(backbone, pretrain.lr)
         count, share = trainable(backbone)
         tracked.log({"trainable_parameters": count, "trainable_share": share}, 0)
+
+        def end_epoch(metrics: "Metrics", epoch: int) -> None:
+            tracked.log(metrics, epoch)
+            work.prune()
+
         curve = fit(
-            backbone, groups, feed, objective, pretrain, model.image_size, compute, work.folder, tracked.log, "pretrain"
+            backbone, groups, feed, objective, pretrain, model.image_size, compute, work.folder, end_epoch, "pretrain"
         )
         if is_first():
             _without_projector(backbone, objective, config, pretrain)
@@ -93,7 +99,7 @@ def _trained(pretrain: Pretrain, model: Model, training: Training) -> None:
             tracked.log_artifacts(REPORTS)
     wait_for_first()
     if is_first():
-        shutil.rmtree(work.folder)
+        work.remove()
 
 
 def _weights_file(pretrain: Pretrain) -> str:
@@ -104,6 +110,7 @@ def _weights_file(pretrain: Pretrain) -> str:
 
 def _start(pretrain: Pretrain, model: Model, config: dict[str, Any]) -> "Classifier":
     """The network before its first step, known to take the images."""
+    from stages.training.loop import sizes
     from stages.training.models import build, check_takes
     from stages.training.weights import start_from
 
@@ -111,7 +118,7 @@ def _start(pretrain: Pretrain, model: Model, config: dict[str, Any]) -> "Classif
     backbone = build(config, pretrain.seed, auxiliary)
     if pretrain.weights:
         start_from(backbone, model.architecture, pretrain.weights)
-    for size in {model.image_size, pretrain.smallest(model.image_size)}:
+    for size in sizes(pretrain, model.image_size):
         check_takes(backbone, size)
     return backbone
 

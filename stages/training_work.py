@@ -38,9 +38,20 @@ class TrainingWork:
         """For the report: nothing, unless the result has the bytes of no undisturbed run."""
         return {"inexact_world_sizes": list(self.world_sizes)} if len(self.world_sizes) > 1 else {}
 
+    def prune(self) -> None:
+        """Removes work of other parameters, now that training with these has got somewhere.
+
+        Not before: a mistyped parameter that ends in a message must not cost the checkpoint of the right ones.
+        """
+        prune(self.folder.parent, keep=self.folder)
+
+    def remove(self) -> None:
+        """All is done."""
+        prune(self.folder.parent, keep=Path())
+
 
 def training_work(stage: str, machine: str, training: Training, source: str = "") -> TrainingWork:
-    """The work folder of `stage` as it is configured now, made by process 0; other work in progress is removed.
+    """The work folder of `stage` as it is configured now, made by process 0.
 
     Args:
         machine: the kind of machine that decides bytes.
@@ -60,7 +71,6 @@ def training_work(stage: str, machine: str, training: Training, source: str = ""
                 logger.warning(
                     "warning: %s goes on from a checkpoint of another world size: its bytes are its own", stage
                 )
-        prune(folder.parent, keep=folder)
         sizes = _world_sizes(folder)
         if sizes[-1:] != [training.world_size]:
             write_json(folder / "lineage.json", {"lineage": lineage, "world_sizes": [*sizes, training.world_size]})

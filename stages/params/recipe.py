@@ -13,7 +13,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 LOWER_IS_BETTER = ("train_loss", "val_loss")
-Monitor = Literal["train_loss", "val_loss", "val_top1", "val_robust_top1", "knn_top1"]
+Monitor = Literal["train_loss", "train_top1", "val_loss", "val_top1", "val_robust_top1", "knn_top1"]
 
 
 class Adversarial(Section):
@@ -40,7 +40,8 @@ class Recipe(Section):
     batch_size: Annotated[int, Field(ge=4)] = 64
     """Images a step, over all processes."""
     accumulate: Count = 1
-    """In so many parts, one after the other, each batch is computed, to fit into memory. Batch norms see a part."""
+    """In so many parts, one after the other, each batch is computed, to fit into memory. Batch norms see a part, and
+    so do the losses of self-supervision, which compare images of a batch."""
     optimiser: Literal["sgd", "adamw", "muon"] = "sgd"
     """`sgd` with Nesterov momentum; `adamw`; `muon`: matrices and convolutions by Muon, the rest by SGD."""
     lr: Positive = 0.1
@@ -88,7 +89,8 @@ class Recipe(Section):
     clip_norm: Positive | None = None
     """The most that the norm of all gradients may be."""
     start_size: Annotated[int, Field(ge=16, le=1024)] | None = None
-    """Progressive resizing: the size in pixels of the first epochs' crops, growing evenly up to `end_size`."""
+    """Progressive resizing: the size in pixels of the first epochs' crops, growing evenly up to `end_size`, in
+    multiples of 8."""
     full_size_from: Share = 0.6
     """From this share of the epochs on, progressive resizing is at its end."""
     end_size: Annotated[int, Field(ge=16, le=1024)] | None = None
@@ -122,10 +124,6 @@ class Recipe(Section):
         if self.monitor == "val_robust_top1" and not self.adversarial:
             raise ValueError("`monitor: val_robust_top1` needs `adversarial`")
         return self
-
-    def smallest(self, image_size: int) -> int:
-        """The smallest side in pixels of any image that the network is shown."""
-        return min(self.start_size or image_size, self.end_size or image_size, image_size)
 
     def better(self, one: float, other: float) -> bool:
         """Whether `one` is a better value of `monitor` than `other`."""

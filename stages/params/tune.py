@@ -18,7 +18,7 @@ class Distribution(Section):
     high: Number | None = None
     log: bool = False
     """Each order of magnitude as likely as the next; for rates."""
-    step: Number | None = None
+    step: Annotated[Number, Field(gt=0)] | None = None
     """Only low, low + step, ...; whole numbers at both ends give whole numbers."""
     choices: list[Any] | None = None
 

@@ -41,6 +41,8 @@ CHECKPOINT_STEPS = "SYNSET_CHECKPOINT_STEPS"
 """Steps between two checkpoints. Not a parameter: it never changes bytes, so it must not make DVC run again."""
 LOOK_AT_LOSS_EVERY = 50
 """Steps on a GPU: reading a loss back makes it wait."""
+COMPILED_SHAPES = 256
+"""At most: batches of two sizes, crops of some ten, in training, under attack and on val."""
 SIZE_STEP = 8
 """Progressive resizing grows by so many pixels at least."""
 
@@ -126,6 +128,7 @@ def fit(
         keeper = _Keeper(state, work, signals, name)
         while not _finished(state.curve, recipe):
             _epoch(state, forward, feed, recipe, image_size, compute, keeper, on_epoch)
+        keeper.stop_if_asked()  # while the last epoch was written down
     final = state.best if state.best is not None else state.kept.net.state_dict()
     take_weights(model.net, final)
     model.eval()
@@ -147,6 +150,11 @@ def size_in(epoch: int, recipe: Recipe, image_size: int) -> int:
     return min(math.ceil(grown / SIZE_STEP) * SIZE_STEP, end)
 
 
+def sizes(recipe: Recipe, image_size: int) -> list[int]:
+    """Sides in pixels of all images that the network is shown."""
+    return sorted({image_size, *(size_in(epoch, recipe, image_size) for epoch in range(1, recipe.epochs + 1))})
+
+
 def _check(feed: Feed, objective: Objective, recipe: Recipe, image_size: int, name: str) -> None:
     if not feed.images:
         raise StageError(f"{name}: there is no training image that it could learn from")
@@ -165,10 +173,11 @@ def _check(feed: Feed, objective: Objective, recipe: Recipe, image_size: int, na
             f"{name}: `start_size` is {recipe.start_size}, more than `model.image_size` ({image_size}), which it is to "
             "grow to; lower it"
         )
-    if recipe.patience and recipe.monitor not in ("train_loss", *objective.watched):
+    measured = ["train_loss", *(["train_top1"] if objective.recognises else []), *objective.watched]
+    if recipe.patience and recipe.monitor not in measured:
         raise StageError(
-            f"{name}: `patience` watches `{recipe.monitor}`, which is not measured here (val has no images for it); "
-            "set `patience` to null, choose another `monitor`, or raise `split.val_fraction`"
+            f"{name}: `patience` watches `{recipe.monitor}`, which is not measured here (only {', '.join(measured)}); "
+            "set `patience` to null, choose another `monitor`, or raise `split.val_fraction` if val has no images"
         )
 
 
@@ -176,7 +185,7 @@ def _begin(
     model: Classifier, groups: list[tuple[list[nn.Parameter], float]], feed: Feed, objective: Objective, recipe: Recipe,
     compute: Compute,
 ) -> State:  # fmt: skip
-    chosen = optimiser(groups, recipe, compute.dtype)
+    chosen = optimiser(groups, recipe, compute.dtype, model)
     return State(
         model=model,
         optimiser=chosen,
@@ -197,7 +206,9 @@ def _parallel(model: Classifier, compute: Compute) -> nn.Module:
             model, device_ids=[torch.cuda.current_device()] if compute.on_gpu else None, find_unused_parameters=True
         )
     if compute.compile:
-        # One kernel a shape, whichever of an epoch's two batch sizes comes first after a checkpoint.
+        # One kernel a shape, whichever of an epoch's two batch sizes comes first after a checkpoint. Beyond the limit,
+        # which is 8 by default, the rest would silently not be compiled, and other shapes after a checkpoint.
+        torch._dynamo.config.recompile_limit = COMPILED_SHAPES
         forward.compile(dynamic=False)
     return forward
 
@@ -282,11 +293,24 @@ def _train(
         state.step += 1
         if keeper.due():
             losses.check()
+            _check_weights(state, rate, keeper)
             state.loss, state.hits = sums.tolist()
             keeper.save()
             keeper.stop_if_asked()
     losses.check()
+    _check_weights(state, rate, keeper)
     state.loss, state.hits = sums.tolist()
+
+
+def _check_weights(state: State, rate: float, keeper: "_Keeper") -> None:
+    """Stops before weights are kept that a step has broken whose own loss was finite."""
+    values = [each for each in state.model.net.state_dict().values() if each.is_floating_point()]
+    if not torch.stack([each.isfinite().all() for each in values]).all():
+        raise StageError(
+            f"{keeper.name}: weights are not finite after step {state.step} of epoch {state.epoch}, at a learning rate "
+            f"of {rate:g}, and no loss would be; lower `lr`, lengthen `warmup`, or set `clip_norm`. "
+            f"{keeper.last_good()}"
+        )
 
 
 def _batch_size(state: State, feed: Feed, steps: int) -> int:
@@ -410,7 +434,7 @@ class _Keeper:
         path = _checkpoint(self.work)
         if not path.is_file():
             return "No checkpoint had been written yet"
-        return f"The last good checkpoint stays in {path} until training begins with other parameters"
+        return f"The last good checkpoint stays in {path} until an epoch is trained with other parameters"
 
 
 def _checkpoint(work: Path) -> Path:

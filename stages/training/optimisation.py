@@ -16,37 +16,46 @@ Groups = list[tuple[list[nn.Parameter], float]]
 """Parameters to train with their peak learning rate; the last group is the head's."""
 MOMENTUM_FALLS = 0.1
 """Under `one_cycle`, from `momentum` at the start to this much less at the peak and back (Smith 2018)."""
+BIASES_OF_TWO_AXES = "relative_position_bias_table"
+"""Of Swin and MaxViT: biases of attention, which look like a matrix."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024)."""
 
 
-def optimiser(groups: Groups, recipe: Recipe, dtype: torch.dtype | None = None) -> Optimizer:
+def optimiser(
+    groups: Groups, recipe: Recipe, dtype: torch.dtype | None = None, model: nn.Module | None = None
+) -> Optimizer:
     """The recipe's optimiser. Frozen parameters are left out; norms and biases are not decayed (He et al. 2019).
 
     Args:
         dtype: of autocast; Muon orthogonalises in bf16 where this is bf16, else in float32.
+        model: whose parameters they are, by whose names biases of two axes are known.
     """
-    options = [option for group in groups for option in _options(*group, recipe.weight_decay)]
+    named = model.named_parameters() if model else ()
+    biases = {id(each) for name, each in named if name.endswith(BIASES_OF_TWO_AXES)}
+
+    def is_weight(parameter: nn.Parameter) -> bool:
+        """Of a convolution or a linear layer; not a bias, a scale, a class token or positions (three axes)."""
+        return parameter.ndim in (2, 4) and id(parameter) not in biases
+
+    options = [option for group in groups for option in _options(*group, recipe.weight_decay, is_weight)]
     if recipe.optimiser == "adamw":
         return torch.optim.AdamW(options, betas=(recipe.momentum, 0.999))
     if recipe.optimiser == "muon":
         head = {id(parameter) for parameter in groups[-1][0]}
         inner = dtype if dtype == torch.bfloat16 else torch.float32
         return Muon(
-            options, recipe.momentum, recipe.muon_scale, lambda each: _is_weight(each) and id(each) not in head, inner
+            options, recipe.momentum, recipe.muon_scale, lambda each: is_weight(each) and id(each) not in head, inner
         )
     return torch.optim.SGD(options, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 
-def _is_weight(parameter: nn.Parameter) -> bool:
-    """Of a convolution or a linear layer; not a bias, a scale, a class token or a table of positions (three axes)."""
-    return parameter.ndim in (2, 4)
-
-
-def _options(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def _options(
+    parameters: list[nn.Parameter], lr: float, weight_decay: float, is_weight: Callable[[nn.Parameter], bool]
+) -> list[dict[str, Any]]:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if _is_weight(parameter)]
-    others = [parameter for parameter in trained if not _is_weight(parameter)]
+    decayed = [parameter for parameter in trained if is_weight(parameter)]
+    others = [parameter for parameter in trained if not is_weight(parameter)]
     options = [{"params": decayed, "lr": lr, "weight_decay": weight_decay}] if decayed else []
     return options + ([{"params": others, "lr": lr, "weight_decay": 0.0}] if others else [])
 

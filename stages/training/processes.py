@@ -82,7 +82,7 @@ def _launch(module: str, arguments: Sequence[str], training: Training) -> None:
         min_nodes=training.nodes, max_nodes=training.nodes, nproc_per_node=training.world_size // training.nodes,
         run_id=f"{module}-{os.getppid()}" if not meeting else module, rdzv_backend="c10d",
         rdzv_endpoint=meeting or f"{HERE}:0", local_addr=HERE if training.nodes == 1 else None,
-        max_restarts=int(os.environ.get(RESTARTS) or 0), monitor_interval=0.2,
+        max_restarts=_restarts(), monitor_interval=0.2,
     )  # fmt: skip
     # Threads are torch's of each process (`training.threads`); unset, the launcher would warn and choose one.
     os.environ.setdefault("OMP_NUM_THREADS", str(training.threads))
@@ -98,6 +98,13 @@ def _launch(module: str, arguments: Sequence[str], training: Training) -> None:
         raise _first_failure(failed) from None
 
 
+def _restarts() -> int:
+    wanted = os.environ.get(RESTARTS) or "0"
+    if not wanted.isdecimal():
+        raise StageError(f"{RESTARTS} must be a number of restarts, got {wanted!r}")
+    return int(wanted)
+
+
 def _first_failure(failed: "ChildFailedError") -> Exception:
     """What went wrong first: a process that was killed, before those that lost their connection to it."""
     killed = {rank: each.exitcode for rank, each in failed.failures.items() if each.exitcode < 0}
@@ -108,6 +115,9 @@ def _first_failure(failed: "ChildFailedError") -> Exception:
                 f"process {process} was killed by {name}; run again: training goes on from its last checkpoint"
             )
     process, failure = failed.get_first_failure()
+    if failure.exitcode - 128 in (signal.SIGTERM, signal.SIGINT):  # as a process ends that keeps a checkpoint first
+        name = signal.Signals(failure.exitcode - 128).name
+        return StageError(f"process {process} was stopped by {name}; run again: training goes on from its checkpoint")
     # What `record` has written; a plain string where the process did not get that far.
     told: Any = failure.message
     words, details = (told["message"], told["extraInfo"]["py_callstack"]) if isinstance(told, dict) else (told, told)

@@ -18,7 +18,8 @@ import yaml
 
 from pipelines import tune as tuning
 from stages.command import StageError
-from stages.params.load import ParamsError, check
+from stages.params.finetune import Finetune
+from stages.params.load import ParamsError, check, load_section
 from stages.params.tune import Tune
 from tests.workspace import ROOT, Workspace, written
 
@@ -92,6 +93,12 @@ def test_the_best_trial_becomes_a_complete_params_file(place: Path, capsys: pyte
     folder = written.parent
     assert (folder / "pictures/history.png").stat().st_size > 5000
     assert not list(folder.glob("*/finetuned")), "checkpoints of ended trials are gone"
+
+
+def test_a_small_number_stays_a_number_in_the_params_file(place: Path) -> None:
+    search(tune(trials=1, space={"finetune.weight_decay": {"choices": [0.00001]}}))
+    (written,) = place.glob(".synset/tune/*/best.yaml")
+    assert load_section("finetune", Finetune, written).weight_decay == 0.00001
 
 
 def test_the_same_study_has_the_same_trials_also_after_a_stop(
@@ -234,6 +241,7 @@ def test_what_a_killed_worker_was_at_is_taken_up_and_goes_on(place: Path) -> Non
         ({"finetune.lrr": {"low": 0.1, "high": 1.0}}, "unknown key `finetune.lrr`"),
         ({"finetune.lr": {"low": -0.1, "high": 1.0}}, "`finetune.lr`: input should be greater than 0, got -0.1"),
         ({"finetune.strategy": {"choices": ["full", "some"]}}, "`finetune.strategy`: input should be 'head'"),
+        ({"finetune.lr.x": {"low": 0.1, "high": 1.0}}, "`finetune.lr.x` cannot be searched: `lr` has no keys"),
     ],
 )
 def test_a_bad_space_is_named_before_anything_runs(place: Path, space: dict[str, Any], words: str) -> None:
@@ -249,6 +257,7 @@ def test_a_bad_space_is_named_before_anything_runs(place: Path, space: dict[str,
         ({"space": {"finetune.lr": {"low": 2.0, "high": 1.0}}}, r"`low` \(2.0\) is above `high`"),
         ({"space": {"finetune.lr": {"low": 0.0, "high": 1.0, "log": True}}}, "`log` needs `low` above 0"),
         ({"space": {"finetune.epochs": {"low": 1, "high": 8, "step": 0.5}}}, r"`step` \(0.5\) must be a whole number"),
+        ({"space": {"finetune.lr": {"low": 0.1, "high": 1.0, "step": -0.1}}}, "step`: input should be greater than 0"),
         ({"space": {"finetune.lr": {"low": 0.1}}}, "expected `choices`, or `low` and `high`"),
         ({"metric": "test_top1"}, "`tune.metric`: input should be 'val_loss'"),
     ],

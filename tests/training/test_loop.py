@@ -22,7 +22,7 @@ from stages.training import loop
 from stages.training.checkpoints import load_checkpoint
 from stages.training.devices import Compute, set_up
 from stages.training.feeding import Feed, crops
-from stages.training.loop import fit, size_in
+from stages.training.loop import fit, size_in, sizes
 from stages.training.models import Classifier, build
 from stages.training.objectives import Looking, Metrics, Supervised, supervised_metrics
 from stages.training.regularisation import regularise
@@ -165,6 +165,25 @@ def test_a_damaged_checkpoint_is_named(data: tuple[Samples, Samples], compute: C
         train(data, compute, tmp_path)
 
 
+def test_sigterm_while_the_last_epoch_is_written_down_still_stops(
+    data: tuple[Samples, Samples], compute: Compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, curve = train(data, compute, tmp_path / "a")
+    save = loop.save_checkpoint
+
+    def disturbed(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        if len(state["curve"]) == RECIPE.epochs:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "save_checkpoint", disturbed)
+    with pytest.raises(SystemExit) as stopped:
+        train(data, compute, tmp_path / "b")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    resumed, curve_of_resumed = train(data, compute, tmp_path / "b")
+    assert same_weights(undisturbed, resumed) and curve == curve_of_resumed
+
+
 @pytest.mark.parametrize("when", ["in an epoch", "in the look at val"])
 def test_sigterm_leaves_a_checkpoint_of_that_very_step(
     when: str, data: tuple[Samples, Samples], compute: Compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -280,8 +299,10 @@ def test_parts_of_a_batch_add_up_to_the_whole(compute: Compute, data: tuple[Samp
 
 def test_progressive_resizing_grows_evenly_and_ends_at_the_full_size() -> None:
     recipe = Recipe(epochs=10, start_size=64, full_size_from=0.6)
-    sizes = [size_in(epoch, recipe, 128) for epoch in range(1, 11)]
-    assert sizes == [64, 80, 88, 96, 112, 120, 128, 128, 128, 128]
+    found = [size_in(epoch, recipe, 128) for epoch in range(1, 11)]
+    assert found == [64, 80, 88, 96, 112, 120, 128, 128, 128, 128]
+    assert sizes(recipe, 128) == [64, 80, 88, 96, 112, 120, 128]
+    assert sizes(Recipe(end_size=64), 32) == [32, 64], "all that the network must take, known before training"
     assert size_in(1, Recipe(), 128) == 128
     assert [size_in(each, Recipe(epochs=2, end_size=112), 128) for each in (1, 2)] == [112, 112]
 
@@ -312,6 +333,17 @@ def test_a_loss_that_is_not_finite_stops_names_step_and_rate_and_leaves_the_last
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state and state["step"] >= 1
     assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_weights_that_a_last_step_broke_are_not_kept(
+    data: tuple[Samples, Samples], compute: Compute, tmp_path: Path
+) -> None:
+    """Its own loss was finite, no later one sees them, and without val nobody looks."""
+    recipe = RECIPE.model_copy(update={"lr": 1e38, "warmup": 0.0, "epochs": 1, "batch_size": 32})
+    words = r"weights are not finite after step 1 of epoch 1, at a learning rate of 1e\+38, and no loss would be; lower"
+    with pytest.raises(StageError, match=words):
+        train((data[0], data[1].at([])), compute, tmp_path, recipe)
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_a_batch_larger_than_the_data_is_refused(

@@ -85,6 +85,16 @@ def test_each_weight_is_trained_once_and_no_norm_is_decayed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
+def test_biases_that_look_like_a_matrix_are_biases(name: str) -> None:
+    model = build(CONFIG | {"architecture": "swin_t"}, seed=1)
+    tables = {id(each) for key, each in model.named_parameters() if key.endswith("relative_position_bias_table")}
+    chosen = optimiser(every_weight(model, 0.1), recipe(optimiser=name, weight_decay=0.1), model=model)
+    found = [group for group in chosen.param_groups if tables & {id(each) for each in group["params"]}]
+    assert len(tables) == 12 and found
+    assert all(group["weight_decay"] == 0 and not group.get("matrix") for group in found)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
 def test_it_goes_on_from_its_state_to_the_last_bit(name: str) -> None:
     torch.manual_seed(1)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 2))

@@ -1,6 +1,7 @@
 """Several processes: the same training as one, exact resume, every image once, and one message for what is wrong."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from stages.command import StageError
 from stages.fingerprint import work_folder
+from stages.training.processes import _first_failure
 from tests.workspace import Workspace, written
 
 PRETRAIN: dict[str, Any] = {"epochs": 1, "batch_size": 32, "lr": 0.01, "warmup": 0.0}
@@ -123,6 +127,30 @@ def test_another_number_of_processes_takes_over_only_if_asked_and_says_so(prepar
     assert report["inexact_world_sizes"] == [2, 1]
     params["training"]["allow_inexact"] = False
     prepared.write_params(params)
+
+
+def test_a_process_that_alone_is_asked_to_stop_is_no_bug() -> None:
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=128 + signal.SIGTERM, error_file="")
+    found = _first_failure(ChildFailedError("stages.pretrain", {0: failure}))
+    assert isinstance(found, StageError)
+    assert str(found).startswith("process 0 was stopped by SIGTERM; run again")
+
+
+def test_a_mistyped_parameter_does_not_cost_the_checkpoint_of_the_right_one(prepared: Workspace) -> None:
+    whole, _ = pretrained(prepared, 1, epochs=2)
+    environment = {"SYNSET_CHECKPOINT_STEPS": "2", "PYTHONPATH": str(Path(__file__).parents[1] / "faults")}
+    fault = {"SYNSET_FAULT": "kill stages.pretrain os.rename checkpoint.pt 3"}
+    assert prepared.run(sys.executable, "-m", "stages.pretrain", **fault, **environment).returncode == -9
+    right = prepared.params
+    wrong = right | {"pretrain": right["pretrain"] | {"batch_size": 5000}}
+    prepared.write_params(wrong)
+    assert "`batch_size` is 5000" in prepared.run(sys.executable, "-m", "stages.pretrain").stdout
+    prepared.write_params(right)
+    done = prepared.run(sys.executable, "-m", "stages.pretrain")
+    assert "going on after step" in done.stdout, done.stdout
+    resumed = load_file(prepared.root / "models/backbone/model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not list((prepared.root / ".synset/work/pretrain").iterdir())
 
 
 def test_what_is_wrong_is_said_once(prepared: Workspace) -> None:
