@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.robustness import without_attacks
 from stages.params.all import check_all
+from stages.params.finetune import Finetune
+from stages.params.load import check, read_params
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
@@ -21,6 +24,11 @@ def test_a_preset_says_what_it_is(path: Path) -> None:
     for word in ("command", "expected", "time", "hardware"):
         assert any(line.startswith(f"#   {word} ") for line in header), word
     assert f"cp presets/{path.name} params.yaml && make repro" in "\n".join(header)
+
+
+def test_the_adversarial_preset_can_be_held_against_itself_without_attacks() -> None:
+    params = without_attacks(read_params(ROOT / "presets/imagenette-64px-adversarial.yaml"))
+    assert check("finetune", params["finetune"], Finetune).adversarial is None
 
 
 def test_there_are_presets() -> None:
