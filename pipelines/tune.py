@@ -144,17 +144,10 @@ def _put(params: dict[str, Any], values: Mapping[str, Any]) -> None:
 def _fingerprint(params: dict[str, Any], tune: Tune) -> str:
     """Of what decides a trial's figure but what is searched: data, backbone, code, sections, the space, the metric."""
     fixed = _with(params, dict.fromkeys(tune.space))
-    parts: dict[str, Any] = {name: fixed[name] for name in SEARCHED} | {"machine": _machine(params)}
+    parts: dict[str, Any] = {name: fixed[name] for name in SEARCHED}
     parts |= {"space": tune.model_dump()["space"], "metric": tune.metric, "seed": tune.seed, "prune": tune.prune_after}
     parts |= {"files": {path.as_posix(): sha256(path) for path in _files_of_finetune()}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _machine(params: dict[str, Any]) -> str:
-    """The kind that decides bytes: no trial goes on from another kind's checkpoint, nor is held against its figures."""
-    from stages.training.devices import set_up
-
-    return set_up(check("training", params["training"], Training)).kind
 
 
 def _files_of_finetune() -> list[Path]:
@@ -238,6 +231,8 @@ def _take_up(study: "Study", folder: Path) -> None:
         except BlockingIOError:
             continue
         with held:
+            if study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING:
+                continue  # its worker ended it between our look and our hold
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params, user_attrs={"goes on": trial.user_attrs.get("goes on", trial.number)})
 
