@@ -252,11 +252,14 @@ def test_what_is_wrong_with_a_cluster_is_said(tmp_path: Path, undisturbed: dict[
 
 
 def test_an_interrupt_cancels_what_has_not_begun(tmp_path: Path) -> None:
-    with scheduler(tmp_path / "dask") as (address, _), worker(tmp_path / "dask", address, "one"):
+    with scheduler(tmp_path / "dask") as (address, _), worker(tmp_path / "dask", address, "one") as one:
         checkout = Checkout(tmp_path, address)
         process = checkout.start()
         until(lambda: len(checkout.finished()) >= 2, process)
+        one.process.send_signal(signal.SIGSTOP)  # type: ignore[attr-defined] # else a busy machine lets it finish first
         process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        one.process.send_signal(signal.SIGCONT)  # type: ignore[attr-defined]
         process.communicate()
         assert process.returncode != 0
         assert not (tmp_path / "data/shards/finetune/mine").exists()
