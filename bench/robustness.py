@@ -15,6 +15,7 @@ import yaml
 
 from bench.prepared import Trials
 from bench.rounds import machine
+from stages.params.recipe import Adversarial
 
 
 def main() -> int:
@@ -29,14 +30,15 @@ def main() -> int:
         parser.error(f"{options.params}: the section finetune has no `adversarial`")
     plain = without_attacks(params)
     here = machine()
-    epsilon = params["finetune"]["adversarial"]["epsilon"]
+    attack = Adversarial(**params["finetune"]["adversarial"])
+    looked_at = Adversarial(epsilon=attack.epsilon, val_steps=options.steps)
     print(f"{here['cpu']}, {here['cores']} cores\n")
-    print(f"| training | top-1 | top-1 under PGD-{options.steps}, epsilon {epsilon} of 255 |\n|---|---|---|")
+    print(f"| training | top-1 | top-1 under PGD-{options.steps}, epsilon {attack.epsilon:g} of 255 |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as work:
         trials = Trials(params, options.incoming, Path(work) / "work")
-        for name, each in (("standard", plain), (params["finetune"]["adversarial"]["method"], params)):
+        for name, each in (("standard", plain), (attack.method, params)):
             trained = trials.trained(each)
-            print(f"| {name} | {' | '.join(_figures(trained, trials, params, options.steps))} |", flush=True)
+            print(f"| {name} | {' | '.join(_figures(trained, trials, params, looked_at))} |", flush=True)
     return 0
 
 
@@ -46,10 +48,9 @@ def without_attacks(params: dict[str, Any]) -> dict[str, Any]:
     return params | {"finetune": params["finetune"] | {"adversarial": None, "monitor": "val_loss"}}
 
 
-def _figures(trained: Path, trials: Trials, params: dict[str, Any], steps: int) -> list[str]:
-    """Clean and robust top-1 on test."""
+def _figures(trained: Path, trials: Trials, params: dict[str, Any], attack: Adversarial) -> list[str]:
+    """Clean and robust top-1 on test, on all of its images."""
     from stages.evaluation.intervals import wilson
-    from stages.params.recipe import Adversarial
     from stages.params.training import Training
     from stages.training.devices import set_up
     from stages.training.models import load_classifier
@@ -59,10 +60,8 @@ def _figures(trained: Path, trials: Trials, params: dict[str, Any], steps: int) 
     model, config = load_classifier(trained)
     compute.place(model).eval()
     looking = Looking(test, config["image_size"], config["resize"], batch_size=128)
-    epsilon = params["finetune"]["adversarial"]["epsilon"]
-    settings = Adversarial(epsilon=epsilon, val_steps=steps, val_images=len(test))
     clean = supervised_metrics(model, looking, compute)["val_top1"]
-    robust = robust_top1(model, looking, settings, compute)
+    robust = robust_top1(model, looking, attack.model_copy(update={"val_images": len(test)}), compute)
     shown = []
     for share in (clean, robust):
         low, high = wilson(round(share * len(test)), len(test), 0.95)

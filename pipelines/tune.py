@@ -82,6 +82,7 @@ def search(tune: Tune, command: Sequence[str]) -> None:
         )
     text, params = params_path().read_text(encoding="utf-8"), read_params()  # as they are now, whoever edits them later
     _check_space(params, tune.space)
+    _check_metric(params, tune)
     folder = FOLDER / _fingerprint(params, tune)
     folder.mkdir(parents=True, exist_ok=True)
     study = _study(folder, tune)
@@ -112,6 +113,21 @@ def _check_space(params: dict[str, Any], space: Mapping[str, Distribution]) -> N
         ends = values.choices if values.choices is not None else [values.low, values.high]
         for value in ends:
             _checked(_with(params, {key: value}))
+
+
+def _check_metric(params: dict[str, Any], tune: Tune) -> None:
+    """Every trial will measure what it is judged by."""
+    indexes = [
+        json.loads(path.read_text(encoding="utf-8")) for path in _files_of_finetune() if path.name == "index.json"
+    ]
+    if not any(index["splits"].get("val", {}).get("count") for index in indexes):
+        raise StageError(
+            f"`tune.metric` is {tune.metric}, but val has no images; set `split.val_fraction` above 0, and "
+            "`dvc repro pretrain shard`"
+        )
+    searched = any(key.startswith("finetune.adversarial") for key in tune.space)
+    if tune.metric == "val_robust_top1" and not params["finetune"].get("adversarial") and not searched:
+        raise ParamsError("`tune.metric` is val_robust_top1, which is measured where `finetune.adversarial` is set")
 
 
 def _checked(params: dict[str, Any]) -> Finetune:
@@ -177,7 +193,7 @@ def _study(folder: Path, tune: Tune) -> "Study":
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
-    if tune.prune_after:
+    if tune.prune_after and "finetune.epochs" not in tune.space:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=tune.prune_after - 1)
     with _alone(folder):
         return optuna.create_study(
@@ -234,7 +250,12 @@ def _take_up(study: "Study", folder: Path) -> None:
             if study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING:
                 continue  # its worker ended it between our look and our hold
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params, user_attrs={"goes on": trial.user_attrs.get("goes on", trial.number)})
+            study.enqueue_trial(trial.params, user_attrs={"goes on": _place(trial)})
+
+
+def _place(trial: "Trial | FrozenTrial") -> int:
+    """The name of a trial's folder: its number, or that of the trial which it goes on with."""
+    return int(trial.user_attrs.get("goes on", trial.number))
 
 
 def _done(study: "Study") -> "list[FrozenTrial]":
@@ -267,7 +288,7 @@ def _run_trial(
     """Trains one trial, and tells the study how it ended."""
     from optuna.trial import TrialState
 
-    place = folder / str(trial.user_attrs.get("goes on", trial.number))
+    place = folder / str(_place(trial))
     place.mkdir(exist_ok=True)
     try:
         recipe = _checked(_with(params, trial.params))
@@ -282,6 +303,7 @@ def _run_trial(
     shown = ", ".join(f"{key.split('.', 1)[1]} {_short(value)}" for key, value in trial.params.items())
     logger.info("trial %d: %s", trial.number, shown)
     code = run_streamed([*command, str(place)], lines.append, both, env=environment, pass_fds=[held.fileno()])
+    write_text(place / "output.txt", "".join(f"{line}\n" for line in lines))
     if stop.asked():
         return  # stays as it is: the next worker takes it up
     watch.report()
@@ -291,7 +313,8 @@ def _run_trial(
         study.tell(trial, state=TrialState.PRUNED)
         logger.info("trial %d: stopped after epoch %d, %s", trial.number, watch.epochs, watch.describe())
     elif code or watch.value is None:
-        _fail(study, trial, next((line for line in reversed(lines) if line.startswith("error")), f"ended with {code}"))
+        said = next((line for line in reversed(lines) if line.startswith("error")), f"ended with {code}")
+        _fail(study, trial, f"{said} (all that it said: {place / 'output.txt'})")
     else:
         study.tell(trial, watch.value)
         logger.info("trial %d: %s", trial.number, watch.describe())
@@ -322,7 +345,7 @@ class _Watch:
     def should_stop(self) -> bool:
         """Reports new epochs; whether the trial is not worth going on with."""
         self.report()
-        self.pruned = self.pruned or (self.tune.prune_after is not None and self.trial.should_prune())
+        self.pruned = self.pruned or self.trial.should_prune()
         return self.pruned or bool(self.error)
 
     def report(self) -> None:
@@ -380,7 +403,7 @@ def _finish(study: "Study", folder: Path, tune: Tune, text: str, parent: trackin
     print(f"\n{tune.metric:>12}  trial  values")
     for trial in ranked[:5]:
         values = ", ".join(f"{key} {_short(value)}" for key, value in trial.params.items())
-        print(f"{trial.value:>12.4f}  {trial.number:>5}  {values}")
+        print(f"{trial.value:>12.4f}  {_place(trial):>5}  {values}")
     print(f"\nto train with the best: cp {folder / 'best.yaml'} params.yaml && make repro")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from stages.command import StageError, run
 from stages.data.loading import read_samples
 from stages.data.shard_sets import check_resize, read_index, shard_sets
-from stages.files import replaced_directory, sha256, write_json
+from stages.files import replaced_directory, sha256, write_json, write_text
+from stages.fingerprint import fingerprint
 from stages.params.finetune import Finetune
 from stages.params.load import load_section
 from stages.params.model import Model
@@ -85,9 +87,12 @@ def _trial(folder: Path, finetune: Finetune, model: Model, training: Training) -
     """One trial of a search: from the backbone alone, checkpoint and all in `folder`, which is kept."""
     from stages.tracking import training_run
     from stages.training.devices import set_up
-    from stages.training.processes import is_first
+    from stages.training.processes import is_first, wait_for_first
 
     compute = set_up(training)
+    if is_first():
+        _drop_other_work(folder, fingerprint("finetune", compute.kind))
+    wait_for_first()
     # By its folder an unfinished run is found again.
     tags = {"trial": folder.name, "machine": compute.kind, "fingerprint": str(folder.absolute())}
     resumed = (folder / "finetuned").is_dir()
@@ -96,6 +101,14 @@ def _trial(folder: Path, finetune: Finetune, model: Model, training: Training) -
         curve = task.trained("finetuned", folder, folder / "model")
     if is_first():
         write_json(folder / "metrics.json", {"epochs": curve})
+
+
+def _drop_other_work(folder: Path, stamp: str) -> None:
+    """Removes from a trial's folder what was trained with other parameters, data, code or machine."""
+    path = folder / "fingerprint"
+    if not path.is_file() or path.read_text(encoding="utf-8") != stamp:
+        shutil.rmtree(folder / "finetuned", ignore_errors=True)
+        write_text(path, stamp)
 
 
 class _Task:
@@ -167,8 +180,8 @@ class _Task:
         from stages.training.strategies import STRATEGIES
 
         start = build(self.config, self.finetune.seed, self.model.auxiliary_heads)
-        for size in sizes(self.finetune, self.model.image_size):
-            check_takes(start, size)
+        for size, key in sizes(self.finetune, self.model.image_size).items():
+            check_takes(start, size, key)
         if name == "scratch":
             groups = every_weight(start, self.finetune.lr)
         else:

@@ -118,8 +118,8 @@ def _start(pretrain: Pretrain, model: Model, config: dict[str, Any]) -> "Classif
     backbone = build(config, pretrain.seed, auxiliary)
     if pretrain.weights:
         start_from(backbone, model.architecture, pretrain.weights)
-    for size in sizes(pretrain, model.image_size):
-        check_takes(backbone, size)
+    for size, key in sizes(pretrain, model.image_size).items():
+        check_takes(backbone, size, key)
     return backbone
 
 

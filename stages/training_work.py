@@ -79,10 +79,13 @@ def training_work(stage: str, machine: str, training: Training, source: str = ""
 
 
 def _of_lineage(stage_work: Path, lineage: str) -> Path | None:
-    for path in sorted(stage_work.glob("*/lineage.json")):
+    """The folder with the newest checkpoint of this lineage."""
+    written: dict[Path, int] = {}
+    for path in stage_work.glob("*/lineage.json"):
         if json.loads(path.read_text(encoding="utf-8"))["lineage"] == lineage:
-            return path.parent
-    return None
+            times = [each.stat().st_mtime_ns for each in path.parent.rglob("checkpoint.pt")]
+            written |= {path.parent: max(times)} if times else {}
+    return max(written, key=written.__getitem__) if written else None
 
 
 def _world_sizes(folder: Path) -> list[int]:

@@ -33,6 +33,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "`method: simclr` knows no labels: `mixup`, `cutmix` and `adversarial` must be off$",
     ),
     ("pretrain", {"monitor": "knn_top1"}, "`monitor: knn_top1` is for `method: simclr` and `vicreg`"),
+    ("pretrain", {"method": "simclr", "patience": 3}, "`patience` watches val_loss, which `method: simclr` does not"),
     ("pretrain", {"method": "byol"}, "`pretrain.method`: input should be 'supervised', 'simclr', 'vicreg' or 'none'"),
     ("model", {"stem": "tiny"}, "`model.stem`: input should be 'standard', 'half' or 'small'"),
     ("training", {"world_size": 3, "nodes": 2}, r"`world_size` \(3\) is no multiple of `nodes` \(2\)"),

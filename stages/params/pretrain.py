@@ -49,6 +49,11 @@ class Pretrain(Recipe):
             raise ValueError(
                 f"`method: {self.method}` knows no labels: `mixup`, `cutmix` and `adversarial` must be off"
             )
+        if without_labels and self.patience and self.monitor not in ("train_loss", "knn_top1"):
+            raise ValueError(
+                f"`patience` watches {self.monitor}, which `method: {self.method}` does not measure; `monitor` must be "
+                "train_loss or knn_top1"
+            )
         if self.monitor == "knn_top1" and not without_labels:
             raise ValueError("`monitor: knn_top1` is for `method: simclr` and `vicreg`")
         return self

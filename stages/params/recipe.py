@@ -49,7 +49,8 @@ class Recipe(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of SGD and Muon; AdamW's first beta."""
     muon_scale: Positive = 1.0
-    """Muon's matrices learn at so many times `lr`, which alone is that of norms, biases and the head."""
+    """Muon's matrices learn at so many times the rate of the norms and biases beside them: in fine-tuning
+    `backbone_lr`, else `lr`. The head is never Muon's."""
     weight_decay: AtLeastZero = 5e-4
     """Never of norms and biases."""
     schedule: Literal["cosine", "one_cycle", "steps"] = "cosine"

@@ -8,6 +8,7 @@ from stages.params.load import Section
 
 SEARCHED = ("model", "finetune", "training")
 """Sections whose keys may be searched: what a trial depends on besides data and backbone."""
+OF_BACKBONE = ("model.architecture", "model.stem")
 Number = int | float
 
 
@@ -26,8 +27,8 @@ class Distribution(Section):
     def _is_one_of_both(self) -> Self:
         if (self.choices is None) == (self.low is None or self.high is None):
             raise ValueError("expected `choices`, or `low` and `high`")
-        if self.choices is not None and (not self.choices or self.low is not None or self.step is not None):
-            raise ValueError("`choices` must name one at least, and go without `low`, `high` and `step`")
+        if self.choices is not None and (not self.choices or self.log or {self.low, self.high, self.step} != {None}):
+            raise ValueError("`choices` must name one at least, and go without `low`, `high`, `step` and `log`")
         if self.low is not None and self.high is not None:
             if self.low > self.high:
                 raise ValueError(f"`low` ({self.low}) is above `high` ({self.high})")
@@ -45,8 +46,9 @@ class Tune(Section):
     metric: Literal["val_loss", "val_top1", "val_robust_top1"] = "val_loss"
     """Of the weights that a trial keeps: the last epoch's, or under `patience` the best one's. Never one of test."""
     prune_after: Annotated[int, Field(ge=1)] | None = 3
-    """From this epoch on, a trial that is worse than the median of the others at the same epoch is stopped. Null: all
-    are trained to their end."""
+    """From this epoch on, a trial is stopped whose best epoch so far is worse than the median of three or more others
+    up to the same epoch. Null: all are trained to their end, and so they are where `finetune.epochs` is searched:
+    at one epoch a short training is nearer to its end than a long one."""
     seed: Annotated[int, Field(ge=0)] = 1
     space: dict[str, Distribution] = Field(default_factory=dict)
     """By dotted key: `finetune.lr`."""
@@ -61,4 +63,6 @@ class Tune(Section):
         for key in self.space:
             if key.split(".")[0] not in SEARCHED or "." not in key:
                 raise ValueError(f"`{key}` cannot be searched: a key of {', '.join(SEARCHED)} can, as `finetune.lr`")
+            if key in OF_BACKBONE:
+                raise ValueError(f"`{key}` cannot be searched: it is the backbone's too, from which every trial starts")
         return self

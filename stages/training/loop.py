@@ -145,14 +145,16 @@ def size_in(epoch: int, recipe: Recipe, image_size: int) -> int:
     end = recipe.end_size or image_size
     if recipe.start_size is None:
         return end
-    share = min((epoch - 1) / max(recipe.full_size_from * recipe.epochs, 1e-9), 1.0)
+    growing = recipe.full_size_from * recipe.epochs
+    share = min((epoch - 1) / growing, 1.0) if growing else 1.0
     grown = recipe.start_size + share * (end - recipe.start_size)
     return min(math.ceil(grown / SIZE_STEP) * SIZE_STEP, end)
 
 
-def sizes(recipe: Recipe, image_size: int) -> list[int]:
-    """Sides in pixels of all images that the network is shown."""
-    return sorted({image_size, *(size_in(epoch, recipe, image_size) for epoch in range(1, recipe.epochs + 1))})
+def sizes(recipe: Recipe, image_size: int) -> dict[int, str]:
+    """Sides in pixels of all images that the network is shown, and the keys of params.yaml that they are from."""
+    crops = sorted({size_in(epoch, recipe, image_size) for epoch in range(1, recipe.epochs + 1)})
+    return dict.fromkeys(crops, "`start_size` to `end_size`") | {image_size: "`model.image_size`"}
 
 
 def _check(feed: Feed, objective: Objective, recipe: Recipe, image_size: int, name: str) -> None:
@@ -335,7 +337,7 @@ def _step(
             mine = pixels[:, part[0] : part[-1] + 1].flatten(0, 1)
             loss, hits = state.objective.loss(forward, mine, labels[part[0] : part[-1] + 1], state.steps_done)
             # DDP takes the mean over processes where the sum is meant.
-            share = len(part) / (len(labels) if state.objective.gathers else batch_size)
+            share = _seen_by_loss(len(part), len(parts), batch_size, state.objective, images.device) / batch_size
             state.scaler.scale(loss * share * world_size()).backward()
         seen += torch.stack([loss.detach().double() * len(part), hits.double()])
     if recipe.clip_norm:
@@ -348,6 +350,13 @@ def _step(
     if state.ema:
         state.ema.update(state.model)
     return seen
+
+
+def _seen_by_loss(mine: int, parts: int, batch_size: int, objective: Objective, device: torch.device) -> int:
+    """Images in the loss of one of a batch's parts: this process's, or where the loss gathers, those of all."""
+    if not objective.gathers:
+        return mine
+    return batch_size if parts == 1 else int(summed(torch.tensor(mine, device=device)))
 
 
 def _seed(seed: int, epoch: int, step: int) -> None:

@@ -79,10 +79,7 @@ def build(config: dict[str, Any], seed: int, auxiliary_heads: bool = False) -> C
         StageError: torchvision has no classifier of this name, it has no linear head, or `stem` is not for it.
     """
     architecture = config["architecture"]
-    known = torchvision.models.list_models(module=torchvision.models)
-    if architecture not in known:
-        near = ", ".join(difflib.get_close_matches(architecture, known, 3)) or "see torchvision.models.list_models()"
-        raise StageError(f"params.yaml: `model.architecture`: torchvision has no {architecture!r}; near: {near}")
+    check_known(architecture)
     torch.manual_seed(seed)
     options = _options(architecture, config["image_size"], auxiliary_heads)
     try:
@@ -98,6 +95,14 @@ def build(config: dict[str, Any], seed: int, auxiliary_heads: bool = False) -> C
     return Classifier(net, config["mean"], config["std"], AUXILIARY_WEIGHT.get(architecture, 0.0))
 
 
+def check_known(architecture: str) -> None:
+    """Raises StageError where torchvision has no classifier of this name."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if architecture not in known:
+        near = ", ".join(difflib.get_close_matches(architecture, known, 3)) or "see torchvision.models.list_models()"
+        raise StageError(f"params.yaml: `model.architecture`: torchvision has no {architecture!r}; near: {near}")
+
+
 def _options(architecture: str, image_size: int, auxiliary_heads: bool) -> dict[str, Any]:
     if architecture in AUXILIARY_WEIGHT:
         return {"aux_logits": auxiliary_heads, "init_weights": True}
@@ -106,8 +111,8 @@ def _options(architecture: str, image_size: int, auxiliary_heads: bool) -> dict[
     return {"input_size": (image_size, image_size)} if architecture == "maxvit_t" else {}
 
 
-def _takes_no(architecture: str, image_size: int, error: Exception) -> StageError:
-    return StageError(f"params.yaml: `model.image_size`: {architecture} takes no image of {image_size} px: {error}")
+def _takes_no(architecture: str, image_size: int, error: Exception, key: str = "`model.image_size`") -> StageError:
+    return StageError(f"params.yaml: {key}: {architecture} takes no image of {image_size} px: {error}")
 
 
 def change_stem(net: nn.Module, stem: str, architecture: str) -> None:
@@ -155,8 +160,11 @@ def fresh_head(model: Classifier, width: int, classes: int, bias: bool, seed: in
     replace_head(model, nn.Linear(width, classes, bias))
 
 
-def check_takes(model: Classifier, image_size: int) -> None:
+def check_takes(model: Classifier, image_size: int, key: str = "`model.image_size`") -> None:
     """Shows the model an empty image, so that a size which the architecture cannot take is known before training.
+
+    Args:
+        key: where the size is from, for the message.
 
     Raises:
         StageError: it cannot take it.
@@ -166,7 +174,7 @@ def check_takes(model: Classifier, image_size: int) -> None:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise _takes_no(name, image_size, error) from error
+        raise _takes_no(name, image_size, error, key) from error
     if not any(key.startswith(AUXILIARY) for key in model.net.state_dict()):
         return
     try:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import mnasnet, mobilenetv2, mobilenetv3
+from torchvision.models.regnet import ResBottleneckBlock
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.ops import StochasticDepth, stochastic_depth
@@ -45,7 +47,8 @@ def _skip(model: Classifier, probability: float) -> None:
     branches = _branches(model.net)
     if not branches:
         raise StageError(
-            f"params.yaml: `stochastic_depth`: {type(model.net).__name__} has no residual branches; leave it out"
+            f"params.yaml: `stochastic_depth`: {type(model.net).__name__} has no residual branches that could be "
+            "skipped; leave it out"
         )
     for number, branch in enumerate(branches, start=1):
         rising = probability * number / len(branches)
@@ -67,6 +70,14 @@ def _branches(net: nn.Module) -> list[nn.Module]:
             found.append(module.bn2)
         elif isinstance(module, EncoderBlock):
             found += [module.dropout, module.mlp]
+        elif isinstance(module, ResBottleneckBlock):
+            found.append(module.f)
+        elif isinstance(module, mobilenetv2.InvertedResidual) and module.use_res_connect:
+            found.append(module.conv)
+        elif isinstance(module, mobilenetv3.InvertedResidual) and module.use_res_connect:
+            found.append(module.block)
+        elif isinstance(module, mnasnet._InvertedResidual) and module.apply_residual:
+            found.append(module.layers)
     return found
 
 

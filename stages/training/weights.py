@@ -13,7 +13,7 @@ from torchvision.models import WeightsEnum
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from stages.command import StageError
-from stages.training.models import AUXILIARY, Classifier, take_weights
+from stages.training.models import AUXILIARY, Classifier, check_known, take_weights
 
 logger = logging.getLogger(__name__)
 KEY = "params.yaml: `pretrain.weights`"
@@ -34,7 +34,7 @@ def start_from(model: Classifier, architecture: str, weights: str) -> None:
     found = _published(architecture, name) if source == "torchvision" else _of_file(Path(weights))
     found = {key: value for key, value in found.items() if not key.startswith(AUXILIARY)}
     if isinstance(model.net, VisionTransformer):
-        found = dict(interpolate_embeddings(model.net.image_size, model.net.patch_size, found))
+        found = _for_size(model.net, found)
     own = model.net.state_dict()
     head = f"{model.head_name}."
     of_head = {key for key in own if key.startswith(head)}
@@ -43,6 +43,14 @@ def start_from(model: Classifier, architecture: str, weights: str) -> None:
         found = {key: value for key, value in found.items() if not key.startswith(head)}
     _check(found, own, of_head, weights)
     take_weights(model.net, found, strict=False)
+
+
+def _for_size(net: VisionTransformer, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With positions of embeddings for the network's own image size."""
+    try:
+        return dict(interpolate_embeddings(net.image_size, net.patch_size, found))
+    except (KeyError, ValueError):  # no positions, or no square of them: `_check` says what does not fit
+        return found
 
 
 def normalisation(architecture: str, weights: str) -> dict[str, list[float]] | None:
@@ -57,6 +65,7 @@ def normalisation(architecture: str, weights: str) -> dict[str, list[float]] | N
 
 
 def _chosen(architecture: str, name: str) -> WeightsEnum:
+    check_known(architecture)
     known = torchvision.models.get_model_weights(architecture)
     if name and name not in known.__members__:
         raise StageError(

@@ -34,6 +34,8 @@ progress = folder / "finetuned/progress.jsonl"
 progress.parent.mkdir(exist_ok=True)
 lines = progress.read_text().splitlines() if progress.exists() else []
 (folder / "begun.txt").open("a").write(f"{len(lines)}\\n")
+while os.path.exists(os.environ.get("WAIT_FOR", "")):
+    time.sleep(0.05)
 for epoch in range(len(lines) + 1, 5):
     time.sleep(float(os.environ.get("SECONDS_AN_EPOCH", 0)))
     lines.append(json.dumps({"epoch": epoch, "val_loss": (finetune["lr"] - 0.1) ** 2 + 1 / epoch}))
@@ -54,7 +56,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     for path in inputs:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text("{}", encoding="utf-8")
+        (tmp_path / path).write_text('{"splits": {"val": {"count": 9}}}', encoding="utf-8")
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "stand_in.py").write_text(STAND_IN, encoding="utf-8")
     return tmp_path
@@ -133,7 +135,15 @@ def test_a_trial_that_fails_is_noted_and_the_search_goes_on(place: Path) -> None
     found = search(tune(trials=8, space=space))
     failed = [trial for trial in found.trials if trial.state.name == "FAIL"]
     assert 0 < len(failed) < 8 == len(found.trials)
-    assert failed[0].user_attrs["error"] == "error: finetuned: the loss is nan"
+    said = failed[0].user_attrs["error"]
+    assert said.startswith("error: finetuned: the loss is nan (all that it said: .synset/tune/")
+    assert Path(said.split(": ")[-1][:-1]).read_text(encoding="utf-8") == "error: finetuned: the loss is nan\n"
+
+
+def test_short_trainings_are_no_measure_for_long_ones(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECONDS_AN_EPOCH", "0.4")
+    found = search(tune(trials=7, prune_after=1, space={"finetune.epochs": {"choices": [4, 16]}, **SPACE}))
+    assert {trial.state.name for trial in found.trials} == {"COMPLETE"}
 
 
 def test_a_search_whose_trials_all_fail_stops_and_says_why(place: Path) -> None:
@@ -143,14 +153,14 @@ def test_a_search_whose_trials_all_fail_stops_and_says_why(place: Path) -> None:
         search(tune(trials=9, space={"finetune.weight_decay": {"low": 0.6, "high": 0.9}}))
 
 
-def worker(place: Path, trials: int, seconds: float) -> "subprocess.Popen[str]":
-    """Another worker of the same study, as in another terminal."""
+def worker(place: Path, trials: int, seconds: float, wait_for: str = "") -> "subprocess.Popen[str]":
+    """Another worker of the same study, as in another terminal; its trials wait for the file to be gone."""
     code = (
         "import sys; from pipelines import tune; from stages.command import run\n"
         f"wanted = tune._tune({trials}, None)\n"
         "run(lambda: tune.search(wanted, (sys.executable, 'stand_in.py')))"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SECONDS_AN_EPOCH": str(seconds)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SECONDS_AN_EPOCH": str(seconds), "WAIT_FOR": wait_for}
     return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=place,
@@ -179,7 +189,8 @@ def test_two_workers_make_as_many_trials_as_wanted_together(place: Path) -> None
 
 def test_a_trial_that_outlives_its_worker_is_not_begun_a_second_time(place: Path) -> None:
     with_space(place)
-    killed = worker(place, 1, 1.0)
+    (place / "held").touch()
+    killed = worker(place, 1, 0.05, wait_for="held")
     began = written(place, ".synset/tune/*/0/begun.txt", killed)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
@@ -187,6 +198,7 @@ def test_a_trial_that_outlives_its_worker_is_not_begun_a_second_time(place: Path
     assert len(began.read_text(encoding="utf-8").split()) == 1, "the first process was still at it"
     running = [trial.number for trial in study().trials if trial.state.name == "RUNNING"]
     assert running == [0]
+    (place / "held").unlink()
     with (began.parent / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # had as soon as that process has ended
     assert worker(place, 2, 0.05).wait() == 0
@@ -205,9 +217,19 @@ def test_a_trial_is_judged_by_the_weights_that_it_keeps(place: Path, recipe: dic
     assert search(tune(trials=1)).best_value == value
 
 
-def test_a_metric_that_trials_do_not_measure_is_said(place: Path) -> None:
-    with pytest.raises(StageError, match=r"`tune.metric` is val_robust_top1, .* \(no `finetune.adversarial`\)"):
+def test_a_metric_that_trials_do_not_measure_is_said_before_any(place: Path) -> None:
+    with pytest.raises(ParamsError, match=r"`tune.metric` is val_robust_top1, which is measured where `finetune.adv"):
         search(tune(metric="val_robust_top1"))
+    (place / "data/shards/finetune/mine/index.json").write_text('{"splits": {"train": {"count": 9}}}', encoding="utf-8")
+    with pytest.raises(StageError, match=r"`tune.metric` is val_loss, but val has no images; set `split.val_fraction`"):
+        search(tune())
+    assert not Path(".synset/tune").exists()
+
+
+def test_a_metric_that_one_choice_does_not_measure_is_said_of_its_trial(place: Path) -> None:
+    space = {"finetune.adversarial": {"choices": [None]}}
+    with pytest.raises(StageError, match=r"`tune.metric` is val_robust_top1, .* \(no `finetune.adversarial`\)"):
+        search(tune(metric="val_robust_top1", space=space))
 
 
 def test_a_key_below_one_that_is_null_is_searched(place: Path) -> None:
@@ -259,6 +281,12 @@ def test_a_bad_space_is_named_before_anything_runs(place: Path, space: dict[str,
         ({"space": {"finetune.epochs": {"low": 1, "high": 8, "step": 0.5}}}, r"`step` \(0.5\) must be a whole number"),
         ({"space": {"finetune.lr": {"low": 0.1, "high": 1.0, "step": -0.1}}}, "step`: input should be greater than 0"),
         ({"space": {"finetune.lr": {"low": 0.1}}}, "expected `choices`, or `low` and `high`"),
+        ({"space": {"finetune.epochs": {"choices": [1, 2], "high": 5}}}, "`choices` must name one at least, and go wi"),
+        (
+            {"space": {"finetune.lr": {"choices": [0.1], "log": True}}},
+            "`choices` must name one at least, and go without",
+        ),
+        ({"space": {"model.architecture": {"choices": ["resnet18", "resnet34"]}}}, "it is the backbone's too"),
         ({"metric": "test_top1"}, "`tune.metric`: input should be 'val_loss'"),
     ],
 )
@@ -270,7 +298,7 @@ def test_what_cannot_be_searched_is_refused(values: dict[str, Any], words: str) 
 def test_other_data_and_other_code_are_another_study(place: Path) -> None:
     search(tune(trials=1))
     for number, path in enumerate(("models/backbone/config.json", "stages/training/loop.py"), 2):
-        (place / path).write_text("other", encoding="utf-8")
+        (place / path).write_text('{"other": 1}', encoding="utf-8")
         tuning.search(tune(trials=1), (sys.executable, "stand_in.py"))
         assert len(list(place.glob(".synset/tune/*/study.db"))) == number
 

@@ -301,8 +301,10 @@ def test_progressive_resizing_grows_evenly_and_ends_at_the_full_size() -> None:
     recipe = Recipe(epochs=10, start_size=64, full_size_from=0.6)
     found = [size_in(epoch, recipe, 128) for epoch in range(1, 11)]
     assert found == [64, 80, 88, 96, 112, 120, 128, 128, 128, 128]
-    assert sizes(recipe, 128) == [64, 80, 88, 96, 112, 120, 128]
-    assert sizes(Recipe(end_size=64), 32) == [32, 64], "all that the network must take, known before training"
+    assert list(sizes(recipe, 128)) == [64, 80, 88, 96, 112, 120, 128]
+    assert sizes(recipe, 128)[64] == "`start_size` to `end_size`" and sizes(recipe, 128)[128] == "`model.image_size`"
+    assert set(sizes(Recipe(end_size=64), 32)) == {32, 64}, "all that the network must take, known before training"
+    assert [size_in(each, Recipe(epochs=3, start_size=64, full_size_from=0), 128) for each in (1, 2)] == [128, 128]
     assert size_in(1, Recipe(), 128) == 128
     assert [size_in(each, Recipe(epochs=2, end_size=112), 128) for each in (1, 2)] == [112, 112]
 

@@ -250,12 +250,14 @@ def test_a_saved_model_loads_the_same_and_saves_the_same(tmp_path: Path) -> None
 def test_a_size_that_the_architecture_cannot_take_is_known_before_training(architecture: str, size: int) -> None:
     with pytest.raises(StageError, match=f"`model.image_size`: .* takes no image of {size} px"):
         check_takes(made(architecture, image_size=size), size)
+    with pytest.raises(StageError, match=r"`start_size`: VisionTransformer takes no image of 48 px"):
+        check_takes(made("vit_b_16", image_size=64), 48, "`start_size`")
 
 
 # ----------------------------------------------------------------------------------------------------- regularisation
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "efficientnet_b0", "vit_b_16"])
+@pytest.mark.parametrize("architecture", ["resnet18", "efficientnet_b0", "vit_b_16", "mobilenet_v3_small"])
 def test_dropout_and_stochastic_depth_act_in_training_alone_and_change_no_name(architecture: str) -> None:
     plain, regularised = made(architecture), made(architecture)
     regularise(regularised, 0.5, 0.5)
@@ -266,6 +268,20 @@ def test_dropout_and_stochastic_depth_act_in_training_alone_and_change_no_name(a
         first = regularised.train().features(images(architecture, 4))
         torch.manual_seed(2)
         assert not torch.equal(first, regularised.features(images(architecture, 4)))
+
+
+@pytest.mark.parametrize(
+    "architecture", ["resnet50", "swin_t", "regnet_y_400mf", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5"]
+)
+def test_stochastic_depth_skips_branches(architecture: str) -> None:
+    model = made(architecture)
+    regularise(model, 0.0, 0.5)
+    features = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            features.append(model.train().features(images(architecture, 4)))
+    assert torch.equal(features[0], features[1]) and not torch.equal(features[0], features[2])
 
 
 def test_dropout_sets_the_layers_that_are_there() -> None:
@@ -356,6 +372,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(StageError, match=words):
             start_from(model, "resnet18", weights)
+    with pytest.raises(StageError, match=r"does not fit `model.architecture`.*class_token is missing"):
+        start_from(made("vit_b_16"), "vit_b_16", str(tmp_path / "other.safetensors"))
+    with pytest.raises(StageError, match=r"`model.architecture`: torchvision has no 'resnet19'; near: resnet1"):
+        normalisation("resnet19", "torchvision")
 
 
 def test_where_published_weights_cannot_be_had_it_says_where_to_put_them(

@@ -1,6 +1,7 @@
 """Several processes: the same training as one, exact resume, every image once, and one message for what is wrong."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -15,8 +16,11 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from stages.command import StageError
+from stages.files import write_json
+from stages.finetune import _drop_other_work
 from stages.fingerprint import work_folder
 from stages.training.processes import _first_failure
+from stages.training_work import _of_lineage
 from tests.workspace import Workspace, written
 
 PRETRAIN: dict[str, Any] = {"epochs": 1, "batch_size": 32, "lr": 0.01, "warmup": 0.0}
@@ -151,6 +155,29 @@ def test_a_mistyped_parameter_does_not_cost_the_checkpoint_of_the_right_one(prep
     resumed = load_file(prepared.root / "models/backbone/model.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not list((prepared.root / ".synset/work/pretrain").iterdir())
+
+
+def test_a_folder_without_a_checkpoint_has_nothing_to_go_on_with(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_json(
+            tmp_path / name / "lineage.json", {"lineage": "same" if name != "c" else "other", "world_sizes": [1]}
+        )
+    assert _of_lineage(tmp_path, "same") is None
+    for name in ("b", "a", "c"):  # of finetune, below the model's name
+        checkpoint = tmp_path / name / "finetuned/checkpoint.pt"
+        checkpoint.parent.mkdir()
+        checkpoint.touch()
+        os.utime(checkpoint, ns=(0, 10 if name == "b" else 5))
+    assert _of_lineage(tmp_path, "same") == tmp_path / "b", "the newest"
+
+
+def test_a_trial_s_folder_keeps_no_work_of_another_recipe(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "finetuned/checkpoint.pt"
+    for stamp, stays in (("a", False), ("a", True), ("b", False)):
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.touch()
+        _drop_other_work(tmp_path, stamp)
+        assert checkpoint.exists() == stays
 
 
 def test_what_is_wrong_is_said_once(prepared: Workspace) -> None:
