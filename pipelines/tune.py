@@ -2,8 +2,8 @@
 
 Each trial is a process of `stages.finetune --trial` with a params file and a folder of its own. What is found is judged
 on val alone: no trial opens the test split. The study lies in `.synset/tune/`, under a fingerprint of all that is not
-searched, so a search goes on where it was stopped, and never mixes with another one's trials. Several workers (this
-command, in several terminals) share one study.
+searched (but the machine), so a search goes on where it was stopped, and never mixes with another one's trials. Several
+workers (this command, in several terminals) share one study.
 """
 
 import argparse

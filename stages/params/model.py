@@ -16,6 +16,6 @@ class Model(Section):
     """Side in pixels of the square crop for training and evaluation."""
     stem: Literal["standard", "half", "small"] = "standard"
     """How much is lost before the first block. `standard`: as published, a quarter of the resolution for most. `half`:
-    half of it. `small`: nothing, for images of up to 96 px."""
+    half of it. `small`: nothing, for images of up to 96 px. GoogLeNet keeps one pool more."""
     auxiliary_heads: bool = True
     """Of googlenet and inception_v3, in training; they need images nearly as large as the published ones."""
