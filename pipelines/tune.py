@@ -104,7 +104,8 @@ def search(tune: Tune, command: Sequence[str]) -> None:
                 held.close()
     if stop.asked():
         raise StageError(f"{stop.reason}; the same command goes on with it")
-    _finish(study, folder, tune, text, parent)
+    with _alone(folder):  # another worker may end in this moment
+        _finish(study, folder, tune, text, parent)
 
 
 def _check_space(params: dict[str, Any], space: Mapping[str, Distribution]) -> None:
