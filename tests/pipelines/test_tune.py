@@ -25,7 +25,7 @@ from tests.workspace import ROOT, Workspace, written
 
 STAND_IN = '''
 """Its val loss is (lr - 0.1)^2 + 1 / epoch; it fails where weight_decay is above 0.5, and goes on where it was."""
-import json, os, pathlib, sys, time, yaml
+import fcntl, json, os, pathlib, sys, time, yaml
 folder = pathlib.Path(sys.argv[1])
 finetune = yaml.safe_load(open(os.environ["SYNSET_PARAMS"]))["finetune"]
 if finetune["weight_decay"] > 0.5:
@@ -34,8 +34,8 @@ progress = folder / "finetuned/progress.jsonl"
 progress.parent.mkdir(exist_ok=True)
 lines = progress.read_text().splitlines() if progress.exists() else []
 (folder / "begun.txt").open("a").write(f"{len(lines)}\\n")
-while os.path.exists(os.environ.get("WAIT_FOR", "")):
-    time.sleep(0.05)
+if os.environ.get("WAIT_FOR"):
+    fcntl.flock(open(os.environ["WAIT_FOR"]), fcntl.LOCK_EX)
 for epoch in range(len(lines) + 1, 5):
     time.sleep(float(os.environ.get("SECONDS_AN_EPOCH", 0)))
     lines.append(json.dumps({"epoch": epoch, "val_loss": (finetune["lr"] - 0.1) ** 2 + 1 / epoch}))
@@ -154,7 +154,7 @@ def test_a_search_whose_trials_all_fail_stops_and_says_why(place: Path) -> None:
 
 
 def worker(place: Path, trials: int, seconds: float, wait_for: str = "") -> "subprocess.Popen[str]":
-    """Another worker of the same study, as in another terminal; its trials wait for the file to be gone."""
+    """Another worker of the same study, as in another terminal; its trials wait for the lock of that file."""
     code = (
         "import sys; from pipelines import tune; from stages.command import run\n"
         f"wanted = tune._tune({trials}, None)\n"
@@ -189,16 +189,16 @@ def test_two_workers_make_as_many_trials_as_wanted_together(place: Path) -> None
 
 def test_a_trial_that_outlives_its_worker_is_not_begun_a_second_time(place: Path) -> None:
     with_space(place)
-    (place / "held").touch()
-    killed = worker(place, 1, 0.05, wait_for="held")
-    began = written(place, ".synset/tune/*/0/begun.txt", killed)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert worker(place, 2, 0.05).wait() == 0
-    assert len(began.read_text(encoding="utf-8").split()) == 1, "the first process was still at it"
-    running = [trial.number for trial in study().trials if trial.state.name == "RUNNING"]
-    assert running == [0]
-    (place / "held").unlink()
+    with (place / "held").open("w") as held:  # closed, and so let go, also where this test fails
+        fcntl.flock(held, fcntl.LOCK_EX)
+        killed = worker(place, 1, 0.05, wait_for="held")
+        began = written(place, ".synset/tune/*/0/begun.txt", killed)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+        assert worker(place, 2, 0.05).wait() == 0
+        assert len(began.read_text(encoding="utf-8").split()) == 1, "the first process was still at it"
+        running = [trial.number for trial in study().trials if trial.state.name == "RUNNING"]
+        assert running == [0]
     with (began.parent / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # had as soon as that process has ended
     assert worker(place, 2, 0.05).wait() == 0
