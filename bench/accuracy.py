@@ -17,7 +17,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.prepared import written_shards
-from stages.data.loading import Samples, epoch_order, evaluation_batches, read_samples, training_batches
+from stages.data.shards.loading.loading import Samples, epoch_order, evaluation_batches, read_samples, training_batches
 
 if TYPE_CHECKING:
     import torch

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from stages.evaluation import intervals, metrics
-from stages.evaluation.intervals import wilson
+from stages.evaluation import metrics
 from stages.evaluation.metrics import Float64, Floats, Int64
+from stages.evaluation.statistics import intervals
+from stages.evaluation.statistics.intervals import wilson
 from stages.params.evaluate import Evaluate
 
 NOMINAL = 0.93, 0.97

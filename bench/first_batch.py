@@ -14,7 +14,7 @@ def main() -> None:
     """Loads one batch as the trainer does."""
     torch.set_num_threads(2)
     began = time.perf_counter()
-    from stages.data.loading import read_samples, training_batches
+    from stages.data.shards.loading.loading import read_samples, training_batches
 
     samples = read_samples([Path(sys.argv[1])], "train")
     batches = training_batches(

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 
 from stages.evaluation.gate import Answers, Result, judge
-from stages.evaluation.intervals import wilson
 from stages.evaluation.metrics import Bools
+from stages.evaluation.statistics.intervals import wilson
 from stages.params.gate import Gate
 
 TOP1 = 0.8

@@ -19,7 +19,7 @@ from bench.peers.protocol import MEAN, STD, labelled_images, timed_epoch
 from bench.prepared import written_shards
 from bench.rounds import ROOT, Bound, Candidate, Goal, Peer, Table, arguments, machine, measured, report, versions
 from pipelines.environment import settings
-from stages.data.loading import Samples, read_samples, training_batches
+from stages.data.shards.loading.loading import Samples, read_samples, training_batches
 
 SIZE, BATCH, THREADS = 224, 64, 2
 KINDS = {"full size": 4096, "256 px": 256}

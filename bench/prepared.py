@@ -9,11 +9,11 @@ import numpy as np
 import yaml
 
 from bench.rounds import ROOT
-from stages.data.facts import ACCEPTED, read_table, write_table
+from stages.data.raw.facts import ACCEPTED, read_table, write_table
 from tests.workspace import Workspace
 
 if TYPE_CHECKING:
-    from stages.data.loading import Samples
+    from stages.data.shards.loading.loading import Samples
 
 
 def written_shards(images: Path, side: int, work: Path) -> Path:
@@ -90,7 +90,7 @@ class Trials:
 
     def test(self) -> "Samples":
         """The target's test images."""
-        from stages.data.loading import read_samples
+        from stages.data.shards.loading.loading import read_samples
 
         indexes = sorted((self.workspace.root / "data/shards/finetune").glob("*/index.json"))
         return read_samples([index.parent for index in indexes], "test")
@@ -98,9 +98,9 @@ class Trials:
     def hits(self, trained: Path, params: dict[str, Any]) -> tuple[int, int]:
         """How many test images the model in the folder `trained` recognises, and of how many."""
         from stages.evaluation.inference import all_answers
-        from stages.params.training import Training
-        from stages.training.devices import set_up
-        from stages.training.models import load_classifier
+        from stages.params.training.training import Training
+        from stages.training.networks.devices import set_up
+        from stages.training.networks.models import load_classifier
 
         compute, test = set_up(Training(**params["training"])), self.test()
         model, config = load_classifier(trained)

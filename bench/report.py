@@ -20,11 +20,11 @@ import pandas as pd
 
 from bench.rounds import machine
 from stages import evaluate
-from stages.data.facts import ACCEPTED, QUARANTINE, write_table
-from stages.data.loading import Samples
-from stages.evaluation.explanation import jpeg, overlaid
-from stages.evaluation.galleries import Galleries, Neighbour, Picture, Suspect, choose
-from stages.evaluation.training_images import TrainingImages
+from stages.data.raw.facts import ACCEPTED, QUARANTINE, write_table
+from stages.data.shards.loading.loading import Samples
+from stages.evaluation.evaluators.cam import jpeg, overlaid
+from stages.evaluation.evaluators.galleries import Galleries, Neighbour, Picture, Suspect, choose
+from stages.evaluation.evaluators.training_images import TrainingImages
 from stages.params.evaluate import Evaluate
 
 GROUP = 10

@@ -15,7 +15,7 @@ import yaml
 
 from bench.prepared import Trials
 from bench.rounds import machine
-from stages.params.recipe import Adversarial
+from stages.params.training.recipe import Adversarial
 
 
 def main() -> int:
@@ -50,11 +50,11 @@ def without_attacks(params: dict[str, Any]) -> dict[str, Any]:
 
 def _figures(trained: Path, trials: Trials, params: dict[str, Any], attack: Adversarial) -> list[str]:
     """Clean and robust top-1 on test, on all of its images."""
-    from stages.evaluation.intervals import wilson
-    from stages.params.training import Training
-    from stages.training.devices import set_up
-    from stages.training.models import load_classifier
-    from stages.training.objectives import Looking, robust_top1, supervised_metrics
+    from stages.evaluation.statistics.intervals import wilson
+    from stages.params.training.training import Training
+    from stages.training.loop.objectives import Looking, robust_top1, supervised_metrics
+    from stages.training.networks.devices import set_up
+    from stages.training.networks.models import load_classifier
 
     compute, test = set_up(Training(**params["training"])), trials.test()
     model, config = load_classifier(trained)

@@ -18,9 +18,9 @@ import cv2
 from PIL import Image
 
 from bench.rounds import Candidate, Goal, arguments, machine, measured, report, versions
-from stages.command import StageError, run
-from stages.data.images import read_header
+from stages.data.raw.images import read_header
 from stages.data.scanning import Piece, write_piece
+from stages.runtime.command import StageError, run
 
 OURS, PEER = "scan", "PIL full decode"
 IMAGES = 1300

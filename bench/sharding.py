@@ -25,8 +25,8 @@ import pandas as pd
 from PIL import Image
 
 from bench.rounds import Bound, Candidate, Goal, Table, arguments, machine, measured, report, versions
-from stages.data.raw import read_at
-from stages.data.sharding import Piece, RawImage, plan_split, prepare, shard_image, write_shard
+from stages.data.raw.tars import read_at
+from stages.data.shards.writing import Piece, RawImage, plan_split, prepare, shard_image, write_shard
 from stages.params.shard import Shard
 
 RESIZE, QUALITY = 256, 90

@@ -92,7 +92,7 @@ def _rows(backbones: dict[str, Any], options: argparse.Namespace) -> Iterator[tu
 
 
 def _cells(found: list[Trained]) -> str:
-    from stages.evaluation.intervals import wilson
+    from stages.evaluation.statistics.intervals import wilson
 
     one = found[0]
     hits, images = sum(each.hits for each in found), sum(each.images for each in found)

@@ -20,8 +20,8 @@ from bench.rounds import Candidate, Goal, arguments, machine, measured, report, 
 if TYPE_CHECKING:
     import torch
 
-    from stages.data.loading import Samples
-    from stages.training.devices import Compute
+    from stages.data.shards.loading.loading import Samples
+    from stages.training.networks.devices import Compute
 
 BARE, MEMORY, SHARDS = "bare loop, tensors", "Synset, tensors", "Synset, shards"
 Batch = tuple["torch.Tensor", "torch.Tensor"]
@@ -44,8 +44,8 @@ def main() -> int:
     before = machine()
     logging.getLogger().setLevel(logging.ERROR)
 
-    from stages.params.training import Training
-    from stages.training.devices import set_up
+    from stages.params.training.training import Training
+    from stages.training.networks.devices import set_up
 
     compute = set_up(
         Training(threads=options.threads, compile=options.compile, deterministic=not options.not_deterministic)
@@ -71,7 +71,7 @@ def _samples(shards: Path, options: argparse.Namespace) -> "Samples":
     """As many as a round needs, again and again where there are fewer."""
     import numpy as np
 
-    from stages.data.loading import read_samples
+    from stages.data.shards.loading.loading import read_samples
 
     samples = read_samples([shards], "train")
     wanted = np.resize(np.arange(len(samples)), options.steps * options.batch_size)
@@ -82,8 +82,8 @@ class _Task:
     """One network's training, fed from memory or from shards, by our trainer or by a bare loop."""
 
     def __init__(self, options: argparse.Namespace, samples: "Samples", compute: "Compute", work: Path) -> None:
-        from stages.params.recipe import Recipe
-        from stages.training.feeding import crops
+        from stages.params.training.recipe import Recipe
+        from stages.training.loop.train_batches import crops
 
         self.options, self.compute, self.work = options, compute, work
         self.recipe = Recipe(epochs=1, batch_size=options.batch_size, lr=0.01)
@@ -95,7 +95,7 @@ class _Task:
         self.network = self._network()
 
     def _network(self) -> Any:
-        from stages.training.models import build
+        from stages.training.networks.models import build
 
         config = {"architecture": self.options.architecture, "classes": list("0123456789"), "mean": [0.5] * 3}
         return self.compute.place(build(config | {"std": [0.25] * 3, "image_size": self.options.size}, seed=1))
@@ -106,9 +106,9 @@ class _Task:
 
     def trainer(self, batches: Callable[[int, int, int], Iterator[Batch]]) -> float:
         """Images a second of `fit`."""
-        from stages.training.feeding import Feed
-        from stages.training.loop import fit
-        from stages.training.objectives import Looking, Supervised
+        from stages.training.loop.loop import fit
+        from stages.training.loop.objectives import Looking, Supervised
+        from stages.training.loop.train_batches import Feed
 
         rates = []
         model, size = self.network, self.options.size

@@ -26,8 +26,8 @@ import yaml
 
 from bench.rounds import ROOT, Bound, Candidate, Table, arguments, machine, measure, report, versions
 from pipelines.environment import settings
-from stages.command import StageError, run
-from stages.files import sha256
+from stages.runtime.command import StageError, run
+from stages.runtime.files import sha256
 
 FRESH_EVERY = 100
 """One image of so many comes in the fresh batch."""

@@ -16,9 +16,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from stages import tracking
-from stages.command import StageError, run
-from stages.files import replaced_file, write_json
+from stages.registry import tracking
+from stages.runtime.command import StageError, run
+from stages.runtime.files import replaced_file, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ import yaml
 
 from pipelines import environment
 from pipelines.environment import ROOT
-from pipelines.exclusive import exclusive
-from pipelines.worktree import NOBODY, check_root, commit_of, git, text_at
-from stages import tracking
-from stages.command import StageError, run
-from stages.params.load import load_section
+from pipelines.processes.flow_lock import exclusive
+from pipelines.retrain.worktree import NOBODY, check_root, commit_of, git, text_at
 from stages.params.register import Register
+from stages.registry import tracking
+from stages.runtime.command import StageError, run
+from stages.runtime.params_file import load_section
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stages.command import StageError
-from stages.params.load import load_section
 from stages.params.retrain import Retrain
+from stages.runtime.command import StageError
+from stages.runtime.params_file import load_section
 
 logger = logging.getLogger(__name__)
 

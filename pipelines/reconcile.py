@@ -12,15 +12,15 @@ from typing import Any
 
 from pipelines import environment
 from pipelines.environment import ROOT
-from pipelines.examination import examine, run_logged
-from pipelines.exclusive import BusyError, clear_after_kill, exclusive, folder
-from pipelines.in_force import Outcome, settle
 from pipelines.notify import tell
-from pipelines.stage_process import Stop, signals_to
-from stages import tracking
-from stages.command import StageError, run
-from stages.params.load import load_section
+from pipelines.processes.flow_lock import BusyError, clear_after_kill, exclusive, folder
+from pipelines.processes.stage_process import Stop, signals_to
+from pipelines.promotion.examination import examine, run_logged
+from pipelines.promotion.promotion import Outcome, settle
 from stages.params.register import Register
+from stages.registry import tracking
+from stages.runtime.command import StageError, run
+from stages.runtime.params_file import load_section
 
 environment.apply()  # Prefect reads its settings when it is imported
 

@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from pipelines import environment
-from pipelines.stage_process import Stop, run_streamed, signals_to
-from stages.command import StageError, run
+from pipelines.processes.stage_process import Stop, run_streamed, signals_to
 from stages.params.all import check_all
+from stages.runtime.command import StageError, run
 
 environment.apply()  # Prefect reads its settings when it is imported
 

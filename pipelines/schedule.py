@@ -21,8 +21,8 @@ from subprocess import PIPE, Popen
 from typing import IO, Any
 
 from pipelines import environment
-from pipelines.exclusive import at_work, clear_after_kill, exclusive
-from pipelines.servers import (
+from pipelines.processes.flow_lock import at_work, clear_after_kill, exclusive
+from pipelines.processes.servers import (
     HOST,
     MLFLOW_PORT,
     PREFECT_PORT,
@@ -36,13 +36,13 @@ from pipelines.servers import (
     start,
     stop,
 )
-from pipelines.stage_process import Stop, signals_to, split_lines
-from stages import tracking
-from stages.command import StageError, run
+from pipelines.processes.stage_process import Stop, signals_to, split_lines
 from stages.params.all import check_all
-from stages.params.load import load_section
 from stages.params.reconcile import Reconcile
 from stages.params.retrain import Retrain
+from stages.registry import tracking
+from stages.runtime.command import StageError, run
+from stages.runtime.params_file import load_section
 
 NAME = "schedule"
 """Of the deployments that are made here: `retrain/schedule` in Prefect. Those of prefect.yaml have another."""

@@ -31,16 +31,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pipelines import environment
-from pipelines.exclusive import exclusive, folder
-from pipelines.servers import HOST, START_WITHIN, free_port, listening_socket
-from pipelines.stage_process import split_lines
-from stages import tracking
-from stages.command import StageError, run
-from stages.files import replaced_directory
+from pipelines.processes.flow_lock import exclusive, folder
+from pipelines.processes.servers import HOST, START_WITHIN, free_port, listening_socket
+from pipelines.processes.stage_process import split_lines
 from stages.params.all import check_all
-from stages.params.load import load_section
 from stages.params.register import Register
 from stages.params.serve import Serve
+from stages.registry import tracking
+from stages.runtime.command import StageError, run
+from stages.runtime.files import replaced_directory
+from stages.runtime.params_file import load_section
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages import tracking
-from stages.command import run
-from stages.params.load import load_section
 from stages.params.register import Register
+from stages.registry import tracking
+from stages.runtime.command import run
+from stages.runtime.params_file import load_section
 
 METRICS = Path("reports/metrics.json")
 RECEIPT = Path("models/registered.json")

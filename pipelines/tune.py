@@ -23,15 +23,15 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from pipelines.stage_process import Stop, run_streamed, signals_to
-from stages import tracking
-from stages.command import StageError, run
-from stages.files import sha256, write_text
+from pipelines.processes.stage_process import Stop, run_streamed, signals_to
 from stages.params.finetune import Finetune
-from stages.params.load import ParamsError, check, load_section, params_path, read_params
-from stages.params.model import Model
-from stages.params.training import Training
+from stages.params.training.model import Model
+from stages.params.training.training import Training
 from stages.params.tune import SEARCHED, Distribution, Tune
+from stages.registry import tracking
+from stages.runtime.command import StageError, run
+from stages.runtime.files import sha256, write_text
+from stages.runtime.params_file import ParamsError, check, load_section, params_path, read_params
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipelines.servers import HOST, MLFLOW_PORT, free_port, mlflow_server, start, stop, wait_until_ready
-from stages import tracking
-from stages.command import StageError, run
-from stages.params.load import load_section
+from pipelines.processes.servers import HOST, MLFLOW_PORT, free_port, mlflow_server, start, stop, wait_until_ready
 from stages.params.register import Register
+from stages.registry import tracking
+from stages.runtime.command import StageError, run
+from stages.runtime.params_file import load_section
 
 LOG = Path(".synset/mlflow-server.log")
 

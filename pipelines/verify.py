@@ -22,16 +22,16 @@ import yaml
 
 from pipelines import environment
 from pipelines.environment import ROOT, settings
-from pipelines.examination import run_logged
-from pipelines.exclusive import BusyError, exclusive, folder
 from pipelines.notify import tell
-from pipelines.stage_process import Stop, signals_to
-from pipelines.worktree import commit_of, default_remote, git, open_tree, text_at
-from stages import tracking
-from stages.command import StageError, run
-from stages.files import sha256
-from stages.params.load import load_section
+from pipelines.processes.flow_lock import BusyError, exclusive, folder
+from pipelines.processes.stage_process import Stop, signals_to
+from pipelines.promotion.examination import run_logged
+from pipelines.retrain.worktree import commit_of, default_remote, git, open_tree, text_at
 from stages.params.register import Register
+from stages.registry import tracking
+from stages.runtime.command import StageError, run
+from stages.runtime.files import sha256
+from stages.runtime.params_file import load_section
 
 environment.apply()  # Prefect reads its settings when it is imported
 
@@ -53,9 +53,9 @@ _MACHINE = """
 import json
 from importlib.metadata import version
 from pathlib import Path
-from stages.params.load import load_section
-from stages.params.training import Training
-from stages.training.devices import set_up
+from stages.runtime.params_file import load_section
+from stages.params.training.training import Training
+from stages.training.networks.devices import set_up
 lines = {line for path in Path("stages/versions").glob("*.txt") for line in path.read_text().split()}
 others = sorted(line for line in lines if version(line.split("==")[0]) != line.split("==")[1])
 print(json.dumps([set_up(load_section("training", Training)).kind, others]))

@@ -12,20 +12,23 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from stages.command import StageError, run
-from stages.data.facts import write_table
-from stages.data.loading import Samples, read_samples
-from stages.data.shard_sets import shard_sets
-from stages.evaluation import galleries, intervals, metrics, report, slices
-from stages.evaluation.slices import Slice
-from stages.files import replaced_directory, sha256, write_json, write_text
+from stages.data.raw.facts import write_table
+from stages.data.shards.loading.loading import Samples, read_samples
+from stages.data.shards.loading.samples.shard_sets import shard_sets
+from stages.evaluation import metrics
+from stages.evaluation.evaluators import galleries, slices
+from stages.evaluation.evaluators.slices import Slice
+from stages.evaluation.report import page
+from stages.evaluation.statistics import intervals
 from stages.params.evaluate import Evaluate
-from stages.params.load import load_section
-from stages.params.training import Training
+from stages.params.training.training import Training
+from stages.runtime.command import StageError, run
+from stages.runtime.files import replaced_directory, sha256, write_json, write_text
+from stages.runtime.params_file import load_section
 
 if TYPE_CHECKING:
-    from stages.evaluation.robustness import Findings as Robust
-    from stages.evaluation.training_images import TrainingImages
+    from stages.evaluation.evaluators.robustness import Findings as Robust
+    from stages.evaluation.evaluators.training_images import TrainingImages
 
 logger = logging.getLogger(__name__)
 MODELS = Path("models")
@@ -152,10 +155,10 @@ def _ask(
     train: Samples, test: Samples, fresh: Samples, config: Mapping[str, Any], settings: Evaluate, training: Training
 ) -> Found:
     """All that models are asked: three of them on test, the fine-tuned one on fresh, it and the backbone on train."""
-    from stages.evaluation import training_images
+    from stages.evaluation.evaluators import training_images
     from stages.evaluation.inference import all_answers, nearest_class_mean
-    from stages.training.devices import set_up
-    from stages.training.models import load_classifier
+    from stages.training.networks.devices import set_up
+    from stages.training.networks.models import load_classifier
 
     compute = set_up(training)
     has_scratch = (MODELS / "scratch/model.safetensors").is_file()
@@ -176,7 +179,7 @@ def _ask(
     on_fresh = all_answers(fresh, {"finetuned": finetuned}, **how)["finetuned"].logits
     robust = None
     if settings.robustness:
-        from stages.evaluation.robustness import measure
+        from stages.evaluation.evaluators.robustness import measure
 
         robust = measure(
             finetuned, test, settings.robustness, image_size=config["image_size"], resize=config["resize"],
@@ -276,19 +279,19 @@ def write(
     _write_predictions(found.test, found.fresh)
     _write_suspects(found, train, config)
     _write_plots(found.test, findings)
-    write_text(REPORTS / "report.html", report.render(findings))
+    write_text(REPORTS / "report.html", page.render(findings))
     write_json(REPORTS / "metrics.json", figures)
 
 
 def _findings(
     found: Found, weak: Sequence[Slice], figures: dict[str, Any], config: dict[str, Any], settings: Evaluate
-) -> report.Findings:
+) -> page.Findings:
     test = found.test
     predicted, labels = metrics.predictions(test.finetuned), test.samples.label
     bins = settings.calibration_bins
     noise = intervals.calibration_noise(test.finetuned, bins, settings.bootstrap, settings.seed)
     quarantine = pd.read_parquet(QUARANTINE, columns=["batch", "reason"])
-    return report.Findings(
+    return page.Findings(
         classes=config["classes"],
         metrics=figures,
         confusion=metrics.confusion_matrix(labels, predicted, len(config["classes"])),
@@ -340,11 +343,11 @@ def _report(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _data_rows(quarantined: Mapping[str, int]) -> list[report.DataRow]:
+def _data_rows(quarantined: Mapping[str, int]) -> list[page.DataRow]:
     rows = []
     for path in sorted(ACCEPTED.glob("*/*.parquet"), key=lambda path: (path.parent.name == "finetune", path.name)):
         splits = _counts(pd.read_parquet(path, columns=["split"])["split"])
-        rows.append(report.DataRow(path.stem, path.parent.name, splits, quarantined.get(path.stem, 0)))
+        rows.append(page.DataRow(path.stem, path.parent.name, splits, quarantined.get(path.stem, 0)))
     return rows
 
 
@@ -372,13 +375,13 @@ def _write_predictions(*answers: Answers) -> None:
     write_table(pd.concat(frames, ignore_index=True), PREDICTIONS, REPORTS / "predictions.parquet")
 
 
-def _write_plots(test: Answers, findings: report.Findings) -> None:
+def _write_plots(test: Answers, findings: page.Findings) -> None:
     """CSV files as `dvc plots` draws them."""
     names = np.array(findings.classes)
     confusion = pd.DataFrame(
         {"actual": names[test.samples.label], "predicted": names[metrics.predictions(test.finetuned)]}
     )
-    rows = report.class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
+    rows = page.class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
     robust = findings.robustness.figures if findings.robustness else None
     curve = findings.reliability
     bins = pd.DataFrame({"confidence": curve.confidence, "accuracy": curve.accuracy, "count": curve.count})
@@ -392,9 +395,9 @@ def _write_plots(test: Answers, findings: report.Findings) -> None:
         "per_class": pd.DataFrame(rows, columns=list(PER_CLASS)).rename(columns=PER_CLASS),
         "reliability": bins[curve.count > 0],
         "selective": pd.DataFrame(
-            report.selective_rows(findings.selective), columns=["coverage", "accuracy", "confidence"]
+            page.selective_rows(findings.selective), columns=["coverage", "accuracy", "confidence"]
         ),
-        "robustness": pd.DataFrame(report.robustness_rows(robust) if robust else [], columns=ROBUSTNESS),
+        "robustness": pd.DataFrame(page.robustness_rows(robust) if robust else [], columns=ROBUSTNESS),
         "curves": epochs.reindex(columns=["run", "epoch", *sorted(set(epochs.columns) - {"run", "epoch"})]),
     }
     with replaced_directory(REPORTS / "plots") as aside:

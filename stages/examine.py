@@ -16,18 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages import reviewing, scoring, tracking
-from stages.command import StageError, run
-from stages.files import write_json
 from stages.params.gate import Gate
-from stages.params.load import load_section
-from stages.reviewing import IN_FORCE, LATENCY, METRICS, NOBODY, PREDICTIONS, own_folder
+from stages.registry import gate_review, model_process, tracking
+from stages.registry.gate_review import IN_FORCE, LATENCY, METRICS, NOBODY, PREDICTIONS, own_folder
+from stages.runtime.command import StageError, run
+from stages.runtime.files import write_json
+from stages.runtime.params_file import load_section
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from stages.evaluation.gate import Verdict
-    from stages.scoring import Said
+    from stages.registry.model_process import Said
 
 logger = logging.getLogger(__name__)
 
@@ -124,13 +124,13 @@ def _canary(version: tracking.Version) -> "pd.DataFrame | None":
 def _ask(version: tracking.Version, images: list[bytes]) -> "Said":
     """Asks twice before it says that a model does not answer: a server may be started anew in between."""
     try:
-        with scoring.fresh_process() as process:
-            return scoring.ask(process, version.source, images)
+        with model_process.fresh_process() as process:
+            return model_process.ask(process, version.source, images)
     except StageError as error:
         logger.warning("warning: %s\nit is asked once more", error)
     tracking.versions(version.name)  # raises where it is the registry that fails, which is not the model's fault
-    with scoring.fresh_process() as process:
-        return scoring.ask(process, version.source, images)
+    with model_process.fresh_process() as process:
+        return model_process.ask(process, version.source, images)
 
 
 def take_again(
@@ -149,33 +149,33 @@ def take_again(
         KeyError, ValueError: what is recorded does not go together.
     """
     from stages.evaluation.gate import answers_of
-    from stages.model_card import with_verdict
+    from stages.registry.card.model_card import with_verdict
 
-    run, predicted = reviewing.find_run(version.run_id), reviewing.recorded_predictions(version)
-    metrics = reviewing.recorded_json(version, METRICS.as_posix())
+    run, predicted = gate_review.find_run(version.run_id), gate_review.recorded_predictions(version)
+    metrics = gate_review.recorded_json(version, METRICS.as_posix())
     if run is None or predicted is None or metrics is None:
         raise StageError(f"its run {version.run_id} is gone, or holds no {PREDICTIONS} or {METRICS}")
     other = None
     if against:
         at_hand = [each.folder for checkout in checkouts for each in tracking.shard_sets_of(run, checkout)]
         shards = list({folder.name: folder for folder in at_hand}.values())
-        other = against, reviewing.answers(against, predicted, said.classes, shards)
+        other = against, gate_review.answers(against, predicted, said.classes, shards)
     latency = version.tags.get(LATENCY)
     weights = said.size, float(latency) if latency else None
     answers = answers_of(version.sha256, predicted)
-    review = reviewing.review(
+    review = gate_review.review(
         version.name, answers, metrics["test"], weights, other, said.classes, gate, version.run_id
     )
     if IN_FORCE in version.tags:
         # First, and set again last: a kill in between must not leave the new result beside the old opponent.
         tracking.delete_tag(version, IN_FORCE)
     with tempfile.TemporaryDirectory() as folder:
-        exports = reviewing.recorded_exports(version)
-        reviewing.write_verdict(review, Path(folder, own_folder(version.name)), exports)
+        exports = gate_review.recorded_exports(version)
+        gate_review.write_verdict(review, Path(folder, own_folder(version.name)), exports)
         tracking.log_files(run, Path(folder))
     tracking.describe_version(version, with_verdict(version.description, review))
-    tracking.set_tags(version, reviewing.verdict_tags(review.verdict))
-    reviewing.count_decision(version.name, review.verdict)
+    tracking.set_tags(version, gate_review.verdict_tags(review.verdict))
+    gate_review.count_decision(version.name, review.verdict)
     return review.verdict
 
 
@@ -183,7 +183,7 @@ def _recorded_verdict(version: tracking.Version) -> "Verdict | None":
     from stages.evaluation.gate import Verdict
 
     try:
-        values = reviewing.recorded_json(version, f"{own_folder(version.name)}/gate.json")
+        values = gate_review.recorded_json(version, f"{own_folder(version.name)}/gate.json")
         return Verdict.from_dict(values) if values else None
     except (KeyError, TypeError, ValueError):  # of an older form, or damaged: its reasons are in the card
         return None
@@ -197,12 +197,12 @@ def _not_passed(verdict: "Verdict | None") -> list[str]:
 def main() -> None:
     """Finds the versions, examines, and says what was found."""
     arguments = _arguments()
-    version = scoring.find(f"models:/{arguments.name}/{arguments.version}")
+    version = model_process.find(f"models:/{arguments.name}/{arguments.version}")
     held_against, against = "", None
     if arguments.against == NOBODY:
         held_against = NOBODY
     elif arguments.against:
-        against = scoring.find(f"models:/{arguments.name}/{arguments.against}")
+        against = model_process.find(f"models:/{arguments.name}/{arguments.against}")
         held_against = against.sha256
     if against and not against.sha256:
         raise StageError(f"version {against.number} has no tag {tracking.SHA256}, so nothing can be held against it")

@@ -19,21 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import reviewing, scoring, tracking
-from stages.arguments import positive
-from stages.command import StageError, run
-from stages.files import replaced_file, sha256, write_json, write_text
-from stages.params.load import load_section
 from stages.params.register import Register
-from stages.progress import progress, worker_count
-from stages.reviewing import own_folder
+from stages.registry import gate_review, model_process, tracking
+from stages.registry.gate_review import own_folder
+from stages.runtime.command import StageError, positive, run
+from stages.runtime.files import replaced_file, sha256, write_json, write_text
+from stages.runtime.params_file import load_section
+from stages.runtime.progress import progress, worker_count
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from stages.data.loading import Samples
+    from stages.data.shards.loading.loading import Samples
     from stages.evaluation.exporting import Difference, Pixels
-    from stages.training.models import Classifier
+    from stages.training.networks.models import Classifier
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ def export(version: tracking.Version, form: str, out: Path, threads: int) -> dic
         StageError: the version or the test images cannot be had, or the file does not answer as the original does.
     """
     samples = _test_images()
-    run_of_version = reviewing.find_run(version.run_id)
+    run_of_version = gate_review.find_run(version.run_id)
     if run_of_version is None:
         raise StageError(
             f"the run {version.run_id} of version {version.number} is gone, so there is no place to keep it"
@@ -88,8 +87,8 @@ def export(version: tracking.Version, form: str, out: Path, threads: int) -> dic
 
 
 def _test_images() -> "Samples":
-    from stages.data.loading import read_samples
-    from stages.data.shard_sets import shard_sets
+    from stages.data.shards.loading.loading import read_samples
+    from stages.data.shards.loading.samples.shard_sets import shard_sets
 
     samples = read_samples(shard_sets("finetune"), "test")
     if not len(samples):
@@ -101,7 +100,7 @@ def _test_images() -> "Samples":
 
 
 def _original(version: tracking.Version) -> Original:
-    from stages.training.models import load_classifier
+    from stages.training.networks.models import load_classifier
 
     with tempfile.TemporaryDirectory() as folder:
         tracking.download_model(version, Path(folder))
@@ -182,7 +181,7 @@ def _pixels(samples: "Samples", config: dict[str, Any]) -> "Iterator[Pixels]":
     """As the evaluation sees them, (n, 3, S, S)."""
     import numpy as np
 
-    from stages.data.loading import evaluation_batches
+    from stages.data.shards.loading.loading import evaluation_batches
 
     batches = evaluation_batches(
         samples, image_size=config["image_size"], resize=config["resize"], batch_size=BATCH,
@@ -240,15 +239,15 @@ def _made_with(form: str) -> str:
 
 def _record(version: tracking.Version, its_run: "Run", form: str, path: Path, figures: dict[str, Any]) -> None:
     """Files and figures as artifacts of the run, the page anew; the tag comes last."""
-    from stages.model_card import with_exports
+    from stages.registry.card.model_card import with_exports
 
-    exports = reviewing.recorded_exports(version) | {form: figures}
+    exports = gate_review.recorded_exports(version) | {form: figures}
     with tempfile.TemporaryDirectory() as temporary:
         own = Path(temporary, own_folder(version.name))
         (own / "exports").mkdir(parents=True)
         for file in (path, path.with_name(f"{path.name}.json")):
             shutil.copyfile(file, own / "exports" / file.name)
-        write_json(own / reviewing.EXPORTS, exports)
+        write_json(own / gate_review.EXPORTS, exports)
         review = f"{own_folder(version.name)}/review.html"
         with tempfile.TemporaryDirectory() as before:
             if page := tracking.download(version.run_id, review, Path(before)):
@@ -268,9 +267,9 @@ def main() -> None:
     name = load_section("register", Register).name
     if arguments.version or arguments.alias:
         which = f"/{arguments.version}" if arguments.version else f"@{arguments.alias}"
-        version = scoring.find(f"models:/{name}{which}")
+        version = model_process.find(f"models:/{name}{which}")
     else:
-        version = scoring.newest(name)
+        version = model_process.newest(name)
     out: Path = arguments.out or OUT / name / str(version.number)
     _check_folder(out)
     with tracking.reachable():

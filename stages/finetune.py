@@ -9,23 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.command import StageError, run
-from stages.data.loading import read_samples
-from stages.data.shard_sets import check_resize, read_index, shard_sets
-from stages.files import replaced_directory, sha256, write_json, write_text
-from stages.fingerprint import fingerprint
+from stages.data.shards.loading.loading import read_samples
+from stages.data.shards.loading.samples.shard_sets import check_resize, read_index, shard_sets
 from stages.params.finetune import Finetune
-from stages.params.load import load_section
-from stages.params.model import Model
-from stages.params.training import Training
-from stages.training_work import TrainingWork, training_work
+from stages.params.training.model import Model
+from stages.params.training.training import Training
+from stages.runtime.command import StageError, run
+from stages.runtime.files import replaced_directory, sha256, write_json, write_text
+from stages.runtime.fingerprint import fingerprint
+from stages.runtime.params_file import load_section
+from stages.training.loop.checkpoints.work import TrainingWork, training_work
 
 if TYPE_CHECKING:
-    from stages.tracking import TrainingRun
-    from stages.training.devices import Compute
-    from stages.training.models import Classifier
-    from stages.training.objectives import Metrics
-    from stages.training.strategies import Groups
+    from stages.registry.tracking import TrainingRun
+    from stages.training.finetuning.strategies import Groups
+    from stages.training.loop.objectives import Metrics
+    from stages.training.networks.devices import Compute
+    from stages.training.networks.models import Classifier
 
 BACKBONE = Path("models/backbone")
 FINETUNED = Path("models/finetuned")
@@ -50,7 +50,7 @@ def main() -> None:
     if not list(shard_sets("finetune")):
         raise StageError("no batch has the role finetune; there is nothing to fine-tune on")
 
-    from stages.training.processes import run_together
+    from stages.training.loop.processes import run_together
 
     arguments = ["--trial", str(trial)] if trial else []
     main = partial(_trial, trial) if trial else _both
@@ -59,9 +59,9 @@ def main() -> None:
 
 def _both(finetune: Finetune, model: Model, training: Training) -> None:
     """The stage: from the backbone, and from scratch."""
-    from stages.tracking import training_run
-    from stages.training.devices import set_up
-    from stages.training.processes import is_first, wait_for_first
+    from stages.registry.tracking import training_run
+    from stages.training.loop.processes import is_first, wait_for_first
+    from stages.training.networks.devices import set_up
 
     compute = set_up(training)
     config = _config(model)
@@ -85,9 +85,9 @@ def _both(finetune: Finetune, model: Model, training: Training) -> None:
 
 def _trial(folder: Path, finetune: Finetune, model: Model, training: Training) -> None:
     """One trial of a search: from the backbone alone, checkpoint and all in `folder`, which is kept."""
-    from stages.tracking import training_run
-    from stages.training.devices import set_up
-    from stages.training.processes import is_first, wait_for_first
+    from stages.registry.tracking import training_run
+    from stages.training.loop.processes import is_first, wait_for_first
+    from stages.training.networks.devices import set_up
 
     compute = set_up(training)
     if is_first():
@@ -131,13 +131,13 @@ class _Task:
         Args:
             work: holds the folder of its checkpoint, which has its name.
         """
-        from stages.training.blocks import trainable
-        from stages.training.feeding import crops
-        from stages.training.loop import fit
-        from stages.training.models import save_classifier
-        from stages.training.objectives import Looking, Supervised, evaluated_at_once
-        from stages.training.processes import is_first
-        from stages.training.strategies import merge
+        from stages.training.finetuning.strategies import merge
+        from stages.training.loop.loop import fit
+        from stages.training.loop.objectives import Looking, Supervised, evaluated_at_once
+        from stages.training.loop.processes import is_first
+        from stages.training.loop.train_batches import crops
+        from stages.training.networks.layer_groups import trainable
+        from stages.training.networks.models import save_classifier
 
         prefix = "" if name == "finetuned" else f"{name}/"
 
@@ -173,11 +173,11 @@ class _Task:
 
     def _start(self, name: str) -> "tuple[Classifier, Groups]":
         """The network before its first step, and what of it is trained."""
-        from stages.training.blocks import every_weight
-        from stages.training.loop import sizes
-        from stages.training.models import build, check_takes, copy_backbone, load_classifier
-        from stages.training.regularisation import regularise
-        from stages.training.strategies import STRATEGIES
+        from stages.training.finetuning.strategies import STRATEGIES
+        from stages.training.loop.loop import sizes
+        from stages.training.networks.layer_groups import every_weight
+        from stages.training.networks.models import build, check_takes, copy_backbone, load_classifier
+        from stages.training.networks.regularisation import regularise
 
         start = build(self.config, self.finetune.seed, self.model.auxiliary_heads)
         for size, key in sizes(self.finetune, self.model.image_size).items():

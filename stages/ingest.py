@@ -7,16 +7,16 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from stages.command import StageError, run
-from stages.data.digests import raw_digest
-from stages.data.ingesting import Made, Tally, assemble, shown, write_parts
-from stages.data.raw import UNLABELLED
-from stages.data.source_kinds.tars import ChangedError
-from stages.data.sources import read_source
-from stages.files import replaced_directory
-from stages.fingerprint import fingerprint, prune, work_folder
+from stages.data.raw.tars import UNLABELLED
+from stages.data.sources.digests import raw_digest
+from stages.data.sources.dispatch import read_source
+from stages.data.sources.ingesting import Made, Tally, assemble, shown, write_parts
+from stages.data.sources.tars import ChangedError
 from stages.params.batches import load_batch
-from stages.progress import worker_count
+from stages.runtime.command import StageError, run
+from stages.runtime.files import replaced_directory
+from stages.runtime.fingerprint import fingerprint, prune, work_folder
+from stages.runtime.progress import worker_count
 
 logger = logging.getLogger(__name__)
 WAITING = 4

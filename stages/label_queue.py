@@ -15,20 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.arguments import positive
-from stages.command import StageError, run
-from stages.files import replaced_file, write_text
 from stages.params.evaluate import Evaluate
-from stages.params.load import load_section
-from stages.params.training import Training
-from stages.progress import progress
+from stages.params.training.training import Training
+from stages.runtime.command import StageError, positive, run
+from stages.runtime.files import replaced_file, write_text
+from stages.runtime.params_file import load_section
+from stages.runtime.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.data.loading import Samples
-    from stages.evaluation.querying import Candidates
-    from stages.training.devices import Compute
+    from stages.data.shards.loading.loading import Samples
+    from stages.evaluation.active_learning import Candidates
+    from stages.training.networks.devices import Compute
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +69,9 @@ def queue(pool: Pool, count: int, seed: int, training: Training, batch_size: int
     Raises:
         StageError: there is no model, or it cannot tell how sure it is.
     """
-    from stages.evaluation.querying import CANDIDATES, diverse, most_unsure
-    from stages.training.devices import set_up
-    from stages.training.models import load_classifier
+    from stages.evaluation.active_learning import CANDIDATES, diverse, most_unsure
+    from stages.training.networks.devices import set_up
+    from stages.training.networks.models import load_classifier
 
     compute = set_up(training)
     model, config = load_classifier(MODEL, compute.device)
@@ -97,8 +96,8 @@ def unlabelled(batch: str) -> Pool:
     """
     import numpy as np
 
-    from stages.data.loading import read_samples
-    from stages.data.shard_sets import read_index, shard_sets
+    from stages.data.shards.loading.loading import read_samples
+    from stages.data.shards.loading.samples.shard_sets import read_index, shard_sets
 
     sets = [each for role in ROLES for each in shard_sets(role)]
     found = [each for each in sets if each.name == batch]
@@ -120,7 +119,7 @@ def unlabelled(batch: str) -> Pool:
 
 
 def _images(pool: Pool, config: dict[str, Any], batch_size: int, compute: "Compute") -> Iterator["Tensor"]:
-    from stages.data.loading import evaluation_batches
+    from stages.data.shards.loading.loading import evaluation_batches
 
     batches = (
         images

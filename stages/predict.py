@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from stages import scoring, tracking
-from stages.arguments import positive
-from stages.command import StageError, run
-from stages.files import replaced_file
-from stages.params.load import load_section
 from stages.params.register import Register
-from stages.progress import progress
+from stages.registry import model_process, tracking
+from stages.runtime.command import StageError, positive, run
+from stages.runtime.files import replaced_file
+from stages.runtime.params_file import load_section
+from stages.runtime.progress import progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +96,7 @@ def _classes(model: Model) -> int:
     grey = io.BytesIO()
     Image.new("RGB", (64, 64), (128, 128, 128)).save(grey, "PNG")
     try:
-        return len(model([grey.getvalue()], scoring.ALL_CLASSES)["class_id"][0])
+        return len(model([grey.getvalue()], model_process.ALL_CLASSES)["class_id"][0])
     except Exception as error:
         raise StageError(f"the model does not answer, not even to a grey image: {_first_line(error)}") from error
 
@@ -338,7 +337,7 @@ def load(address: str) -> Model:
     Raises:
         StageError: there is none, or it does not load.
     """
-    version = scoring.find(address)
+    version = model_process.find(address)
     logger.info("asking %s version %d (gate: %s)", version.name, version.number, version.tags.get("gate", "not taken"))
     import mlflow
     import pandas as pd

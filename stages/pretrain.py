@@ -7,22 +7,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.command import StageError, run
-from stages.data.loading import Samples, read_samples
-from stages.data.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
-from stages.files import sha256, write_json
-from stages.fingerprint import prune, work_folder
-from stages.params.load import load_section
-from stages.params.model import Model
+from stages.data.shards.loading.loading import Samples, read_samples
+from stages.data.shards.loading.samples.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
 from stages.params.pretrain import Pretrain
-from stages.params.training import Training
-from stages.training_work import training_work
+from stages.params.training.model import Model
+from stages.params.training.training import Training
+from stages.runtime.command import StageError, run
+from stages.runtime.files import sha256, write_json
+from stages.runtime.fingerprint import prune, work_folder
+from stages.runtime.params_file import load_section
+from stages.training.loop.checkpoints.work import training_work
 
 if TYPE_CHECKING:
-    from stages.training.devices import Compute
-    from stages.training.feeding import Feed
-    from stages.training.models import Classifier
-    from stages.training.objectives import Metrics, Objective
+    from stages.training.loop.objectives import Metrics, Objective
+    from stages.training.loop.train_batches import Feed
+    from stages.training.networks.devices import Compute
+    from stages.training.networks.models import Classifier
 
 logger = logging.getLogger(__name__)
 BACKBONE = Path("models/backbone")
@@ -38,7 +38,7 @@ def main() -> None:
     model = load_section("model", Model)
     training = load_section("training", Training)
 
-    from stages.training.processes import run_together
+    from stages.training.loop.processes import run_together
 
     if pretrain.method == "none":
         _untrained(pretrain, model)
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _untrained(pretrain: Pretrain, model: Model) -> None:
-    from stages.training.models import save_classifier
+    from stages.training.networks.models import save_classifier
 
     config = {"architecture": model.architecture, "stem": model.stem, "classes": [], "image_size": model.image_size}
     config |= {"resize": model.image_size, **(_expected(pretrain, model) or IMAGENET)}
@@ -58,13 +58,13 @@ def _untrained(pretrain: Pretrain, model: Model) -> None:
 
 
 def _trained(pretrain: Pretrain, model: Model, training: Training) -> None:
-    from stages.tracking import training_run
-    from stages.training.blocks import every_weight, trainable
-    from stages.training.devices import set_up
-    from stages.training.loop import fit
-    from stages.training.models import save_classifier
-    from stages.training.processes import is_first, wait_for_first
-    from stages.training.regularisation import regularise
+    from stages.registry.tracking import training_run
+    from stages.training.loop.loop import fit
+    from stages.training.loop.processes import is_first, wait_for_first
+    from stages.training.networks.devices import set_up
+    from stages.training.networks.layer_groups import every_weight, trainable
+    from stages.training.networks.models import save_classifier
+    from stages.training.networks.regularisation import regularise
 
     compute = set_up(training)
     sets = list(shard_sets("pretrain"))
@@ -110,9 +110,9 @@ def _weights_file(pretrain: Pretrain) -> str:
 
 def _start(pretrain: Pretrain, model: Model, config: dict[str, Any]) -> "Classifier":
     """The network before its first step, known to take the images."""
-    from stages.training.loop import sizes
-    from stages.training.models import build, check_takes
-    from stages.training.weights import start_from
+    from stages.training.loop.loop import sizes
+    from stages.training.networks.models import build, check_takes
+    from stages.training.networks.published_weights import start_from
 
     auxiliary = model.auxiliary_heads and pretrain.method == "supervised"
     backbone = build(config, pretrain.seed, auxiliary)
@@ -128,9 +128,9 @@ def _task(
     compute: "Compute",
 ) -> "tuple[Feed, Objective]":  # fmt: skip
     """What is learned from, and what is minimised."""
-    from stages.training.feeding import crops
-    from stages.training.objectives import Looking, Supervised, evaluated_at_once
-    from stages.training.self_supervision import SelfSupervision
+    from stages.training.loop.objectives import Looking, Supervised, evaluated_at_once
+    from stages.training.loop.train_batches import crops
+    from stages.training.methods.self_supervision import SelfSupervision
 
     every, val = read_samples(sets, "train"), read_samples(sets, "val").labelled()
     looking = Looking(val, model.image_size, config["resize"], evaluated_at_once(pretrain))
@@ -152,8 +152,8 @@ def _counted(train: Samples, unlabelled: int, val: Samples) -> str:
 def _without_projector(
     backbone: "Classifier", objective: "Objective", config: dict[str, Any], pretrain: Pretrain
 ) -> None:
-    from stages.training.models import fresh_head
-    from stages.training.self_supervision import SelfSupervision
+    from stages.training.methods.self_supervision import SelfSupervision
+    from stages.training.networks.models import fresh_head
 
     if isinstance(objective, SelfSupervision):
         fresh_head(backbone, objective.width, max(len(config["classes"]), 1), objective.bias, pretrain.seed)
@@ -175,7 +175,7 @@ def _expected(pretrain: Pretrain, model: Model) -> dict[str, list[float]] | None
     """The normalisation that published weights were trained with."""
     if not pretrain.weights:
         return None
-    from stages.training.weights import normalisation
+    from stages.training.networks.published_weights import normalisation
 
     return normalisation(model.architecture, pretrain.weights)
 

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import reviewing, scoring, tracking
-from stages.command import StageError, run
-from stages.files import sha256, write_json
 from stages.params.evaluate import Evaluate
 from stages.params.gate import Gate
-from stages.params.load import load_section, params_path, read_params
 from stages.params.register import Register
-from stages.reviewing import LATENCY, METRICS, PREDICTIONS, own_folder
+from stages.registry import gate_review, model_process, tracking
+from stages.registry.gate_review import LATENCY, METRICS, PREDICTIONS, own_folder
+from stages.runtime.command import StageError, run
+from stages.runtime.files import sha256, write_json
+from stages.runtime.params_file import load_section, params_path, read_params
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from numpy.typing import NDArray
 
-    from stages.model_card import Candidate, Review
+    from stages.registry.card.model_card import Candidate, Review
 
 logger = logging.getLogger(__name__)
 
 MODEL = Path("models/finetuned")
 RECEIPT = Path("models/registered.json")
 REPORTS = Path("reports")
-SERVING = Path(__file__).with_name("serving.py")
+SERVING = Path(__file__).parent / "registry/served_model.py"
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "pillow", "safetensors", "pandas", "numpy")
-"""What stages/serving.py imports, pinned as installed here."""
+"""What stages/registry/served_model.py imports, pinned as installed here."""
 OUTPUT = {"class_id": "long", "name": "string", "probability": "double"}
 
 ASKED = 64
@@ -78,7 +78,7 @@ def register(name: str, model_sha256: str, gate: Gate, confidence: float) -> tra
     Raises:
         StageError: the served model does not answer as the evaluation did, or MLflow failed.
     """
-    with scoring.fresh_process() as fresh:
+    with model_process.fresh_process() as fresh:
         _remove_interrupted(name)
         run = tracking.find_run(model_sha256) or _run_from_files(model_sha256)
         source = tracking.log_model(run, SERVING, MODEL, OUTPUT, _requirements(), {tracking.SHA256: model_sha256})
@@ -132,7 +132,7 @@ def _ask(fresh: "subprocess.Popen[str]", source: str) -> Answered:
 
     keys, images, expected = _test_images()
     try:
-        said = scoring.ask(fresh, source, images, TIMED)
+        said = model_process.ask(fresh, source, images, TIMED)
     except StageError as error:
         raise StageError(f"nothing was registered: {error}") from error
     check_answers(said.probabilities, expected)
@@ -157,7 +157,7 @@ def check_answers(served: "NDArray[np.float64]", expected: "NDArray[np.float64]"
         raise StageError(
             f"the served model does not answer as the evaluation did: on {len(served)} test images its probabilities "
             f"are {difference:.3f} away on average (at most {MOST_DIFFERENT}), {same}. "
-            f"stages/serving.py must prepare images as stages/data/loading.py does; nothing was registered"
+            f"stages/registry/served_model.py must prepare images as stages/data/shards/loading does; nothing was registered"
         )
 
 
@@ -165,8 +165,8 @@ def _test_images() -> tuple[list[str], list[bytes], Any]:
     """Keys of test images spread over the split, the images, and what the evaluation said: (N, classes)."""
     import numpy as np
 
-    from stages.data.loading import read_samples
-    from stages.data.shard_sets import shard_sets
+    from stages.data.shards.loading.loading import read_samples
+    from stages.data.shards.loading.samples.shard_sets import shard_sets
     from stages.evaluation.metrics import log_probabilities
 
     samples = read_samples(list(shard_sets("finetune")), "test")
@@ -185,8 +185,8 @@ def _test_images() -> tuple[list[str], list[bytes], Any]:
 
 
 def _candidate(model_sha256: str, confidence: float, latency_ms: tuple[float, float]) -> "Candidate":
-    from stages.data.facts import read_table
-    from stages.model_card import Batch, Candidate
+    from stages.data.raw.facts import read_table
+    from stages.registry.card.model_card import Batch, Candidate
 
     quarantine = read_table(Path("data/quarantine.parquet"))
     sets = [(role, each) for role in ("pretrain", "finetune") for each in tracking.shard_sets(role)]
@@ -236,20 +236,20 @@ def _review(name: str, candidate: "Candidate", gate: Gate, run: "Run") -> "Revie
         against = None
         if in_force:
             shards = [each.folder for each in tracking.shard_sets("finetune")]
-            against = in_force, reviewing.answers(in_force, predicted, classes, shards)
+            against = in_force, gate_review.answers(in_force, predicted, classes, shards)
         figures = candidate.metrics["test"]
-        return reviewing.review(name, answers, figures, weights, against, classes, gate, run.info.run_id)
+        return gate_review.review(name, answers, figures, weights, against, classes, gate, run.info.run_id)
     except (KeyError, ValueError) as error:
         raise StageError(f"{METRICS}, {PREDICTIONS}: {error}; `dvc repro -f evaluate` makes both") from error
 
 
 def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "Review") -> tracking.Version:
-    from stages.model_card import render_card
+    from stages.registry.card.model_card import render_card
 
     median, p95 = candidate.latency_ms
     figures = tracking.flatten(candidate.metrics) | {LATENCY: median, "latency.p95_ms": p95}
     tracking.log_metrics(run, figures, source)
-    tags = reviewing.verdict_tags(review.verdict) | {"data.fingerprint": tracking.data_fingerprint()}
+    tags = gate_review.verdict_tags(review.verdict) | {"data.fingerprint": tracking.data_fingerprint()}
     tags |= {LATENCY: f"{median:.1f}", "latency.p95_ms": f"{p95:.1f}"}
     tags |= {"machine": run.data.tags["machine"]} if "machine" in run.data.tags else {}
     tags |= {tracking.UNFINISHED: _unfinished()} if _unfinished() else candidate.git
@@ -257,7 +257,7 @@ def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "
     version = tracking.create_version(
         name, _about(name), source, run.info.run_id, tags | {"registering": candidate.sha256}, card
     )
-    reviewing.count_decision(name, review.verdict)
+    gate_review.count_decision(name, review.verdict)
     if not _unfinished():
         tracking.set_alias(version, "challenger")
     tracking.finish_version(version, candidate.sha256)
@@ -290,7 +290,7 @@ def _log_files(name: str, run: "Run", review: "Review", answered: Answered) -> N
         folder = Path(temporary)
         own = folder / own_folder(name)
         own.mkdir(parents=True)
-        reviewing.write_verdict(review, own)
+        gate_review.write_verdict(review, own)
         answered.canary.to_parquet(own / "canary.parquet")
         for path in (
             params_path(),

@@ -9,14 +9,14 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.command import StageError, run
-from stages.data.facts import FACTS, write_tables
-from stages.data.isolation import alone
-from stages.data.raw import raw_tars
+from stages.data.parallel.crash_safe_pool import alone
+from stages.data.raw.facts import FACTS, write_tables
+from stages.data.raw.tars import raw_tars
 from stages.data.scanning import cut, read_pieces, scan_pieces
-from stages.fingerprint import fingerprint, prune, work_folder
 from stages.params.batches import load_batch
-from stages.progress import progress, worker_count
+from stages.runtime.command import StageError, run
+from stages.runtime.fingerprint import fingerprint, prune, work_folder
+from stages.runtime.progress import progress, worker_count
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages.command import StageError, run
-from stages.data.isolation import alone
-from stages.data.sharding import COLUMNS, write_shard_set
-from stages.fingerprint import fingerprint, prune, work_folder
+from stages.data.parallel.crash_safe_pool import alone
+from stages.data.shards.writing import COLUMNS, write_shard_set
 from stages.params.batches import load_batch
-from stages.params.load import load_section
 from stages.params.shard import Shards
+from stages.runtime.command import StageError, run
+from stages.runtime.fingerprint import fingerprint, prune, work_folder
+from stages.runtime.params_file import load_section
 
 logger = logging.getLogger(__name__)
 

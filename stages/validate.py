@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.command import StageError, run
-from stages.data.drift import FACTS, FactDrift, compare
-from stages.data.duplicates import SamePicture, find_duplicates, look_alikes
-from stages.data.expectations import (
+from stages.data.raw.facts import ACCEPTED, QUARANTINE, read_table, write_table
+from stages.data.validation.drift import FACTS, FactDrift, compare
+from stages.data.validation.expectations import (
     EXACT,
     LEAK,
     NEAR,
@@ -32,16 +31,17 @@ from stages.data.expectations import (
     table_expectations,
     with_measures,
 )
-from stages.data.facts import ACCEPTED, QUARANTINE, read_table, write_table
-from stages.data.same_picture import maker, pixel_confirmation
-from stages.data.splits import PRECEDENCE, assign_splits, class_list, labels, precedence
-from stages.data.validation_page import render
-from stages.files import write_text
-from stages.fingerprint import prune, work_folder
+from stages.data.validation.near_duplicates import SamePicture, find_duplicates, look_alikes
+from stages.data.validation.page import render
+from stages.data.validation.pixel_match import maker, pixel_confirmation
+from stages.data.validation.splits import PRECEDENCE, assign_splits, class_list, labels, precedence
 from stages.params.batches import ROLES, Batch, load_batches
-from stages.params.load import load_section
 from stages.params.split import Split
 from stages.params.validate import Validate
+from stages.runtime.command import StageError, run
+from stages.runtime.files import write_text
+from stages.runtime.fingerprint import prune, work_folder
+from stages.runtime.params_file import load_section
 
 logger = logging.getLogger(__name__)
 DATA, REPORTS = Path("data"), Path("reports")

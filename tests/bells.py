@@ -16,15 +16,16 @@ import torch
 import yaml
 from PIL import Image
 
-from stages import register, scoring
-from stages.command import StageError
-from stages.data.facts import QUARANTINE, write_table
-from stages.data.loading import Samples, read_samples
-from stages.data.sharding import write_shard_set
-from stages.files import write_json
+from stages import register
+from stages.data.raw.facts import QUARANTINE, write_table
+from stages.data.shards.loading.loading import Samples, read_samples
+from stages.data.shards.writing import write_shard_set
 from stages.params.shard import Shard
-from stages.serving import read_pixels
-from stages.training.models import Classifier, build, save_classifier
+from stages.registry import model_process
+from stages.registry.served_model import read_pixels
+from stages.runtime.command import StageError
+from stages.runtime.files import write_json
+from stages.training.networks.models import Classifier, build, save_classifier
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,13 +59,13 @@ def asked_here() -> Iterator[None]:
 
     def question(_: "subprocess.Popen[str]", source: str, folder: Path, timed: int = 0) -> None:
         try:
-            scoring._answer(source, folder, timed)
+            model_process._answer(source, folder, timed)
         except Exception as error:
             raise StageError(f"the model {source} does not load and answer:\n  {error}") from error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_question", question)
-        patch.setattr(scoring, "fresh_process", no_process)
+        patch.setattr(model_process, "_question", question)
+        patch.setattr(model_process, "fresh_process", no_process)
         patch.setattr(register, "TIMED", 2)
         yield
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ("stages", "pipelines", "tests", "bench")
 KINDS = ("data", "evaluation", "training")
 """Of stages/versions/: packages whose versions decide bytes."""
-UNTRACKED = "stages/tracking.py"
+UNTRACKED = "stages/registry/tracking.py"
 """Only observes, so no stage depends on it; neither do the imports that it makes."""
 
 # Import name -> name in requirements.lock, where the two differ.
@@ -23,7 +23,7 @@ DISTRIBUTIONS |= {"sklearn": "scikit-learn", "yaml": "pyyaml", "ruamel": "ruamel
 
 
 def source_of(module: str) -> Path:
-    """The file of `stages.data.facts`, relative to the root."""
+    """The file of `stages.data.raw.facts`, relative to the root."""
     return Path(*module.split(".")).with_suffix(".py")
 
 

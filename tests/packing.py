@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.io
 
-from stages.data.source_kinds.parts import Part
-from stages.data.sources import Source, read_source
+from stages.data.sources.dispatch import Source, read_source
+from stages.data.sources.parts import Part
 
 
 def tar_bytes(members: Mapping[str, bytes] | Iterable[tuple[str, bytes]], mode: str = "w") -> bytes:

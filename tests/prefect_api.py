@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.environment import ROOT, settings
-from pipelines.servers import HOST, free_port, prefect_server, start, stop, wait_until_ready
+from pipelines.processes.servers import HOST, free_port, prefect_server, start, stop, wait_until_ready
 
 
 @contextmanager

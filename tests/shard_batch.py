@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from stages.data.sharding import COLUMNS
+from stages.data.shards.writing import COLUMNS
 from stages.params.shard import Shard
 
 SHARD = Shard(resize=40, quality=90, images_per_shard=16, seed=1)

@@ -20,12 +20,12 @@ WITHOUT_EFFECT = {"mlflow", "pydantic", "pyyaml", "tqdm", "psutil", "fsspec", "d
 
 # Lower numbers know nothing of higher ones; of the same number, only those of the same group know each other.
 LAYERS = {
-    "stages.command": 0,
-    "stages.files": 0,
-    "stages.progress": 1,
+    "stages.runtime.command": 0,
+    "stages.runtime.files": 0,
+    "stages.runtime.progress": 1,
     "stages.params": 1,
-    "stages.fingerprint": 2,
-    "stages.tracking": 2,
+    "stages.runtime.fingerprint": 2,
+    "stages.registry.tracking": 2,
     "stages.data": 2,
     "stages.training": 3,
     "stages.evaluation": 4,
@@ -104,7 +104,13 @@ def test_imports_go_downward_only(module: str) -> None:
 @pytest.mark.parametrize("module", modules("pipelines"))
 def test_flows_start_stages_as_processes(module: str) -> None:
     for name in project_imports(module):
-        allowed = ("stages.params.", "stages.tracking", "stages.command", "stages.files", "pipelines.")
+        allowed = (
+            "stages.params.",
+            "stages.registry.tracking",
+            "stages.runtime.command",
+            "stages.runtime.files",
+            "pipelines.",
+        )
         assert name.startswith(allowed), f"{module} imports {name}"
 
 
@@ -142,5 +148,10 @@ def test_help_is_help_and_starts_nothing(module: str, tmp_path: Path) -> None:
 
 def test_the_closure_follows_imports_in_functions_and_named_templates() -> None:
     register = {path.as_posix() for path in closure("stages.register")}
-    assert {"stages/serving.py", "stages/model_card.md.j2", "stages/params/load.py", "stages/scoring.py"} <= register
-    assert "stages/tracking.py" not in register
+    assert {
+        "stages/registry/served_model.py",
+        "stages/registry/card/model_card.md.j2",
+        "stages/runtime/params_file.py",
+        "stages/registry/model_process.py",
+    } <= register
+    assert "stages/registry/tracking.py" not in register

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from stages.data.facts import ACCEPTED, read_table, write_table
-from stages.params.load import ParamsError, load_section
+from stages.data.raw.facts import ACCEPTED, read_table, write_table
 from stages.params.register import Register
+from stages.runtime.params_file import ParamsError, load_section
 from tests.workspace import ROOT, SMALL
 
 PYTHON = sys.executable
@@ -186,8 +186,8 @@ def test_a_damaged_shard(folder: Path) -> None:
     shard.write_bytes(content)
     code = """
 from pathlib import Path
-from stages.command import run
-from stages.data.loading import read_samples
+from stages.runtime.command import run
+from stages.data.shards.loading.loading import read_samples
 run(lambda: read_samples([Path("data/shards/finetune/mine")], "train"))
 """
     message = run(folder, code=code)

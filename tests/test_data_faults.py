@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from stages.data.facts import ACCEPTED, read_table, write_table
+from stages.data.raw.facts import ACCEPTED, read_table, write_table
 from tests.workspace import ROOT, Workspace
 
 pytestmark = pytest.mark.slow
@@ -80,7 +80,7 @@ BY_CHANCE = 4
 @pytest.fixture(scope="module")
 def incoming(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The drawn sample as a folder of classes, and again as tars of mixed samples of 1,100 images and more."""
-    from stages.data.sample import draw
+    from stages.data.sources.sample import draw
 
     folder = tmp_path_factory.mktemp("incoming")
     files = [file for file in draw("upstream", 3, 60) if file.path.startswith("train/")]

@@ -16,11 +16,11 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
 
 from stages import evaluate
-from stages.command import StageError
-from stages.data.facts import ACCEPTED, QUARANTINE, write_table
-from stages.data.loading import read_samples
-from stages.data.sharding import write_shard_set
+from stages.data.raw.facts import ACCEPTED, QUARANTINE, write_table
+from stages.data.shards.loading.loading import read_samples
+from stages.data.shards.writing import write_shard_set
 from stages.params.shard import Shard
+from stages.runtime.command import StageError
 
 CLASSES = ["blue", "green", "red"]
 FEW = "robustness: {images: 7, corruptions: [fog, jpeg_compression], severities: 2, epsilons: [4], pgd_steps: 2}"
@@ -67,7 +67,7 @@ def _rows(batch: str, raw: Path, rng: np.random.Generator) -> pd.DataFrame:
 
 
 def _save_models(folder: Path) -> None:
-    from stages.training.models import build, save_classifier
+    from stages.training.networks.models import build, save_classifier
 
     config: dict[str, Any] = {
         "architecture": "resnet18", "classes": CLASSES, "image_size": 32, "resize": 36,

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stages import examine, register, scoring, tracking
-from stages.command import StageError
+from stages import examine, register
+from stages.registry import model_process, tracking
+from stages.runtime.command import StageError
 from tests.bells import PARAMS, asked_here, set_name, tree_of_bells, write_model, write_shards
 
 
@@ -28,7 +29,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def version(number: int) -> tracking.Version:
     """As it is now."""
-    return scoring.find(f"models:/bells/{number}")
+    return model_process.find(f"models:/bells/{number}")
 
 
 def artifact(number: int, name: str) -> Path:
@@ -64,8 +65,8 @@ def test_what_was_registered_is_sound_and_its_verdict_stands(
 ) -> None:
     """By the fresh process itself, once."""
     with pytest.MonkeyPatch.context() as real:
-        real.setattr(scoring, "_question", REAL_QUESTION)
-        real.setattr(scoring, "fresh_process", REAL_PROCESS)
+        real.setattr(model_process, "_question", REAL_QUESTION)
+        real.setattr(model_process, "fresh_process", REAL_PROCESS)
         found = look(monkeypatch, "1", "--against", "none")
     assert found == {"sound": True, "gate": "passed", "retaken": False, "reasons": []}
     assert "bells version 1 is sound\ngate: passed" in capsys.readouterr().out
@@ -162,7 +163,7 @@ def damage_the_canary(number: int) -> None:
 
 
 def lose_the_code(number: int) -> None:
-    (model_folder(number) / "serving.py").unlink()
+    (model_folder(number) / "served_model.py").unlink()
 
 
 def lose_the_weights(number: int) -> None:
@@ -326,4 +327,4 @@ def fresh_images(number: int) -> int:
     return next(each["images"] for each in gate["comparisons"] if each["kind"] == "fresh")
 
 
-REAL_QUESTION, REAL_PROCESS = scoring._question, scoring.fresh_process
+REAL_QUESTION, REAL_PROCESS = model_process._question, model_process.fresh_process

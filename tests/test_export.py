@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from stages import examine, export, register, scoring, tracking
-from stages.command import StageError
+from stages import examine, export, register
 from stages.evaluation import exporting
-from stages.files import sha256
-from stages.training.models import Classifier, build, load_classifier
+from stages.registry import model_process, tracking
+from stages.runtime.command import StageError
+from stages.runtime.files import sha256
+from stages.training.networks.models import Classifier, build, load_classifier
 from tests.bells import CLASSES, asked_here, set_name, tree_of_bells, write_model
 
 
@@ -44,7 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 def artifact(number: int, name: str) -> Path:
     """A file of the version's run, in the folder of its registration."""
-    version = scoring.find(f"models:/bells/{number}")
+    version = model_process.find(f"models:/bells/{number}")
     return Path(tracking.open_client().get_run(version.run_id).info.artifact_uri, "registered/bells", name)
 
 
@@ -124,7 +125,7 @@ def test_the_facts_are_within_the_file_and_nothing_of_this_machine(tree: Path) -
 @pytest.mark.usefixtures("tree")
 def test_files_and_figures_are_recorded_with_the_version() -> None:
     exports = recorded(2)
-    version = scoring.find("models:/bells/2")
+    version = model_process.find("models:/bells/2")
     assert set(exports) == set(export.FORMATS)
     for form, row in exports.items():
         stored = artifact(2, row["file"])
@@ -169,7 +170,7 @@ def test_a_gate_taken_again_keeps_the_exports(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("form", export.FORMATS)
 def test_the_same_version_gives_the_same_bytes(tree: Path, tmp_path: Path, form: str) -> None:
     model, config = load_classifier(tree / "models/finetuned")
-    facts = export._facts(scoring.find("models:/bells@challenger"), config, form)
+    facts = export._facts(model_process.find("models:/bells@challenger"), config, form)
     exporting.write(model, facts, form, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tree / f"models/exports/bells/2/model.{form}").read_bytes()
 
@@ -188,7 +189,7 @@ def test_a_file_that_answers_otherwise_is_refused_and_what_was_there_stays(
             write(model, *rest)
             model.head.weight.copy_(weight)
 
-    before, kept = recorded(2), scoring.find("models:/bells/2")
+    before, kept = recorded(2), model_process.find("models:/bells/2")
     (tmp_path / "model.pt2").write_text("before")
     (tmp_path / "model.pt2.json").write_text("{}")
     monkeypatch.setattr(exporting, "write", wrong)
@@ -200,7 +201,7 @@ def test_a_file_that_answers_otherwise_is_refused_and_what_was_there_stays(
         "model.pt2": "before",
         "model.pt2.json": "{}",
     }
-    assert (recorded(2), scoring.find("models:/bells/2")) == (before, kept)
+    assert (recorded(2), model_process.find("models:/bells/2")) == (before, kept)
 
 
 def test_what_is_no_number_is_never_taken_for_near() -> None:
@@ -284,7 +285,7 @@ def test_without_test_images_nothing_is_exported(tree: Path, monkeypatch: pytest
 def test_weights_that_are_not_those_registered_are_not_exported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    version = scoring.find("models:/bells/1")
+    version = model_process.find("models:/bells/1")
     tracking.set_tags(version, {tracking.SHA256: "0" * 64})
     try:
         with pytest.raises(StageError, match="but its tag says 0000"):

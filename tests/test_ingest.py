@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages.data import ingesting
-from stages.data.digests import raw_digest, source_digest
-from stages.data.raw import members, raw_tars, read_at
+from stages.data.raw.tars import members, raw_tars, read_at
+from stages.data.sources import ingesting
+from stages.data.sources.digests import raw_digest, source_digest
 from tests.closure import ROOT
 from tests.packing import contents, official, parquet, tar_bytes, write
 

@@ -17,15 +17,15 @@ import yaml
 from PIL import Image
 
 from stages import label_queue
-from stages.command import StageError
-from stages.data.loading import read_samples
-from stages.data.sample import SampleFile, draw
-from stages.data.sharding import write_shard_set
-from stages.evaluation.querying import CANDIDATES, diverse, most_unsure
+from stages.data.shards.loading.loading import read_samples
+from stages.data.shards.writing import write_shard_set
+from stages.data.sources.sample import SampleFile, draw
+from stages.evaluation.active_learning import CANDIDATES, diverse, most_unsure
 from stages.params.shard import Shard
-from stages.serving import read_pixels
-from stages.training.devices import Compute
-from stages.training.models import build, load_classifier, save_classifier
+from stages.registry.served_model import read_pixels
+from stages.runtime.command import StageError
+from stages.training.networks.devices import Compute
+from stages.training.networks.models import build, load_classifier, save_classifier
 
 IMAGES = 240
 OUT = Path("reports/label_queue")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from stages.data.facts import read_table
-from stages.data.sample import BAD_KINDS, planted
+from stages.data.raw.facts import read_table
+from stages.data.sources.sample import BAD_KINDS, planted
 from tests.workspace import ROOT
 
 SEED = 11

@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from stages import predict, register, tracking
-from stages.command import StageError
+from stages import predict, register
 from stages.predict import Found
+from stages.registry import tracking
+from stages.runtime.command import StageError
 from tests.bells import CLASSES, asked_here, picture, tree_of_bells
 
 GOOD = picture(1, 40, 50)

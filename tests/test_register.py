@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stages import register, reviewing, scoring, tracking
-from stages.command import StageError
-from stages.files import sha256
-from stages.model_card import Batch, render_card
+from stages import register
 from stages.params.gate import Gate
+from stages.registry import gate_review, model_process, tracking
+from stages.registry.card.model_card import Batch, render_card
+from stages.runtime.command import StageError
+from stages.runtime.files import sha256
 from tests.bells import CLASSES, PARAMS, asked_here, set_name, tree_of_bells, write_model, write_shards
 
 
@@ -342,17 +343,19 @@ def test_the_version_in_force_is_not_asked_about_images_smaller_than_its_own(
 def test_recorded_answers_count_only_where_a_label_still_means_the_same_class() -> None:
     asked = pd.DataFrame({"key": ["a", "b", "c"], "label": [0, 1, 2]})
     recorded = pd.DataFrame({"key": ["a", "b", "old"], "label": [0, 1, 1], "logits": [[1.0], [2.0], [3.0]]})
-    assert reviewing._of_same_labels(recorded, asked)["key"].tolist() == ["a", "b", "old"]
-    assert reviewing._of_same_labels(recorded.assign(label=[1, 0, 1]), asked).empty
-    assert reviewing._of_same_labels(pd.concat([recorded, recorded]), asked).empty
-    assert reviewing._of_same_labels(None, asked).empty
+    assert gate_review._of_same_labels(recorded, asked)["key"].tolist() == ["a", "b", "old"]
+    assert gate_review._of_same_labels(recorded.assign(label=[1, 0, 1]), asked).empty
+    assert gate_review._of_same_labels(pd.concat([recorded, recorded]), asked).empty
+    assert gate_review._of_same_labels(None, asked).empty
 
 
 def test_a_version_with_other_classes_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     version = tracking.Version("bells", 1, "", "models:/m-1", {}, (), "", 0.0)
-    monkeypatch.setattr(scoring, "score", lambda source, keys, shards: (pd.DataFrame({"key": keys}), ["tent", "bell"]))
-    assert reviewing._scored(version, ["a"], ["tent", "bell", "new"], [Path("d")])["key"].tolist() == ["a"]
+    monkeypatch.setattr(
+        model_process, "score", lambda source, keys, shards: (pd.DataFrame({"key": keys}), ["tent", "bell"])
+    )
+    assert gate_review._scored(version, ["a"], ["tent", "bell", "new"], [Path("d")])["key"].tolist() == ["a"]
     with pytest.raises(StageError, match="it answers in others"):
-        reviewing._scored(version, ["a"], CLASSES, [Path("d")])
+        gate_review._scored(version, ["a"], CLASSES, [Path("d")])
     with pytest.raises(StageError, match="the shards with these images are not here"):
-        reviewing._scored(version, ["a"], CLASSES, [])
+        gate_review._scored(version, ["a"], CLASSES, [])

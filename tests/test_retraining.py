@@ -157,7 +157,7 @@ def deliver(workspace: Workspace, delivery: str, seed: int) -> None:
     """A delivery of a few images a class, complete once it holds `_READY`."""
     folder = workspace.root / "data/incoming" / delivery
     script = (
-        "import sys; from pathlib import Path; from stages.data.sample import draw\n"
+        "import sys; from pathlib import Path; from stages.data.sources.sample import draw\n"
         f"for file in draw('target', {seed}, 30):\n"
         "    name = file.path.split('/', 1)[1]\n"
         "    path = Path(sys.argv[1], name); path.parent.mkdir(parents=True, exist_ok=True)\n"

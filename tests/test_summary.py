@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipelines import summary, ui
-from stages import tracking
-from stages.files import write_json
+from stages.registry import tracking
+from stages.runtime.files import write_json
 
 ROOT = Path(__file__).parents[1]
 METRICS = {

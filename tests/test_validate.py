@@ -17,14 +17,14 @@ import yaml
 from PIL import Image, ImageFilter
 
 from stages import validate
-from stages.command import StageError
-from stages.data.facts import ACCEPTED, FACTS, QUARANTINE, read_table, write_table
+from stages.data.raw.facts import ACCEPTED, FACTS, QUARANTINE, read_table, write_table
 from stages.data.scanning import scan_tar
-from stages.data.splits import assign_splits
-from stages.files import sha256
+from stages.data.validation.splits import assign_splits
 from stages.params.batches import Batch
 from stages.params.split import Split
 from stages.params.validate import Collapse, Drift, Outliers, Severities, Validate
+from stages.runtime.command import StageError
+from stages.runtime.files import sha256
 
 LENIENT = Validate(max_quarantined=1, min_images_per_class=1)
 SPLIT = Split(val_fraction=0.1, test_fraction=0.2, fresh_fraction=0.2)

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from bench.versioning import OURS, Checkout, History, Remote, loose_history, passed_on, s3_server
-from stages.command import StageError
-from stages.data.sample import draw
+from stages.data.sources.sample import draw
+from stages.runtime.command import StageError
 from tests.workspace import ROOT, Workspace
 
 OF_VALIDATION = {"data/accepted", "data/quarantine.parquet", "data/classes", "reports/validation.html"}

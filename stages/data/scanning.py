@@ -19,11 +19,11 @@ import cv2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.command import StageError
-from stages.data.facts import FACTS, write_tables
-from stages.data.images import Header, brightness_and_contrast, decode_strictly, difference_hash, read_header
-from stages.data.isolation import Death, Say, each_apart
-from stages.data.raw import Member, members, parts, unreadable
+from stages.data.parallel.crash_safe_pool import Death, Say, each_apart
+from stages.data.raw.facts import FACTS, write_tables
+from stages.data.raw.images import Header, brightness_and_contrast, decode_strictly, difference_hash, read_header
+from stages.data.raw.tars import Member, members, parts, unreadable
+from stages.runtime.command import StageError
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Piece(NamedTuple):
 
 
 def scan_tar(path: Path, folder: Path, batch: str) -> list[dict[str, Any]]:
-    """Facts (stages/data/facts.py) of every file in a raw tar below `folder`, in the tar's order."""
+    """Facts (stages/data/raw/facts.py) of every file in a raw tar below `folder`, in the tar's order."""
     return list(_rows(Piece(path.relative_to(folder).as_posix(), 0, None), folder, batch, lambda _: None))
 
 

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from torch.export.passes import move_to_device_pass
 
-from stages.command import StageError
 from stages.evaluation.metrics import log_probabilities
-from stages.training.models import Classifier
+from stages.runtime.command import StageError
+from stages.training.networks.models import Classifier
 
 Logits = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]

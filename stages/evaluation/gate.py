@@ -17,8 +17,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from stages.evaluation.intervals import holm, paired_interval, paired_p
 from stages.evaluation.metrics import Bools, Int64, predictions
+from stages.evaluation.statistics.intervals import holm, paired_interval, paired_p
 from stages.params.gate import Gate
 
 Result = Literal["passed", "failed", "inconclusive"]

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stages.command import StageError
-from stages.data.loading import Samples, evaluation_batches
-from stages.training.devices import Compute
-from stages.training.models import Classifier
+from stages.data.shards.loading.loading import Samples, evaluation_batches
+from stages.runtime.command import StageError
+from stages.training.networks.devices import Compute
+from stages.training.networks.models import Classifier
 
 Floats32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

@@ -3,13 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from stages.command import run
 from stages.params.batches import load_batches
 from stages.params.evaluate import Evaluate
 from stages.params.finetune import Finetune
 from stages.params.gate import Gate
-from stages.params.load import ParamsError, Section, load_section, params_path, read_params
-from stages.params.model import Model
 from stages.params.pretrain import Pretrain
 from stages.params.reconcile import Reconcile
 from stages.params.register import Register
@@ -17,9 +14,12 @@ from stages.params.retrain import Retrain
 from stages.params.serve import Serve
 from stages.params.shard import Shards
 from stages.params.split import Split
-from stages.params.training import Training
+from stages.params.training.model import Model
+from stages.params.training.training import Training
 from stages.params.tune import Tune
 from stages.params.validate import Validate
+from stages.runtime.command import run
+from stages.runtime.params_file import ParamsError, Section, load_section, params_path, read_params
 
 SECTIONS: dict[str, type[Section]] = {
     "split": Split,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from stages.params.load import ParamsError, Section, check, params_path, read_params
+from stages.runtime.params_file import ParamsError, Section, check, params_path, read_params
 
 Role = Literal["pretrain", "finetune"]
 ROLES: tuple[Role, ...] = ("pretrain", "finetune")
@@ -23,7 +23,7 @@ class Batch(Section):
     A relative path resolves against SYNSET_INCOMING. Raw data is made once, so this is all that ingest depends on.
     """
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """What the source held when it was accepted (stages.data.digests); ingest refuses one that holds anything else."""
+    """What the source held when it was accepted (stages/data/sources/digests.py); ingest refuses any other content."""
     accept_drift: str | None = None
     """Why a batch that drifts from the reference is let in all the same."""
 

@@ -4,13 +4,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from stages.params.load import Section
+from stages.runtime.params_file import Section
 
 CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
     "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
 )  # fmt: skip
-"""Those that can be asked for; stages/evaluation/corruptions.py makes them."""
+"""Those that can be asked for; stages/evaluation/evaluators/corruptions.py makes them."""
 
 
 class Robustness(Section):

@@ -4,8 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.params.load import Section
-from stages.params.recipe import Positive, Recipe
+from stages.params.training.recipe import Positive, Recipe
+from stages.runtime.params_file import Section
 
 
 class Lora(Section):

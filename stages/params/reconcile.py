@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stages.params.load import Section
+from stages.runtime.params_file import Section
 
 
 class Reconcile(Section):

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.params.load import Section
+from stages.runtime.params_file import Section
 
 SEARCHED = ("model", "finetune", "training")
 """Sections whose keys may be searched: what a trial depends on besides data and backbone."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from stages.params.load import Section
+from stages.runtime.params_file import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
@@ -29,7 +29,7 @@ OfTables = Annotated[Severity, _tables]
 
 
 class Severities(Section):
-    """What follows where an expectation fails; a key for each in stages/data/expectations.py, which gives the reasons.
+    """What follows where an expectation fails: a key for each in stages/data/validation/expectations.py.
 
     `quarantine`: the image stays out. `stop`: nothing is written but why. `note`: counted and shown on the page.
     """

@@ -23,12 +23,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from stages.command import StageError
-from stages.data.facts import FACTS
-from stages.data.isolation import Death, Say, each_apart
-from stages.data.raw import members
+from stages.data.parallel.crash_safe_pool import Death, Say, each_apart
+from stages.data.raw.facts import FACTS
+from stages.data.raw.tars import members
 from stages.data.scanning import image_facts
-from stages.progress import worker_count
+from stages.runtime.command import StageError
+from stages.runtime.progress import worker_count
 
 SIDE = 72
 PIECE = 1000

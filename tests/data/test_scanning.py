@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from stages.command import StageError
 from stages.data import scanning
-from stages.data.facts import FACTS, ROW_GROUP, write_tables
-from stages.data.images import MAX_PIXELS, Header, read_header, to_rgb
-from stages.data.ingesting import write_tar
-from stages.data.raw import members, raw_tars, read_at
-from stages.data.sample import draw
+from stages.data.raw.facts import FACTS, ROW_GROUP, write_tables
+from stages.data.raw.images import MAX_PIXELS, Header, read_header, to_rgb
+from stages.data.raw.tars import members, raw_tars, read_at
 from stages.data.scanning import Piece, cut, image_facts, read_pieces, scan_pieces, scan_tar
-from stages.data.sources import Group, SourceFile
+from stages.data.sources.dispatch import Group, SourceFile
+from stages.data.sources.ingesting import write_tar
+from stages.data.sources.sample import draw
+from stages.runtime.command import StageError
 from tests.data.fuzz_scanning import fuzz, seeds_of
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipelines import housekeeping
-from stages import tracking
-from stages.command import StageError
+from stages.registry import tracking
+from stages.runtime.command import StageError
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "bells"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipelines.notify import expanded, tell
-from stages.command import StageError
+from stages.runtime.command import StageError
 from tests.prefect_api import prefect_api, python
 
 SECRET = "s3cret-token"

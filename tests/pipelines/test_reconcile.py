@@ -9,10 +9,10 @@ import pytest
 
 from pipelines import reconcile
 from pipelines.environment import ROOT
-from pipelines.examination import Examination, examine
-from pipelines.in_force import Outcome
-from stages import tracking
-from stages.command import StageError
+from pipelines.promotion.examination import Examination, examine
+from pipelines.promotion.promotion import Outcome
+from stages.registry import tracking
+from stages.runtime.command import StageError
 
 VERSION = tracking.Version("bells", 7, "", "", {}, (), "", 0)
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pipelines.reproduce import last_error, stage_names, what_ran
-from tests.pipelines.test_stage_process import ROOT, lives, wait_for
+from tests.pipelines.processes.test_stage_process import ROOT, lives, wait_for
 
 STAGES = ["ingest", "scan", "evaluate", "register"]
 

@@ -20,12 +20,12 @@ import yaml
 
 from pipelines import schedule
 from pipelines.environment import settings
-from pipelines.servers import Service, answers
-from pipelines.stage_process import Stop
-from stages.command import StageError
-from stages.params.load import load_section
+from pipelines.processes.servers import Service, answers
+from pipelines.processes.stage_process import Stop
 from stages.params.reconcile import Reconcile
 from stages.params.retrain import Retrain
+from stages.runtime.command import StageError
+from stages.runtime.params_file import load_section
 from tests.prefect_api import python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,8 +151,8 @@ from pipelines import environment
 environment.apply()
 from prefect import flow, get_run_logger, runtime
 from prefect.states import Cancelled, Completed
-from pipelines.exclusive import exclusive, clear_after_kill
-from pipelines.stage_process import Stop, run_streamed, signals_to
+from pipelines.processes.flow_lock import exclusive, clear_after_kill
+from pipelines.processes.stage_process import Stop, run_streamed, signals_to
 
 @flow(name="NAME", persist_result=False)
 def NAME(seconds: int = 0):

@@ -22,11 +22,11 @@ from starlette.requests import Request
 
 from pipelines import serve
 from pipelines.environment import settings
+from pipelines.processes.servers import free_port
 from pipelines.serve import Backend, Front, InForce
-from pipelines.servers import free_port
-from stages import tracking
-from stages.command import StageError
-from stages.files import sha256
+from stages.registry import tracking
+from stages.runtime.command import StageError
+from stages.runtime.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "tiny"

@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from pipelines import tune as tuning
-from stages.command import StageError
 from stages.params.finetune import Finetune
-from stages.params.load import ParamsError, check, load_section
 from stages.params.tune import Tune
+from stages.runtime.command import StageError
+from stages.runtime.params_file import ParamsError, check, load_section
 from tests.workspace import ROOT, Workspace, written
 
 STAND_IN = '''
@@ -49,8 +49,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a checkout whose stages before finetune have run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SYNSET_TRACKING", "off")
-    inputs = ["models/backbone/config.json", "data/shards/finetune/mine/index.json", "stages/training/loop.py"]
-    dependencies = ["models/backbone", "data/shards/finetune", "stages/training/loop.py"]
+    inputs = ["models/backbone/config.json", "data/shards/finetune/mine/index.json", "stages/training/loop/loop.py"]
+    dependencies = ["models/backbone", "data/shards/finetune", "stages/training/loop/loop.py"]
     (tmp_path / "dvc.yaml").write_text(
         yaml.safe_dump({"stages": {"finetune": {"deps": dependencies}}}), encoding="utf-8"
     )
@@ -156,7 +156,7 @@ def test_a_search_whose_trials_all_fail_stops_and_says_why(place: Path) -> None:
 def worker(place: Path, trials: int, seconds: float, wait_for: str = "") -> "subprocess.Popen[str]":
     """Another worker of the same study, as in another terminal; its trials wait for the lock of that file."""
     code = (
-        "import sys; from pipelines import tune; from stages.command import run\n"
+        "import sys; from pipelines import tune; from stages.runtime.command import run\n"
         f"wanted = tune._tune({trials}, None)\n"
         "run(lambda: tune.search(wanted, (sys.executable, 'stand_in.py')))"
     )
@@ -297,7 +297,7 @@ def test_what_cannot_be_searched_is_refused(values: dict[str, Any], words: str) 
 
 def test_other_data_and_other_code_are_another_study(place: Path) -> None:
     search(tune(trials=1))
-    for number, path in enumerate(("models/backbone/config.json", "stages/training/loop.py"), 2):
+    for number, path in enumerate(("models/backbone/config.json", "stages/training/loop/loop.py"), 2):
         (place / path).write_text('{"other": 1}', encoding="utf-8")
         tuning.search(tune(trials=1), (sys.executable, "stand_in.py"))
         assert len(list(place.glob(".synset/tune/*/study.db"))) == number

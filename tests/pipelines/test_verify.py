@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from pipelines import verify
+from pipelines.processes.stage_process import Stop, run_streamed
 from pipelines.reproduce import last_error
-from pipelines.stage_process import Stop, run_streamed
+from pipelines.retrain.worktree import git, open_tree, record
 from pipelines.verify import Finding, choose, different_figures
-from pipelines.worktree import git, open_tree, record
-from stages import tracking
-from stages.command import StageError
-from stages.files import sha256
+from stages.registry import tracking
+from stages.runtime.command import StageError
+from stages.runtime.files import sha256
 from tests.workspace import Workspace
 
 NAME = "synset-sample"

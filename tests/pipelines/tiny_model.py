@@ -1,4 +1,4 @@
-"""A model that says what its only file holds; logged by tests as a model from code, like stages/serving.py."""
+"""A model that says what its only file holds; logged by tests as a model from code."""
 
 import os
 import time

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from stages.data.ingesting import write_tar
-from stages.data.loading import Samples, read_samples
 from stages.data.scanning import scan_tar
-from stages.data.sharding import write_shard_set
-from stages.data.sources import Group, SourceFile
+from stages.data.shards.loading.loading import Samples, read_samples
+from stages.data.shards.writing import write_shard_set
+from stages.data.sources.dispatch import Group, SourceFile
+from stages.data.sources.ingesting import write_tar
 from stages.params.shard import Shard
 
 CONFIG: dict[str, Any] = {

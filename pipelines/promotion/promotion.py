@@ -1,0 +1,372 @@
+"""What is in force, and what a person wishes: the alias `serving` follows `champion`, or `champion` goes back to it.
+
+`settle` may die anywhere. Its one write that decides anything is that of the alias `serving`. Before that write a
+version carries the tag `promoting`, a journal of what is about to happen; what comes after it is made from the journal,
+which is the last to go. So the next look finds one of three things: no journal, and it judges; a journal on a version
+that is not in force, and it takes back what was begun; a journal on the version in force, and it completes the rest.
+Each step may be repeated.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipelines.promotion.examination import Examination
+from pipelines.promotion.history import Promotion, one_line, promotions, with_promotion
+from pipelines.retrain.worktree import GitError, commit_of, git
+from stages.registry import tracking
+from stages.registry.tracking import Version
+from stages.runtime.command import StageError
+
+CHAMPION, SERVING, PREVIOUS = "champion", "serving", "previous"
+PROMOTING = "promoting"
+"""The journal of a promotion, while it lasts: a tag of the version, JSON."""
+PROMOTED, REFUSED = "promoted", "promotion.refused"
+APPROVED_BY, OVERRIDE, RETRACTED = "approved_by", "override", "retracted"
+GIT_TAG = "champion"
+_DECISIVE = (OVERRIDE, RETRACTED, tracking.UNFINISHED)
+"""Tags that others may set while a version is examined, and that change the verdict."""
+_LOOKS = 10
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The versions of a model as one look at the registry found them."""
+
+    name: str
+    versions: tuple[Version, ...]
+
+    def at(self, alias: str) -> Version | None:
+        """The version that an alias points at."""
+        return next((version for version in self.versions if alias in version.aliases), None)
+
+    def decisive(self) -> tuple[Any, ...]:
+        """What a judgement rests on: where it changed, judge again."""
+        champion, serving = self.at(CHAMPION), self.at(SERVING)
+        return (
+            champion and (champion.number, [champion.tags.get(tag) for tag in _DECISIVE]),
+            serving and serving.number,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a look led to."""
+
+    kind: str
+    """`unchanged`, `promoted`, `refused` or `put back`."""
+    message: str
+    version: int | None = None
+
+
+@dataclass(frozen=True)
+class _Journal:
+    """What a promotion is about to do; the versions are numbers."""
+
+    when: str
+    instead_of: int | None
+    previous: int | None
+    by: str
+    verdict: str
+
+
+Examine = Callable[[Version, str], Examination]
+"""A version, and what its gate must have been taken against: a version's number, `none`, or empty for no gate."""
+Tell = Callable[[Outcome], None]
+
+
+def look(name: str) -> Registry:
+    """The registry as it is now."""
+    return Registry(name, tuple(tracking.versions(name)))
+
+
+def settle(name: str, examine: Examine, tell: Tell, root: Path) -> Outcome:
+    """Puts the person's champion in force, or puts `champion` back; or completes what a killed run had begun.
+
+    Args:
+        tell: is called with every outcome but `unchanged`; twice, where a run is killed right after it.
+        root: the repository whose tag `champion` follows.
+
+    Raises:
+        StageError: the examination could not be done, somebody keeps moving the aliases, or the version in force was
+            deleted, and nobody wishes for another.
+    """
+    for _ in range(_LOOKS):
+        registry = look(name)
+        if (begun := _journalled(registry)) is not None:
+            if (journal := _journal(begun)) is None:
+                tracking.delete_tag(begun, PROMOTING)  # not ours: it says nothing of what was begun
+            elif begun == registry.at(SERVING):
+                return _complete(begun, journal, tell, root)
+            else:
+                _take_back(registry, begun, journal)
+        elif _set_by_hand(registry):
+            _undo(registry, tell)
+        elif outcome := _settle(registry, examine, tell, root):
+            return outcome
+        # Otherwise the registry is no longer what it was when we looked.
+    raise StageError(f"{name}: its aliases change all the time; the next run looks again")
+
+
+def _settle(registry: Registry, examine: Examine, tell: Tell, root: Path) -> Outcome | None:
+    """None where something changed meanwhile: judge again."""
+    champion, serving = registry.at(CHAMPION), registry.at(SERVING)
+    if champion == serving:
+        return _keep(registry, tell, root)
+    if champion is None:
+        return _put_back(registry, tell)
+    verdict, reason = "", _refusal(champion, serving)
+    if reason is None:
+        verdict, reason = _verdict(champion, serving, examine)
+        # That took a while, in which somebody may have clicked, or signed: what they wrote is part of the promotion.
+        before, registry = registry, look(registry.name)
+        if registry.decisive() != before.decisive():
+            return None
+    champion = registry.at(CHAMPION)
+    assert champion is not None
+    if reason is not None:
+        return _refuse(registry, champion, reason, tell)
+    return _promote(registry, champion, verdict, tell, root)
+
+
+def _keep(registry: Registry, tell: Tell, root: Path) -> Outcome:
+    name, serving = registry.name, registry.at(SERVING)
+    if serving is None:
+        _refuse_if_deleted(registry)
+        if registry.versions:  # none at all: another registry, perhaps
+            _tag_commit(None, root)
+        return Outcome("unchanged", f"{name}: nothing is in force, and no version is `champion`")
+    _tag_commit(serving, root)
+    return Outcome("unchanged", f"{name}: version {serving.number} is in force, as it should be", serving.number)
+
+
+def _refuse_if_deleted(registry: Registry) -> None:
+    """Raises StageError where the version in force was deleted: with it went its aliases, and so what would say it."""
+    last = _last_promotion(registry)
+    if last and last.version not in {version.number for version in registry.versions}:
+        raise StageError(
+            f"{registry.name}: version {last.version}, which was in force, was deleted. What serves it goes on until "
+            f"it is restarted; set `champion` on another version"
+        )
+
+
+def _set_by_hand(registry: Registry) -> bool:
+    """Whether somebody else than `_promote` has set `serving`: then nobody has judged that version."""
+    serving, last = registry.at(SERVING), _last_promotion(registry)
+    if serving is None or serving == _promoted_last(registry):
+        return False
+    # Its own tag too: a description that is too long takes no more lines.
+    return serving.tags.get(PROMOTED, "") < last.when if last else PROMOTED not in serving.tags
+
+
+def _undo(registry: Registry, tell: Tell) -> None:
+    """What was in force before is so again. A champion is judged after that, as any other."""
+    serving, before = registry.at(SERVING), _promoted_last(registry)
+    assert serving is not None
+    if not _still(registry):
+        return
+    if before:
+        tracking.set_alias(before, SERVING)
+        now = f"version {before.number} is in force again"
+    else:
+        tracking.delete_alias(registry.name, SERVING)
+        now = "nothing is in force"
+    what = f"`serving` was set on version {serving.number} by hand; {now}"
+    message = f"{registry.name}: {what}. Only a promotion sets that alias: set `champion`"
+    tell(Outcome("put back", message, serving.number))
+
+
+def _promoted_last(registry: Registry) -> Version | None:
+    """By the table; where that version was deleted, the one before it."""
+    last, previous = _last_promotion(registry), registry.at(PREVIOUS)
+    found = next((each for each in registry.versions if last and each.number == last.version), None)
+    return found or (previous if previous and PROMOTED in previous.tags else None)
+
+
+def _last_promotion(registry: Registry) -> Promotion | None:
+    return next(iter(promotions(tracking.model_description(registry.name))), None)
+
+
+def _put_back(registry: Registry, tell: Tell) -> Outcome | None:
+    serving = registry.at(SERVING)
+    assert serving is not None  # no champion, and that differs from what is in force
+    if not _still(registry):
+        return None
+    tracking.set_alias(serving, CHAMPION)
+    what = f"`champion` was taken off; it is on version {serving.number} again, which is in force"
+    outcome = Outcome("put back", f"{registry.name}: {what}. To change that, set it on another version", serving.number)
+    tell(outcome)
+    return outcome
+
+
+# ------------------------------------------------------------------------------------------------------- judgement
+
+
+def _refusal(champion: Version, serving: Version | None) -> str | None:
+    """Why a version cannot come into force, as far as that is known without examining it."""
+    if champion.unfinished:
+        return "retraining has not finished it yet; it becomes `challenger` when it has"
+    if not champion.sha256:
+        return "its registration was interrupted; `dvc repro -f -s register` registers it anew"
+    if batch := champion.tags.get(RETRACTED):
+        return f"it was trained on the batch {batch}, which was taken back"
+    gate, in_force = champion.tags.get("gate", ""), serving.sha256 if serving else "none"
+    still_holds = champion.tags.get("gate.in_force") == in_force
+    if gate not in ("", "passed") and still_holds and not _stands_in_for_gate(champion):
+        return _gate_says(gate)
+    return None
+
+
+def _verdict(champion: Version, serving: Version | None, examine: Examine) -> tuple[str, str | None]:
+    """What the table says of its promotion, and why it is refused after all, if it is."""
+    against = str(serving.number) if serving else "none"
+    # One that was in force needs no gate: going back must be possible also from a version that scores better.
+    found = examine(champion, "" if PROMOTED in champion.tags else against)
+    if not found.sound:
+        return "", "; ".join(found.reasons) or "it does not answer as it did when it was registered"
+    if instead := _stands_in_for_gate(champion):
+        newer = serving is not None and champion.number > serving.number
+        return ("again in force" if instead == "rollback" and newer else instead), None
+    if found.gate == "passed":
+        return "passed", None
+    return "", "; ".join([_gate_says(found.gate), *found.reasons])
+
+
+def _stands_in_for_gate(version: Version) -> str:
+    if PROMOTED in version.tags:
+        return "rollback"
+    reason = version.tags.get(OVERRIDE, "").strip()
+    return f"override: {reason}" if reason else ""
+
+
+def _gate_says(gate: str) -> str:
+    return f"its gate says `{gate or 'not taken'}` (its page says why; a tag `override` with a reason lets it pass)"
+
+
+def _still(registry: Registry) -> bool:
+    """Whether the registry is as it was judged: people go on clicking meanwhile."""
+    return look(registry.name).decisive() == registry.decisive()
+
+
+# ------------------------------------------------------------------------------------------------------- the writes
+
+
+def _refuse(registry: Registry, champion: Version, reason: str, tell: Tell) -> Outcome | None:
+    serving = registry.at(SERVING)
+    # The reason first: a champion that went back without one would be a riddle.
+    tracking.set_tags(champion, {REFUSED: f"{_now()} {reason}"})
+    if not _still(registry):
+        return None
+    if serving:
+        tracking.set_alias(serving, CHAMPION)
+        now = f"version {serving.number} stays in force, and is `champion` again"
+    else:
+        tracking.delete_alias(registry.name, CHAMPION)
+        now = "nothing is in force"
+    message = f"{registry.name}: version {champion.number} is refused: {reason}; {now}"
+    outcome = Outcome("refused", message, champion.number)
+    tell(outcome)
+    return outcome
+
+
+def _promote(registry: Registry, champion: Version, verdict: str, tell: Tell, root: Path) -> Outcome | None:
+    serving = registry.at(SERVING)
+    journal = _begin(champion, serving, registry.at(PREVIOUS), verdict)
+    for version, alias in ((serving, PREVIOUS), (champion, SERVING)):
+        if not _still(registry):
+            return None  # the next look finds the journal and takes it back
+        if version:
+            tracking.set_alias(version, alias)
+    return _complete(champion, journal, tell, root)
+
+
+def _begin(version: Version, serving: Version | None, previous: Version | None, verdict: str) -> _Journal:
+    """Writes the journal."""
+    journal = _Journal(
+        when=_now(),
+        instead_of=serving.number if serving else None,
+        previous=previous.number if previous else None,
+        by=_approver(version),
+        verdict=verdict,
+    )
+    tracking.set_tags(version, {PROMOTING: json.dumps(asdict(journal))})
+    return journal
+
+
+def _journal(version: Version) -> _Journal | None:
+    """None where the tag is none of ours: anybody may set one."""
+    try:
+        return _Journal(**json.loads(version.tags[PROMOTING]))
+    except (ValueError, TypeError):
+        return None
+
+
+def _approver(version: Version) -> str:
+    """The tag `approved_by`, unless it is still that of an earlier promotion: MLflow knows not who clicks."""
+    by = one_line(version.tags.get(APPROVED_BY, ""))  # as the table has it, to be compared with it
+    earlier = [each for each in promotions(tracking.model_description(version.name)) if each.version == version.number]
+    # The last that was signed: those after it were found not to be, with the same tag.
+    last = next((each.by for each in earlier if each.by), "")
+    return "" if last == by else by
+
+
+def _journalled(registry: Registry) -> Version | None:
+    """A version whose promotion was begun; first one that is not in force, whose traces would be in the way."""
+    begun = [version for version in registry.versions if PROMOTING in version.tags]
+    return next((version for version in begun if SERVING not in version.aliases), begun[0] if begun else None)
+
+
+def _take_back(registry: Registry, version: Version, journal: _Journal) -> None:
+    """Before `serving` was written, `previous` at most was."""
+    before = next((each for each in registry.versions if each.number == journal.previous), None)
+    if before:
+        tracking.set_alias(before, PREVIOUS)
+    elif registry.at(PREVIOUS):
+        tracking.delete_alias(registry.name, PREVIOUS)
+    tracking.delete_tag(version, PROMOTING)
+
+
+def _complete(version: Version, journal: _Journal, tell: Tell, root: Path) -> Outcome:
+    """Everything that follows from `serving`."""
+    tracking.set_tags(version, {PROMOTED: journal.when})
+    if REFUSED in version.tags:
+        tracking.delete_tag(version, REFUSED)
+    problem = _tag_commit(version, root)
+    entry = Promotion(journal.when, version.number, journal.instead_of, journal.by, journal.verdict)
+    description = tracking.model_description(version.name)
+    if (text := with_promotion(description, version.name, entry)) != description:
+        tracking.describe_model(version.name, text)
+    instead = f" instead of version {entry.instead_of}" if entry.instead_of else ""
+    message = f"{version.name}: version {version.number} is in force{instead} ({entry.verdict}){problem}"
+    outcome = Outcome("promoted", message, version.number)
+    tell(outcome)
+    tracking.delete_tag(version, PROMOTING)
+    return outcome
+
+
+def _tag_commit(version: Version | None, root: Path) -> str:
+    """Sets the git tag `champion` on the commit of the version in force; returns what is wrong with that, if anything.
+
+    No reason to end: the tag is a convenience, and the next look tries again. Where nothing is in force, or the commit
+    is unknown, there is no such tag, rather than one that lies.
+    """
+    commit, problem = version.commit if version else "", ""
+    tag = f"refs/tags/{GIT_TAG}"
+    try:
+        if not commit:
+            problem = "; it names no commit, so there is no git tag for it"
+        elif not commit_of(root, commit):
+            problem = f"; no git tag, because this clone lacks its commit {commit}"
+            commit = ""
+        if (now := commit_of(root, tag)) != commit:
+            git(root, "update-ref", *([tag, commit] if commit else ["-d", tag, now]))
+    except GitError as error:
+        problem = f"; no git tag: {error}"
+    return problem
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,259 @@
+"""A git worktree of a flow's own, so that nobody's checkout is touched; it shares the checkout's DVC cache.
+
+Whoever works in one holds the flow's lock, so every lock file found there is of a process that was killed.
+git is called without the hooks of this machine and without anything that goes on in the background.
+"""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from stages.runtime.command import StageError
+
+QUIETLY = [
+    *("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false"),
+    *("-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "merge.conflictStyle=merge"),
+]
+NOBODY = ("-c", "user.name=Synset", "-c", "user.email=synset@localhost")
+"""Who commits on a machine where git does not know its user."""
+# What DVC resolves against the folder of its config file (dvc.config.Config._map_dirs).
+_PATHS = (
+    *("url", "credentialpath", "configpath", "keyfile", "cert_path", "key_path"),
+    *("gdrive_user_credentials_file", "gdrive_service_account_json_file_path"),
+)
+# Set by git for its hooks: a flow that is started from one must not work in that repository's index.
+_OF_HOOKS = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"}
+_FOREIGN_LOCK = 3.0
+"""Seconds that a lock of the repository, which others use too, may live before it counts as left by a kill."""
+
+
+class GitError(StageError):
+    """git ended with an error; the message is its own."""
+
+
+def git(folder: Path, *arguments: str, ok: tuple[int, ...] = (0,)) -> str:
+    """What `git` prints in `folder`, which must be the root of a checkout: git may not climb to one above it.
+
+    Raises:
+        GitError: its exit code is not in `ok`.
+    """
+    return git_code(folder, *arguments, ok=ok)[1]
+
+
+def git_code(folder: Path, *arguments: str, ok: tuple[int, ...] = (0, 1)) -> tuple[int, str]:
+    """Exit code of `git` and what it printed."""
+    kept = {name: value for name, value in os.environ.items() if name not in _OF_HOOKS}
+    own = {"GIT_CEILING_DIRECTORIES": str(folder.parent), "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    command = ["git", *QUIETLY, *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=kept | own, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        raise GitError(f"git is not installed, or there is no folder {folder}") from None
+    if done.returncode not in ok:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise GitError(f"`git {arguments[0]}` failed in {folder}: {said or f'exit code {done.returncode}'}")
+    return done.returncode, done.stdout.rstrip("\n")
+
+
+# ------------------------------------------------------------------------------------------------------ what is there
+
+
+def check_root(folder: Path) -> None:
+    """Raises StageError unless `folder` is the root of a git checkout with a commit."""
+    try:
+        git(folder, "rev-parse", "--verify", "--quiet", "HEAD")
+        root = Path(git(folder, "rev-parse", "--show-toplevel"))
+    except GitError:
+        raise StageError(f"{folder} is not the root of a git repository with a commit; run this from there") from None
+    if root.resolve() != folder.resolve():
+        raise StageError(f"{folder} lies inside the git repository {root}; run this from its root")
+
+
+def commit_of(folder: Path, name: str) -> str:
+    """The commit that a branch, tag or other name stands for; empty where there is no such name."""
+    return git(folder, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", ok=(0, 1))
+
+
+def contains(folder: Path, commit: str, earlier: str) -> bool:
+    """Whether `earlier` is `commit` or one of its ancestors."""
+    return git_code(folder, "merge-base", "--is-ancestor", earlier, commit)[0] == 0
+
+
+def text_at(folder: Path, commit: str, path: str) -> str:
+    """A file's text as of a commit; empty where the commit has no such file."""
+    if not commit or not git(folder, "ls-tree", "--name-only", commit, "--", path):
+        return ""
+    return git(folder, "show", f"{commit}:{path}") + "\n"
+
+
+def trailer(folder: Path, commit: str, key: str) -> str:
+    """The value of a trailer (`Key: value`) of a commit's message; empty where it has none."""
+    return git(folder, "log", "-1", f"--format=%(trailers:key={key},valueonly)", commit).strip()
+
+
+def checked_out(folder: Path, branch: str, besides: Path) -> Path | None:
+    """The worktree, other than `besides`, that has the branch checked out."""
+    for entry in git(folder, "worktree", "list", "--porcelain").split("\n\n"):
+        lines = dict(line.partition(" ")[::2] for line in entry.splitlines())
+        where = Path(lines.get("worktree", ""))
+        if lines.get("branch") == f"refs/heads/{branch}" and where.resolve() != besides.resolve() and where.is_dir():
+            return where
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ the tree
+
+
+def open_tree(root: Path, tree: Path, commit: str) -> None:
+    """The worktree `tree` of the checkout `root` at `commit`, with a detached HEAD and nothing changed.
+
+    Files that git ignores stay: they are what a run that was interrupted had made. A damaged tree is made again.
+    """
+    clear_locks(tree)
+    if not is_tree(root, tree):
+        shutil.rmtree(tree, ignore_errors=True)
+        tree.parent.mkdir(parents=True, exist_ok=True)
+        # Twice --force: also where one is registered at this place, and locked by a `git worktree add` that was killed.
+        git(root, "worktree", "add", "--quiet", "--force", "--force", "--detach", str(tree), commit)
+    git(tree, "checkout", "--quiet", "--force", "--detach", commit)
+    git(tree, "reset", "--quiet", "--hard", commit)
+    git(tree, "clean", "--quiet", "-ffd")
+    connect(root, tree)
+
+
+def is_tree(root: Path, tree: Path) -> bool:
+    """Whether `tree` is a sound worktree of `root`'s repository."""
+    if not (tree / ".git").is_file():
+        return False
+    try:
+        if not commit_of(tree, "HEAD"):
+            return False
+        common = [Path(git(each, "rev-parse", "--path-format=absolute", "--git-common-dir")) for each in (root, tree)]
+        return common[0].resolve() == common[1].resolve()
+    except GitError:
+        return False
+
+
+def clear_locks(tree: Path) -> None:
+    """Removes the locks of git and DVC that a killed process left in `tree`."""
+    for lock in ("lock", "rwlock", "rwlock.lock"):
+        (tree / ".dvc/tmp" / lock).unlink(missing_ok=True)
+    if not (tree / ".git").is_file():
+        return
+    try:
+        folder = Path(git(tree, "rev-parse", "--absolute-git-dir"))
+    except GitError:
+        return  # open_tree makes it again
+    for path in folder.glob("*.lock"):
+        path.unlink(missing_ok=True)
+
+
+def connect(root: Path, tree: Path) -> None:
+    """Gives DVC in `tree` the cache of `root`, its settings and credentials, and what they name by a relative path."""
+    own, local = _config(root / ".dvc/config"), _config(root / ".dvc/config.local")
+    for section in (each for each in own.sections() if each.startswith("'remote ")):
+        for key in (key for key in _PATHS if own.has_option(section, key)):
+            if not (local.has_section(section) and local.has_option(section, key)):
+                _set(local, section, key, own.get(section, key))
+    for section in local.sections():
+        for key in (key for key in _PATHS if local.has_option(section, key)):
+            local.set(section, key, _absolute(local.get(section, key), root / ".dvc"))
+    _set(local, "cache", "dir", str(cache_folder(root)))
+    path = tree / ".dvc/config.local"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        local.write(file)
+    path.chmod(0o600)  # it may hold credentials
+
+
+def cache_folder(root: Path) -> Path:
+    """The DVC cache of the checkout, as `dvc cache dir` gives it, but in no time."""
+    from dvc.dirs import global_config_dir, system_config_dir
+
+    files = [Path(folder, "config") for folder in (system_config_dir(), global_config_dir())]
+    folder = root / ".dvc/cache"
+    for path in (*files, root / ".dvc/config", root / ".dvc/config.local"):
+        if value := _config(path).get("cache", "dir", fallback=""):
+            folder = Path(_absolute(value, path.parent))
+    return folder
+
+
+def default_remote(root: Path) -> str:
+    """The name of the checkout's default DVC remote; empty where it has none."""
+    for path in (root / ".dvc/config.local", root / ".dvc/config"):
+        if name := _config(path).get("core", "remote", fallback=""):
+            return name
+    return ""
+
+
+def _config(path: Path) -> configparser.RawConfigParser:
+    parser = configparser.RawConfigParser(strict=False, empty_lines_in_values=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # as it is written
+    parser.read(path, encoding="utf-8")
+    return parser
+
+
+def _set(config: configparser.RawConfigParser, section: str, key: str, value: str) -> None:
+    if not config.has_section(section):
+        config.add_section(section)
+    config.set(section, key, value)
+
+
+def _absolute(value: str, folder: Path) -> str:
+    if re.match(r"\w+://", value) or value.startswith("~"):
+        return value
+    return str((folder / value).resolve())
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def commit_all(tree: Path, paths: list[str], message: str) -> str:
+    """Commits what changed in `paths` (what is ignored stays so), also if nothing did; returns the commit."""
+    there = [path for path in paths if (tree / path).exists() or git(tree, "ls-files", "--", path)]
+    git(tree, "add", "--all", "--", *there)
+    return record(tree, message, "--allow-empty")
+
+
+def record(tree: Path, message: str, *arguments: str) -> str:
+    """`git commit`, under a name of our own where git knows none; returns the commit."""
+    known = git_code(tree, "var", "GIT_COMMITTER_IDENT", ok=(0, 1, 128))[0] == 0
+    git(
+        tree,
+        *(() if known else NOBODY),
+        "commit",
+        "--quiet",
+        "--no-verify",
+        "--cleanup=verbatim",
+        "-m",
+        message,
+        *arguments,
+    )
+    return commit_of(tree, "HEAD")
+
+
+def move_branch(root: Path, branch: str, commit: str, before: str) -> None:
+    """Points the branch at `commit`, in one atomic write, provided that it still points at `before` (empty: is new).
+
+    Raises:
+        GitError: it does not.
+    """
+    _wait_for_lock(root, branch)
+    why = f"retrain: {commit[:12]}"
+    git(root, "update-ref", "-m", why, f"refs/heads/{branch}", commit, before or "0" * 40)
+
+
+def _wait_for_lock(root: Path, branch: str) -> None:
+    """A lock on the branch is somebody's for milliseconds; one that stays was left by a kill."""
+    common = git(root, "rev-parse", "--path-format=absolute", "--git-common-dir")
+    lock = Path(common, "refs/heads", f"{branch}.lock")
+    until = time.monotonic() + _FOREIGN_LOCK
+    while lock.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    lock.unlink(missing_ok=True)

@@ -1,0 +1,281 @@
+"""Shards: accepted images as tars that DALI, webdataset and plain `tar` read, with an index beside each.
+
+Work in progress is a folder that an interrupted run leaves to the next one:
+
+    plan/<split>.parquet    which image goes where: a row group a shard
+    shards/                 finished shards with their index files; in the end index.json too
+    entries/<shard>.json    what index.json says of a shard, with the sums of its pixels: the last that is written of it
+    aside/                  what is being written
+"""
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import cv2
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.data.parallel.parallel_map import processor, spread
+from stages.data.raw.images import DAMAGED, encode_jpeg, resize_shorter, upright_pixels
+from stages.data.raw.tars import read_at
+from stages.params.shard import Shard
+from stages.runtime.command import StageError
+from stages.runtime.files import move_directory, replaced_file, sha256, write_json, write_text
+from stages.runtime.progress import progress
+
+SPLITS = ("train", "val", "test", "fresh")
+COLUMNS = ("key", "tar", "offset", "bytes", "sha256", "label")
+"""Of the accepted table, for the raw image and its label; `split` says the rest."""
+IN_INDEX = ("file", "count", "bytes", "sha256", "idx_sha256")
+"""What index.json repeats of a shard's entry."""
+FILES = {"": "tar", "idx_": "idx"}
+"""Suffixes by what the entry puts before their checksums."""
+
+
+class RawImage(NamedTuple):
+    """Where an accepted image lies in the raw tars, and its label."""
+
+    key: str
+    tar: str
+    offset: int
+    bytes: int
+    sha256: str
+    label: int
+
+
+class Piece(NamedTuple):
+    """One shard to be written: a row group of its split's plan."""
+
+    split: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        """Of its files, without their suffix."""
+        return f"{self.split}-{self.number:05d}"
+
+
+@dataclass(frozen=True)
+class PixelSums:
+    """Exact sums over all pixels of each channel, so that their order does not matter."""
+
+    pixels: int
+    sums: tuple[int, ...]
+    squares: tuple[int, ...]
+
+
+def write_shard_set(
+    accepted: pd.DataFrame,
+    raw: Path,
+    out: Path,
+    shard: Shard,
+    role: str,
+    batch: str,
+    work: Path | None = None,
+    cluster: str | None = None,
+) -> int:
+    """Writes all shards of a batch and `index.json`, which then take the place of `out`. Returns the number of images.
+
+    Args:
+        accepted: rows of stages.data.raw.facts.ACCEPTED, of which `COLUMNS` and `split` are read.
+        raw: folder of the batch's raw tars.
+        work: holds what an interrupted run of the same images and parameters has finished, which is taken up; beside
+            `out` where it is not given. Removed in the end.
+        cluster: Dask scheduler that the work is handed to; None: the cores of this machine.
+
+    Raises:
+        StageError: a raw image is not what scan saw; what `spread` raises.
+    """
+    work = work or out.with_name(f".{out.name}.work")
+    if cluster:  # its workers run elsewhere in the file system
+        work, raw = work.absolute(), raw.absolute()
+    prepare(work, out)
+    pieces = []
+    for split in SPLITS:
+        rows = accepted[accepted["split"] == split]
+        if not rows.empty:
+            pieces += plan_split(rows, work, split, shard)
+    write = partial(write_shard, work=work, raw=raw, resize=shard.resize, quality=shard.quality)
+    with closing(spread(write, pieces, cluster, work)) as results:
+        entries = {entry["file"]: entry for entry in progress(results, len(pieces), f"shard {batch}")}
+    index = {"batch": batch, "role": role, "resize": shard.resize, "quality": shard.quality}
+    write_json(
+        work / "shards/index.json", index | _contents(accepted, [entries[f"{each.name}.tar"] for each in pieces])
+    )
+    move_directory(work / "shards", out)
+    shutil.rmtree(work)
+    return len(accepted)
+
+
+def channel_statistics(parts: list[PixelSums]) -> dict[str, list[float] | None]:
+    """Mean and standard deviation of R, G and B, in 0-1, over all pixels; null where there are none."""
+    count = sum(part.pixels for part in parts)
+    if not count:
+        return {"mean": None, "std": None}
+    means = [sum(part.sums[c] for part in parts) / count for c in range(3)]
+    squares = [sum(part.squares[c] for part in parts) / count for c in range(3)]
+    stds = [max(square - mean**2, 0.0) ** 0.5 for square, mean in zip(squares, means, strict=True)]
+    return {"mean": [round(m / 255, 6) for m in means], "std": [round(s / 255, 6) for s in stds]}
+
+
+def write_shard(piece: Piece, work: Path, raw: Path, resize: int, quality: int) -> dict[str, Any]:
+    """Writes a shard and its index file into `work`, where they are not yet; returns the shard's entry.
+
+    Raises:
+        StageError: a raw image is not what scan saw.
+    """
+    cv2.setNumThreads(1)  # there are as many processes as cores
+    if entry := _finished(piece, work):
+        return entry
+    images = _rows_of(piece, work)
+    # Of its own: a worker that Dask took for dead may still be at the same shard.
+    with tempfile.TemporaryDirectory(dir=work / "aside", prefix=piece.name, ignore_cleanup_errors=True) as name:
+        tar, idx = (Path(name) / f"{piece.name}{suffix}" for suffix in (".tar", ".idx"))
+        with replaced_file(tar) as aside:
+            lines, pixels = _write_tar(images, aside, raw, resize, quality)
+        write_text(idx, "\n".join([f"v1.2 {len(lines)}", *lines, ""]))
+        entry = {
+            "file": tar.name, "count": len(images), "bytes": tar.stat().st_size, "sha256": sha256(tar),
+            "idx_sha256": sha256(idx), "pixels": asdict(pixels), "processor": processor(),
+        }  # fmt: skip
+        for path in (tar, idx):
+            path.replace(work / "shards" / path.name)
+        write_json(Path(name) / "entry", entry)
+        (Path(name) / "entry").replace(_entry_path(piece, work))
+    return entry
+
+
+def shard_image(data: bytes, resize: int, quality: int) -> tuple[bytes, np.ndarray]:
+    """An image as it is stored in a shard, upright RGB JPEG, shorter side at most `resize` pixels; and its pixels.
+
+    What is so already is passed through, byte for byte. Pixels are (H, W, 3) uint8, as they were before compression.
+    """
+    pixels, as_it_is = upright_pixels(data)
+    if as_it_is and min(pixels.shape[:2]) <= resize:
+        return data, pixels
+    pixels = resize_shorter(pixels, resize)
+    return encode_jpeg(pixels, quality), pixels
+
+
+def prepare(work: Path, out: Path) -> None:
+    shards, entries = work / "shards", work / "entries"
+    if out.exists() and not shards.exists() and entries.is_dir() and any(entries.iterdir()):
+        out.rename(shards)  # killed after all was done
+    shutil.rmtree(work / "aside", ignore_errors=True)
+    for folder in (shards, entries, work / "aside", work / "plan"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def plan_split(rows: pd.DataFrame, work: Path, split: str, shard: Shard) -> list[Piece]:
+    # The key order does not depend on how rows arrived; the shuffle at writing mixes the classes.
+    order = np.random.default_rng([shard.seed, SPLITS.index(split)]).permutation(len(rows))
+    table = pa.Table.from_pandas(rows[list(COLUMNS)].sort_values("key").iloc[order], preserve_index=False)
+    with replaced_file(work / "plan" / f"{split}.parquet") as aside:
+        pq.write_table(table, aside, row_group_size=shard.images_per_shard)
+    return [Piece(split, number) for number in range(-(-len(rows) // shard.images_per_shard))]
+
+
+def _rows_of(piece: Piece, work: Path) -> list[RawImage]:
+    with pq.ParquetFile(work / "plan" / f"{piece.split}.parquet") as plan:
+        columns = plan.read_row_group(piece.number, use_threads=False).to_pydict()
+    return [RawImage(*values) for values in zip(*(columns[name] for name in COLUMNS), strict=True)]
+
+
+def _finished(piece: Piece, work: Path) -> dict[str, Any] | None:
+    """The entry of a shard that an earlier run finished, on the same kind of processor, and that is whole."""
+    try:
+        entry = json.loads(_entry_path(piece, work).read_text(encoding="utf-8"))
+        found = {f"{what}sha256": sha256(work / "shards" / f"{piece.name}.{suffix}") for what, suffix in FILES.items()}
+    except (FileNotFoundError, ValueError):  # a kill, or a disk that lost it
+        return None
+    return entry if entry == entry | found | {"processor": processor()} else None
+
+
+def _entry_path(piece: Piece, work: Path) -> Path:
+    return work / "entries" / f"{piece.name}.json"
+
+
+def _write_tar(images: list[RawImage], path: Path, raw: Path, resize: int, quality: int) -> tuple[list[str], PixelSums]:
+    """Lines of the index file, and the sums of all pixels."""
+    lines = []
+    parts = []
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for image in images:
+            try:
+                jpeg, pixels = shard_image(_read_raw(raw, image), resize, quality)
+            except DAMAGED as error:
+                raise StageError(
+                    f"{image.key} in {raw / image.tar} cannot be decoded, though scan could: {error}"
+                ) from error
+            parts.append(_pixel_sums(pixels))
+            # webdataset takes everything up to the first dot of the file name as the sample's key.
+            name = quote(image.key, safe="/", errors="surrogateescape").replace(".", "%2E")
+            cls = f"{image.label:05d}".encode()
+            lines.append(" ".join((_add(tar, f"{name}.jpg", "jpg", jpeg), _add(tar, f"{name}.cls", "cls", cls))))
+    return lines, _add_up(parts)
+
+
+def _read_raw(raw: Path, image: RawImage) -> bytes:
+    data = read_at(raw / image.tar, image.offset, image.bytes)
+    if hashlib.sha256(data).hexdigest() != image.sha256:
+        raise StageError(
+            f"{raw / image.tar} is damaged: {image.key} is not what scan saw. Restore the batch with "
+            f"`dvc checkout --force {raw}` or `dvc pull --force {raw}`, then run again"
+        )
+    return data
+
+
+def _add(tar: tarfile.TarFile, name: str, extension: str, data: bytes) -> str:
+    """Adds a file; returns its entry in a DALI index file (v1.2): extension, offset, size, name."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+    padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return f"{extension} {tar.offset - padded} {len(data)} {name}"
+
+
+def _pixel_sums(pixels: np.ndarray) -> PixelSums:
+    # OpenCV's figures are double precision: whole numbers after rounding, up to 10 billion pixels.
+    return PixelSums(
+        pixels=pixels.shape[0] * pixels.shape[1],
+        sums=tuple(round(value) for value in cv2.sumElems(pixels)[:3]),
+        squares=tuple(round(cv2.norm(channel, cv2.NORM_L2SQR)) for channel in cv2.split(pixels)),
+    )
+
+
+def _add_up(parts: list[PixelSums]) -> PixelSums:
+    return PixelSums(
+        pixels=sum(part.pixels for part in parts),
+        sums=tuple(sum(part.sums[c] for part in parts) for c in range(3)),
+        squares=tuple(sum(part.squares[c] for part in parts) for c in range(3)),
+    )
+
+
+def _contents(accepted: pd.DataFrame, entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What index.json says of the images: shards and labels of each split, and the channels of what is trained on."""
+    splits: dict[str, Any] = {}
+    pixels = []
+    for entry in entries:
+        split = entry["file"].rpartition("-")[0]
+        splits.setdefault(split, []).append({name: entry[name] for name in IN_INDEX})
+        if split == "train":
+            pixels.append(PixelSums(**entry["pixels"]))
+    counts = {split: accepted.loc[accepted["split"] == split, "label"].value_counts().sort_index() for split in splits}
+    return {
+        "splits": {split: {"count": int(counts[split].sum()), "shards": shards} for split, shards in splits.items()},
+        "labels": {split: {str(label): int(n) for label, n in each.items()} for split, each in counts.items()},
+        **channel_statistics(pixels),
+    }

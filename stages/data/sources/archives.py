@@ -1,0 +1,119 @@
+"""Archives of class folders: `imagenette2.tgz`, `.tar.gz` or `.tar`, read in one pass without unpacking."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from stages.data.sources.locations import Place
+from stages.data.sources.parts import IMAGE_SUFFIXES, SPLITS, Image, Name, Unique, check_class
+from stages.data.sources.tars import decompressed, members, opened
+from stages.runtime.command import StageError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where in a member's name split and class stand: `top` folders come first, then the split where `has_splits`."""
+
+    top: str | None
+    has_splits: bool
+
+    @property
+    def depth(self) -> int:
+        """How many folders an image lies in."""
+        return (self.top is not None) + self.has_splits + 1
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One archive of class folders, with or without splits, with or without one folder around all."""
+
+    place: Place
+    stamp: str
+    checksum: tuple[str, str] | None = None
+    """Algorithm and expected value, in hex."""
+    whole_class: tuple[str, str] | None = field(default=None, init=False)
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.place.name
+
+    def images(self) -> Iterator[Image]:
+        """Every file that lies in a class, in the archive's order.
+
+        Raises:
+            StageError: the archive is damaged, holds what is refused, or has another layout.
+        """
+        where, unique, left_out = str(self.place), Unique(str(self.place)), 0
+        layout = layout_of(self.place)
+        with opened(self.place, self.checksum) as tar:
+            for member in members(tar, where):
+                if (found := _placed(member.path, layout, where)) is None:
+                    left_out += 1
+                    continue
+                unique.check(*found)
+                yield Image(*found, member.size, member.data)
+        if left_out:
+            logger.info("%s: %d files are left out, as they lie in no class folder", where, left_out)
+
+    def names(self) -> Iterator[Name]:
+        """The same without the bytes; of a compressed archive, all of it is read."""
+        layout = layout_of(self.place)
+        with opened(self.place, self.checksum) as tar:
+            for member in members(tar, str(self.place)):
+                if found := _placed(member.path, layout, str(self.place)):
+                    yield found
+
+
+def first_image(place: Place) -> list[str]:
+    """The parts of the name of the first image, by its suffix, in an archive; read from its beginning.
+
+    Raises:
+        StageError: it is no archive, or has no image.
+    """
+    with place.open() as raw:
+        for member in members(decompressed(raw, str(place)), str(place)):
+            if member.path[-1].lower().endswith(IMAGE_SUFFIXES):
+                return member.path
+    raise StageError(f"{place} holds no image (by their suffixes: {', '.join(IMAGE_SUFFIXES)})")
+
+
+def layout_of(place: Place) -> Layout:
+    """What the first image's name tells: `top/train/CLASS/*`, `train/CLASS/*`, `top/CLASS/*` or `CLASS/*`.
+
+    Raises:
+        StageError: the first image lies in no class folder, or the layout is one that is read unpacked.
+    """
+    path = first_image(place)
+    if "CLS-LOC" in path or path[-2:-1] == ["images"]:
+        raise StageError(f"{place} is Kaggle's or Tiny ImageNet's archive; unpack it, and name the folder")
+    if len(path) > 2 and path[0] in SPLITS:
+        return Layout(None, True)
+    if len(path) > 3 and path[1] in SPLITS:
+        return Layout(path[0], True)
+    if len(path) == 2:
+        return Layout(None, False)
+    if len(path) > 2:
+        return Layout(path[0], False)
+    raise StageError(f"{place}: {'/'.join(path)} lies in no class folder (expected CLASS/*, or train/CLASS/*)")
+
+
+def _placed(path: list[str], layout: Layout, where: str) -> Name | None:
+    """Split, class and name of a member; None for a file that lies in no class folder.
+
+    Raises:
+        StageError: it lies elsewhere than the first image told.
+    """
+    if len(path) <= layout.depth:
+        return None
+    rest = path[layout.top is not None :]
+    split = rest[0] if layout.has_splits else "all"
+    if path[0] != layout.top is not None or split not in (*SPLITS, "all"):
+        raise StageError(
+            f"{where} mixes layouts: {'/'.join(path)} does not lie as its first image does; expected one folder of "
+            f"train/ val/ test/, or of classes"
+        )
+    class_name, *names = rest[layout.has_splits :]
+    return Name(split, check_class(class_name, where), "/".join(names))

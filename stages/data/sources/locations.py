@@ -1,0 +1,409 @@
+"""Places: files and folders that may be on this machine or anywhere that fsspec reads (s3://, gs://, https://)."""
+
+import io
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar, cast
+from urllib.parse import unquote
+
+from stages.runtime.command import StageError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+LARGEST_FILE = 2**30
+"""Bytes. No image is larger; what is larger is refused by name before it is read."""
+LARGEST_TABLE = 2**28
+"""Bytes of a file that is read as a whole: labels, class names."""
+BLOCK = 2**22
+"""Bytes asked of a remote store at a time."""
+TRIES = 5
+STAMPS = ("ETag", "etag", "md5Hash", "Content-MD5", "mtime", "LastModified", "Last-Modified", "updated", "created")
+"""What stores call the thing that changes with a file's content, the surest first."""
+
+
+class Entry(NamedTuple):
+    """What a folder holds: `size` in bytes (-1: not told), `stamp` changes with the content."""
+
+    name: str
+    is_folder: bool
+    size: int = -1
+    stamp: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder: an absolute path of this machine, or a URL."""
+
+    address: str
+
+    @classmethod
+    def of(cls, location: str, incoming: Path | str) -> "Place":
+        """A location as people write it; a relative one lies below `incoming`, a folder or URL itself."""
+        location = location.removeprefix("file://")
+        if "://" in location:
+            return cls(location.rstrip("/"))
+        base = str(incoming).removeprefix("file://")
+        if "://" in base and not location.startswith("/"):
+            return cls(f"{base.rstrip('/')}/{location}".rstrip("/"))
+        return cls(str(Path(base).absolute() / location))
+
+    @property
+    def is_local(self) -> bool:
+        """On this machine: an error lies in the file and not in the network."""
+        return "://" not in self.address
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self.address.rstrip("/").rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return self.address
+
+    def child(self, name: str) -> "Place":
+        """What lies below, by its path relative to this."""
+        return Place(f"{self.address.rstrip('/')}/{name}" if name else self.address)
+
+    def parent(self) -> "Place":
+        """The folder that it lies in."""
+        return Place(self.address.rstrip("/").rpartition("/")[0] or "/")
+
+    def is_folder(self) -> bool:
+        """Whether there is a folder."""
+        if self.is_local:
+            return Path(self.address).is_dir()
+        filesystem, path = self.filesystem()
+        return bool(self._asked(partial(filesystem.isdir, path)))
+
+    def is_file(self) -> bool:
+        """Whether there is a file."""
+        if self.is_local:
+            return Path(self.address).is_file()
+        filesystem, path = self.filesystem()
+        return bool(self._asked(partial(filesystem.isfile, path)))
+
+    def entries(self) -> list[Entry]:
+        """What the folder holds, sorted by name, hidden ones left out; of files on this machine, the names alone.
+
+        Raises:
+            StageError: it cannot be read, or the name of a folder is not UTF-8 or has control characters.
+        """
+        found = self._local_entries() if self.is_local else self._remote_entries()
+        for entry in found:
+            if entry.is_folder:
+                check_name(f"{self}/{entry.name}", entry.name, "folder")
+        return sorted(found)
+
+    def files_below(self) -> list[Entry]:
+        """Every file at any depth, named relative to this, sorted; hidden ones are left out and links followed.
+
+        Raises:
+            StageError: something cannot be read, is no file, or links back into itself; a name is not UTF-8.
+        """
+        found = sorted(self._local_files() if self.is_local else self._remote_files())
+        for entry in found:
+            check_name(f"{self}/{entry.name}", entry.name)
+            check_size(f"{self}/{entry.name}", entry.size)
+        return found
+
+    def entry(self) -> Entry:
+        """The file's own name, size and stamp.
+
+        Raises:
+            StageError: there is no such file.
+        """
+        if self.is_local:
+            return _local_entry(self.address, self.name)
+        filesystem, path = self.filesystem()
+        return _remote_entry(self._asked(partial(filesystem.info, path)), self.name)
+
+    def open(self, to_and_fro: bool = False) -> IO[bytes]:
+        """The file, to be read.
+
+        Args:
+            to_and_fro: it is not read from beginning to end: no web server will do that sends whole files only.
+
+        Raises:
+            StageError: it cannot be read.
+        """
+        if not self.is_local:
+            return cast(IO[bytes], RemoteFile(self, to_and_fro))
+        try:
+            return Path(self.address).open("rb")
+        except OSError as error:
+            raise unreadable(self.address, error) from error
+
+    def open_listed(self, size: int) -> IO[bytes]:
+        """The file, of which a listing told the size: a small remote one in one request.
+
+        Raises:
+            StageError: it cannot be read.
+        """
+        if self.is_local or not 0 <= size <= BLOCK:
+            return self.open()
+        filesystem, path = self.filesystem()
+        return io.BytesIO(_again(self.address, partial(filesystem.cat_file, path)))
+
+    def read(self) -> bytes:
+        """All bytes of a small file.
+
+        Raises:
+            StageError: it cannot be read, or is no small file.
+        """
+        with self.open() as file:
+            data = file.read(LARGEST_TABLE + 1)
+        if len(data) > LARGEST_TABLE:
+            raise StageError(f"{self} is larger than {LARGEST_TABLE} bytes; is it what its name says?")
+        return data
+
+    def lines(self) -> list[str]:
+        """The lines of a text file in UTF-8.
+
+        Raises:
+            StageError: it cannot be read or is not UTF-8.
+        """
+        try:
+            return self.read().decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise StageError(f"{self} is not text in UTF-8 ({error.reason} at byte {error.start})") from error
+
+    def _local_entries(self) -> list[Entry]:
+        with os.scandir(self.address) as found:
+            return [Entry(each.name, each.is_dir()) for each in found if not each.name.startswith(".")]
+
+    def _local_files(self) -> Iterator[Entry]:
+        seen = set()
+        for root, folders, names in os.walk(self.address, followlinks=True, onerror=_refuse):
+            if (real := os.path.realpath(root)) in seen:
+                raise StageError(f"{root} is a link to a folder that is read already ({real}); remove the link")
+            seen.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            below = os.path.relpath(root, self.address) + "/" if root != self.address else ""
+            for name in names:
+                if not name.startswith("."):
+                    yield _local_entry(os.path.join(root, name), below + name)  # noqa: PTH118 - a Path a file is slow
+
+    def filesystem(self) -> tuple[Any, str]:
+        """fsspec's file system of a remote place, and its path in it.
+
+        Raises:
+            StageError: there is no such kind of store.
+        """
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+        logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # it tells where it found each setting
+        logging.getLogger("s3fs").setLevel(logging.WARNING)
+        try:
+            return cast(tuple[Any, str], url_to_fs(self.address))
+        except (ValueError, ImportError) as error:
+            raise StageError(f"{self}: {error}") from error
+
+    def _asked(self, call: Callable[[], T]) -> T:
+        """What a remote store answers; it may fail in as many ways as there are stores."""
+        try:
+            return call()
+        except Exception as error:
+            raise unreadable(self.address, error) from error
+
+    def _remote_entries(self) -> list[Entry]:
+        filesystem, path = self.filesystem()
+        found = self._asked(partial(filesystem.ls, path, detail=True))
+        own = path.strip("/")
+        listed = [_remote_entry(each, _last(each["name"])) for each in found if each["name"].strip("/") != own]
+        return [entry for entry in listed if entry.name and not entry.name.startswith(".")]
+
+    def _remote_files(self) -> Iterator[Entry]:
+        filesystem, path = self.filesystem()
+        own = path.strip("/") + "/"
+        for name, info in self._asked(partial(filesystem.find, path, detail=True)).items():
+            below = unquote(name) if self.address.startswith("http") else name
+            below = below.strip("/").removeprefix(own)
+            # A name that ends in a slash is no file: the S3 console makes such an object of every new folder.
+            if below and not name.endswith("/") and not any(part.startswith(".") for part in below.split("/")):
+                yield _remote_entry(info, below)
+
+
+class RemoteFile:
+    """A remote file, read forward in blocks; where the connection breaks it is taken up again at the same byte.
+
+    A web server that sends no parts of files is read as one stream: what lies before a byte is read to get there.
+    """
+
+    def __init__(self, place: Place, to_and_fro: bool) -> None:
+        self._place, self._to_and_fro, self._position, self.closed = place, to_and_fro, 0, False
+        self._file: Any = None
+        self._in_parts = True
+        self._tried(self._opened)
+
+    def read(self, size: int = -1) -> bytes:
+        """`size` bytes, fewer only at the end.
+
+        Raises:
+            StageError: the connection broke again and again.
+        """
+        chunks = []
+        while size and (data := self._tried(partial(self._some, size))):
+            chunks.append(data)
+            self._position += len(data)
+            size -= len(data) if size > 0 else 0
+        return b"".join(chunks)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves to a byte."""
+        if whence == os.SEEK_END:
+            offset += self.size()
+        self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+        return self._position
+
+    def tell(self) -> int:
+        """The byte that is read next."""
+        return self._position
+
+    def size(self) -> int:
+        """Of the whole file, in bytes; 0 where the server does not tell."""
+        return int(getattr(self._tried(self._opened), "size", 0) or 0)
+
+    def seekable(self) -> bool:
+        """Whether the server sends parts of files, as far as is known."""
+        return self._in_parts and self.size() > 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def writable(self) -> bool:
+        """Never."""
+        return False
+
+    def close(self) -> None:
+        """Ends the connection."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self.closed = None, True
+
+    def __enter__(self) -> "RemoteFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _some(self, size: int) -> bytes:
+        return cast(bytes, self._opened().read(size))
+
+    def _opened(self) -> Any:
+        if self._file is None or (not self._in_parts and self._file.tell() > self._position):
+            filesystem, path = self._place.filesystem()
+            block = BLOCK if self._in_parts else 0
+            self._file = filesystem.open(path, "rb", block_size=block, cache_type="readahead")
+        if self._in_parts and self._file.tell() != self._position:
+            self._file.seek(self._position)
+        while self._file.tell() < self._position:
+            if not self._file.read(min(BLOCK, self._position - self._file.tell())):
+                raise EOFError(f"it ends before byte {self._position}")
+        return self._file
+
+    def _tried(self, call: Callable[[], T]) -> T:
+        return _again(str(self._place), call, self._failed)
+
+    def _failed(self, error: Exception) -> bool:
+        """Whether to try again at once."""
+        self._file = None
+        if "range requests" not in str(error) or not self._in_parts:  # fsspec's words for such a server
+            return False
+        if self._to_and_fro:
+            raise StageError(f"{self._place}: this server sends whole files only; download it") from error
+        self._in_parts = False
+        return True
+
+
+def _again(where: str, call: Callable[[], T], failed: Callable[[Exception], bool] = lambda _: False) -> T:
+    """What a store far away answers; asked again, later and later, where the connection breaks."""
+    for attempt in range(TRIES):
+        try:
+            return call()
+        except (FileNotFoundError, PermissionError) as error:
+            raise unreadable(where, error) from error
+        except Exception as error:
+            if failed(error) and attempt < TRIES - 1:
+                continue
+            if attempt == TRIES - 1:
+                raise broken(where, error) from error
+            logger.info("%s: %s; trying again", where, first_line(error))
+            time.sleep(2**attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def check_name(where: str, name: str, what: str = "file") -> None:
+    """Refuses a name that cannot be shown or stored.
+
+    Raises:
+        StageError: it is not UTF-8, has control characters, or is longer than any file system has them.
+    """
+    if not name.isprintable():
+        raise StageError(
+            f"{os.fsencode(where)!r}: the name is not UTF-8, or has control characters or odd spaces; rename the {what}"
+        )
+    if len(name.encode()) > 4096:
+        raise StageError(f"{where[:200]}...: the name has {len(name)} characters; rename the {what}")
+
+
+def check_size(where: str, size: int, largest: int = LARGEST_FILE) -> None:
+    """Refuses a file that is no image by its size.
+
+    Raises:
+        StageError: it has more than `largest` bytes.
+    """
+    if size > largest:
+        raise StageError(
+            f"{where} has {size / 2**30:.1f} GiB, and none may have more than {largest / 2**30:.0f}; remove it"
+        )
+
+
+def unreadable(where: str, error: BaseException) -> StageError:
+    """The message for what cannot be read."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return StageError(f"{where} cannot be read: {reason}")
+
+
+def broken(where: str, error: BaseException) -> StageError:
+    """The message for a connection that broke."""
+    return StageError(
+        f"{where}: the connection broke ({first_line(error)}). Run the same command again: it goes on with what it has"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of other people's code says, fit for a message: it may quote bytes of a damaged file."""
+    line = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return "".join(each if each.isprintable() else "?" for each in line)
+
+
+def _refuse(error: OSError) -> None:
+    raise unreadable(str(error.filename), error)
+
+
+def _local_entry(path: str, name: str) -> Entry:
+    try:
+        found = os.stat(path)  # noqa: PTH116 - a Path a file is slow
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise StageError(f"{path} is no plain file but a device, a pipe or a socket; remove it")
+    return Entry(name, False, found.st_size, str(found.st_mtime_ns))
+
+
+def _remote_entry(info: dict[str, Any], name: str) -> Entry:
+    stamp = next((f"{key}={info[key]}" for key in STAMPS if info.get(key)), "")
+    size = info.get("size")
+    return Entry(name, info.get("type") == "directory", -1 if size is None else int(size), stamp)
+
+
+def _last(path: str) -> str:
+    name = path.rstrip("/").rpartition("/")[2]
+    return unquote(name) if path.startswith("http") else name

@@ -1,0 +1,166 @@
+"""The official ILSVRC2012 archives, as downloaded: a tar of class tars for train, a flat tar for val, labels beside."""
+
+import io
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import cast
+
+from stages.data.sources.folders import LABELS, kaggle_labels
+from stages.data.sources.locations import LARGEST_TABLE, Place
+from stages.data.sources.parts import Image, Name, Part, Unique, check_class, stamp_of
+from stages.data.sources.tars import Readable, Section, decompressed, members, opened
+from stages.runtime.command import StageError
+
+logger = logging.getLogger(__name__)
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+LARGEST_CLASS = 2**36
+"""Bytes of the tar of a class."""
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+
+
+@dataclass(frozen=True)
+class ClassTar:
+    """A class tar inside the tar of train: `size` bytes from `offset` on."""
+
+    place: Place
+    class_name: str
+    offset: int
+    size: int
+    stamp: str
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"train/{self.class_name}"
+
+    @property
+    def whole_class(self) -> tuple[str, str] | None:
+        """Always."""
+        return "train", self.class_name
+
+    def images(self) -> Iterator[Image]:
+        """Every file, in the tar's order.
+
+        Raises:
+            StageError: the tar is damaged, or holds what is refused.
+        """
+        where = f"{self.place}: {self.class_name}.tar"
+        unique = Unique(where)
+        with self.place.open(to_and_fro=True) as outer:
+            section = Section(cast(Readable, outer), self.offset, self.size)
+            for member in members(section, where):
+                name = "/".join(member.path)
+                unique.check(name)
+                yield Image("train", self.class_name, name, member.size, member.data)
+
+    def names(self) -> Iterator[Name]:
+        """The same without the bytes."""
+        for image in self.images():
+            yield Name(image.split, image.class_name, image.name)
+
+
+@dataclass(frozen=True)
+class ValTar:
+    """The flat tar of val, with the label of each file."""
+
+    place: Place
+    labels: dict[str, str]
+    stamp: str
+    whole_class: tuple[str, str] | None = field(default=None, init=False)
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return "val"
+
+    def images(self) -> Iterator[Image]:
+        """Every file, in the tar's order.
+
+        Raises:
+            StageError: the tar is damaged, holds what is refused, or a file that has no label.
+        """
+        unique = Unique(str(self.place))
+        with opened(self.place) as tar:
+            for member in members(tar, str(self.place)):
+                name = member.path[-1]
+                if name not in self.labels:
+                    raise StageError(f"{self.place}: {'/'.join(member.path)} has no label beside it")
+                unique.check(name)
+                yield Image("val", self.labels[name], name, member.size, member.data)
+
+    def names(self) -> Iterator[Name]:
+        """The same without the bytes."""
+        for image in self.images():
+            yield Name(image.split, image.class_name, image.name)
+
+
+def official(folder: Place) -> list[Part]:
+    """Train as a part a class, val as one, of the archives in one folder.
+
+    Raises:
+        StageError: an archive is damaged, or the labels of val are not there.
+    """
+    parts: list[Part] = []
+    if (train := folder.child(TRAIN)).is_file():
+        parts += _class_tars(train)
+    if (val := folder.child(VAL)).is_file():
+        labels, table = _val_labels(folder)
+        parts.append(ValTar(val, labels, stamp_of([val.entry(), table.entry()])))
+    return parts
+
+
+def _class_tars(train: Place) -> list[ClassTar]:
+    stamp, unique = stamp_of([train.entry()]), Unique(str(train))
+    found: list[ClassTar] = []
+    with train.open(to_and_fro=True) as file:
+        for member in members(cast(Readable, file), str(train), LARGEST_CLASS):
+            class_name = member.path[-1].removesuffix(".tar")
+            if class_name == member.path[-1] or len(member.path) != 1:
+                raise StageError(f"{train}: {'/'.join(member.path)} is no <wnid>.tar; is this the official archive?")
+            unique.check(class_name)
+            found.append(ClassTar(train, check_class(class_name, str(train)), member.offset, member.size, stamp))
+    return sorted(found, key=lambda part: part.class_name)
+
+
+def _val_labels(folder: Place) -> tuple[dict[str, str], Place]:
+    devkit, table = folder.child(DEVKIT), folder.child(LABELS)
+    if devkit.is_file():
+        return _devkit_labels(devkit), devkit
+    if table.is_file():
+        return kaggle_labels(table), table
+    raise StageError(f"{folder.child(VAL)} has no labels: put {DEVKIT} or {LABELS} beside it")
+
+
+def _devkit_labels(devkit: Place) -> dict[str, str]:
+    """File name -> wnid: the table of val has numbers, and meta.mat tells the wnid of each."""
+    wanted = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
+    with devkit.open() as file:
+        for member in members(decompressed(cast(Readable, file), str(devkit)), str(devkit)):
+            if member.path[-1] in wanted and member.size <= LARGEST_TABLE:
+                wanted[member.path[-1]] = member.data.read()
+    if missing := sorted(name for name, data in wanted.items() if not data):
+        raise StageError(f"{devkit} has no {' and no '.join(missing)}; is this the devkit of tasks 1 and 2?")
+    meta, table = wanted.values()
+    wnids = _wnids(meta, str(devkit))
+    try:
+        return {
+            f"ILSVRC2012_val_{number:08d}.JPEG": wnids[int(line)]
+            for number, line in enumerate(table.decode("ascii").split(), start=1)
+        }
+    except (ValueError, KeyError) as error:
+        raise StageError(f"{devkit}: a line of the ground truth is no ILSVRC2012_ID of meta.mat ({error})") from error
+
+
+def _wnids(meta: bytes, where: str) -> dict[int, str]:
+    """ILSVRC2012_ID -> WNID."""
+    from scipy.io import loadmat
+
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        return {
+            int(number): check_class(str(wnid), where)
+            for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
+        }
+    except (ValueError, KeyError, TypeError, IndexError, NotImplementedError, OSError) as error:
+        raise StageError(f"{where}: meta.mat has no synsets with ILSVRC2012_ID and WNID ({error})") from error

@@ -1,0 +1,196 @@
+"""Parquet shards as Hugging Face writes them: a row an image, with the image's bytes and its label."""
+
+import io
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from stages.data.sources.locations import Place, check_name, check_size, first_line, unreadable
+from stages.data.sources.parts import Image, Name, Part, check_class, splits_of, stamp_of
+from stages.runtime.command import StageError
+
+logger = logging.getLogger(__name__)
+ROWS = 16
+"""Rows that are in memory at a time."""
+READ_AHEAD = 2**20
+"""Bytes of a column that are read at a time; without it a whole row group is."""
+
+
+@dataclass(frozen=True)
+class ParquetFile:
+    """One shard: rows become `<shard>/<row>-<file name>`, for file names need not differ between rows."""
+
+    place: Place
+    split: str
+    below: str
+    """The path of the shard, below what all have in common, without its suffix."""
+    image: str
+    label: str | None
+    class_names: tuple[str, ...] | None
+    stamp: str
+    whole_class: tuple[str, str] | None = field(default=None, init=False)
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.below
+
+    def images(self) -> Iterator[Image]:
+        """A row after the other; a row without an image becomes a file of no bytes, for validation to name it.
+
+        Raises:
+            StageError: the shard is damaged, or its rows name files that lie elsewhere.
+        """
+        number = 0
+        for batch in self._batches(self.image):
+            for cell, label in zip(batch[0], batch[1], strict=True):
+                data, path = self._bytes(cell, number)
+                check_size(self._row(number), len(data))
+                name = self._name(number, path)
+                yield Image(self.split, self._class_name(label, number), name, len(data), io.BytesIO(data))
+                number += 1
+
+    def names(self) -> Iterator[Name]:
+        """The same without the bytes, which are not read."""
+        number = 0
+        for batch in self._batches(f"{self.image}.path"):
+            for cell, label in zip(batch[0], batch[1], strict=True):
+                path = cell.get("path") if isinstance(cell, dict) else None
+                yield Name(self.split, self._class_name(label, number), self._name(number, path))
+                number += 1
+
+    def _batches(self, column: str) -> Iterator[tuple[list[Any], list[Any]]]:
+        """Cells of the images and their labels, a few rows at a time."""
+        with parquet_file(self.place) as file:
+            columns = [column] + ([self.label] if self.label else [])
+            for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
+                found = dict(zip(batch.schema.names, batch.columns, strict=True))
+                rows = batch.num_rows
+                images = found[self.image].to_pylist() if self.image in found else [None] * rows
+                yield images, found[self.label].to_pylist() if self.label else [None] * rows
+
+    def _bytes(self, cell: Any, number: int) -> tuple[bytes, str | None]:
+        if not isinstance(cell, dict):
+            return cell or b"", None
+        data, path = cell.get("bytes"), cell.get("path")
+        if data is None and path:
+            raise StageError(
+                f"{self._row(number)} names a file, {path[:200]!r}, and does not hold it; "
+                f"write the dataset again with its images embedded"
+            )
+        return data or b"", path
+
+    def _name(self, number: int, path: str | None) -> str:
+        base = (path or "").replace("\\", "/").rpartition("/")[2]
+        check_name(f"{self._row(number)}: {base}", base)
+        return f"{self.below}/{number:06d}" + (f"-{base}" if base else "")
+
+    def _class_name(self, label: Any, number: int) -> str:
+        if label is None or label == -1:
+            return ""
+        if self.class_names is None:
+            return check_class(str(label), self._row(number))
+        if not isinstance(label, int) or not 0 <= label < len(self.class_names):
+            raise StageError(f"{self._row(number)}: the label {label!r} is none of {len(self.class_names)} classes")
+        return check_class(self.class_names[label], self._row(number))
+
+    def _row(self, number: int) -> str:
+        return f"{self.place}, row {number}"
+
+
+@contextmanager
+def parquet_file(place: Place) -> Iterator[Any]:
+    """pyarrow's reader of a shard; whatever it finds wrong becomes one message.
+
+    Raises:
+        StageError: the shard is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with place.open(to_and_fro=True) as file:
+        try:
+            source = pa.PythonFile(cast(Any, file), mode="r") if not place.is_local else file
+            yield pq.ParquetFile(source, buffer_size=READ_AHEAD, pre_buffer=False, memory_map=False)
+        except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise unreadable(str(place), error) from error
+            what = f"no Parquet file, or a damaged one ({first_line(error)})"
+            raise StageError(f"{place} is {what}; bring it whole") from error
+
+
+def parquet_shards(
+    shards: dict[str, Place], where: str, image: str | None, label: str | None, unlabelled: bool = False
+) -> list[Part]:
+    """Shards by their path below what they have in common, each a part.
+
+    Args:
+        shards: path, without the suffix -> the shard.
+        where: for messages.
+        image: name of the column of images; None: `image`.
+        label: name of the column of labels; None: `label`, where there is one.
+        unlabelled: nobody asks for labels, so a test split without is as good as the others.
+
+    Raises:
+        StageError: a column is missing or of another type, or some names tell a split and others do not.
+    """
+    splits = splits_of(shards, where)
+    parts = [_part(place, splits[below], below, image or "image", label) for below, place in sorted(shards.items())]
+    test = [part for part in parts if part.split == "test"]
+    others = [part for part in parts if part.split != "test"]
+    if test and not unlabelled and any(part.label for part in others) and not any(map(_has_labels, test)):
+        logger.info("%s: the test split is left out, as its labels were never published", where)
+        return list(others)
+    return list(parts)
+
+
+def _has_labels(part: ParquetFile) -> bool:
+    return any(name.class_name for name in part.names())
+
+
+def _part(place: Place, split: str, below: str, image: str, label: str | None) -> ParquetFile:
+    with parquet_file(place) as file:
+        schema = file.schema_arrow
+        for name in [image, *([label] if label else [])]:
+            if name not in schema.names:
+                raise StageError(
+                    f"{place} has no column {name!r} (it has: {', '.join(schema.names)[:500]}); "
+                    f"name the right ones: ?image=COLUMN&label=COLUMN"
+                )
+        label = label or ("label" if "label" in schema.names else None)
+        _check_types(place, schema, image, label)
+        names = _class_names(schema.metadata or {}, label)
+    return ParquetFile(place, split, below, image, label, names, stamp_of([place.entry()]))
+
+
+def _check_types(place: Place, schema: Any, image: str, label: str | None) -> None:
+    import pyarrow as pa
+
+    kind = schema.field(image).type
+    held = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    if not (pa.types.is_binary(held) or pa.types.is_large_binary(held)):
+        raise StageError(f"{place}: the column {image!r} is {kind}; expected bytes, or a struct with bytes and path")
+    if label is not None:
+        kind = schema.field(label).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise StageError(f"{place}: the column {label!r} is {kind}; expected numbers of classes, or their names")
+
+
+def _class_names(metadata: dict[bytes, bytes], label: str | None) -> tuple[str, ...] | None:
+    """The names that Hugging Face's `datasets` keeps beside the schema; a name that several classes have gets numbers.
+
+    ImageNet has two cranes, a bird and a machine, and they must stay two classes.
+    """
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    often = Counter(names)
+    return tuple(f"{name} ({number})" if often[name] > 1 else name for number, name in enumerate(names))

@@ -1,0 +1,237 @@
+"""Parts: a source is a list of them, each readable by itself, in one pass, image after image."""
+
+import hashlib
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, NamedTuple, Protocol
+
+from stages.data.sources.locations import Entry, check_name
+from stages.runtime.command import StageError
+
+SPLITS = ("train", "val", "test")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""In lower case. Only to tell layouts apart: what is an image is told by content, in scan."""
+
+
+class Image(NamedTuple):
+    """One file of a part, images or not; `data` is read before the part is asked for the next."""
+
+    split: str
+    class_name: str  # empty: unlabelled
+    name: str  # unique in its class and split
+    size: int  # in bytes
+    data: IO[bytes]
+
+
+class Name(NamedTuple):
+    """An image without its bytes."""
+
+    split: str
+    class_name: str
+    name: str
+
+
+class Part(Protocol):
+    """What one worker reads in one pass."""
+
+    @property
+    def title(self) -> str:
+        """For people, and unique within the source."""
+
+    @property
+    def stamp(self) -> str:
+        """Changes when the content does: made of names, sizes, and etags or times."""
+
+    @property
+    def whole_class(self) -> tuple[str, str] | None:
+        """Split and class where the part is all of one class in one split; else None."""
+
+    def images(self) -> Iterator[Image]:
+        """Every file, in an order that never changes."""
+
+    def names(self) -> Iterator[Name]:
+        """The same without the bytes."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a class as the source has it; `name` is relative to the class."""
+
+    name: str
+    open: Callable[[], IO[bytes]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The files of one class in one split of a source, at hand. A source without splits has the split `all`."""
+
+    split: str
+    class_name: str
+    files: list[SourceFile]
+    stamp: str = ""
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.split}/{self.class_name}"
+
+    @property
+    def whole_class(self) -> tuple[str, str] | None:
+        """Always."""
+        return self.split, self.class_name
+
+    def images(self) -> Iterator[Image]:
+        """Every file, as listed."""
+        for file in self.files:
+            with file.open() as data:
+                size = data.seek(0, 2)
+                data.seek(0)
+                yield Image(self.split, self.class_name, file.name, size, data)
+
+    def names(self) -> Iterator[Name]:
+        """The same without the bytes."""
+        for file in self.files:
+            yield Name(self.split, self.class_name, file.name)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which images of a source are taken. By hash of the name, so it does not depend on what else there is.
+
+    `limits` has, for each split and class, the highest rank that is taken.
+    """
+
+    seed: int = 0
+    classes: frozenset[str] | None = None
+    limits: dict[tuple[str, str], bytes] | None = None
+    unlabelled: bool = False
+
+    @property
+    def listing(self) -> str:
+        """All that decides which images are taken, as text that is the same in every process."""
+        limits = sorted((*key, limit.hex()) for key, limit in (self.limits or {}).items())
+        classes = None if self.classes is None else sorted(self.classes)
+        return repr((self.seed, classes, self.limits is None, limits, self.unlabelled))
+
+    def takes(self, image: Image | Name) -> bool:
+        """Whether this one is."""
+        if self.classes is not None and image.class_name not in self.classes:
+            return False
+        limits = self.limits
+        return limits is None or rank(self.seed, image.name) <= limits.get((image.split, image.class_name), b"")
+
+
+@dataclass
+class Ranks:
+    """The `count` lowest ranks of each class in each split, as names go by; memory for those alone."""
+
+    seed: int
+    count: int | None
+    lowest: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+
+    def see(self, name: Name) -> None:
+        """Takes one name in."""
+        heap = self.lowest.setdefault((name.split, name.class_name), [])
+        if self.count is not None:
+            self._keep(heap, -int.from_bytes(rank(self.seed, name.name), "big"))
+
+    def join(self, other: "Ranks") -> None:
+        """Takes in what another part saw."""
+        for key, heap in other.lowest.items():
+            own = self.lowest.setdefault(key, [])
+            for each in heap:
+                self._keep(own, each)
+
+    def limits(self) -> dict[tuple[str, str], bytes]:
+        """The highest rank that is taken, of each class in each split."""
+        return {key: (-heap[0]).to_bytes(32, "big") for key, heap in self.lowest.items() if heap}
+
+    def _keep(self, heap: list[int], item: int) -> None:
+        if len(heap) < (self.count or 0):
+            heapq.heappush(heap, item)
+        elif heap:
+            heapq.heappushpop(heap, item)
+
+
+def rank(seed: int, name: str) -> bytes:
+    """The place of a name in an order that is drawn by the seed."""
+    return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
+
+
+def stamp_of(entries: Iterable[Entry]) -> str:
+    """One stamp for a listing of files."""
+    listing = hashlib.sha256()
+    for entry in entries:
+        listing.update(f"{entry.name}\0{entry.size}\0{entry.stamp}\n".encode("utf-8", "surrogateescape"))
+    return listing.hexdigest()
+
+
+def check_class(name: str, where: str) -> str:
+    """The name of a class as it is.
+
+    Raises:
+        StageError: it cannot name a class: empty, `.` or `..`, with `/`, unprintable, or too long for a file.
+    """
+    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(name.encode()) > 200:
+        raise StageError(
+            f"{where}: {name[:200]!r} cannot name a class (1 to 200 printable characters, not `.` or `..`, without `/`)"
+        )
+    return name
+
+
+class Unique:
+    """Refuses a name that comes twice; remembers 8 bytes of each, not the names."""
+
+    def __init__(self, where: str) -> None:
+        self._where, self._seen = where, set[int]()
+
+    def check(self, *path: str) -> None:
+        """Takes a name in.
+
+        Raises:
+            StageError: it was there before.
+        """
+        text = "/".join(path)
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        known = len(self._seen)
+        self._seen.add(int.from_bytes(digest, "big"))
+        if len(self._seen) == known:
+            raise StageError(f"{self._where}: {text} is in it twice; rename one or remove it")
+
+
+def split_in(name: str) -> str | None:
+    """The split that a file or folder name tells: `train-00000-of-00294`, `imagenet-val-000003`, `validation`."""
+    words = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+    words |= {"test": "test", "testing": "test"}
+    letters = "".join(each if each.isalpha() else " " for each in name.lower())
+    return next((words[word] for word in letters.split() if word in words), None)
+
+
+def splits_of(paths: Iterable[str], where: str) -> dict[str, str]:
+    """The split of each file by its name, else by its folder's; `all` where none tells one.
+
+    Raises:
+        StageError: some tell a split and others do not.
+    """
+    found = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        found[path] = split_in(name) or split_in(folder.rpartition("/")[2])
+    without = sorted(path for path, split in found.items() if split is None)
+    if without and len(without) < len(found):
+        raise StageError(f"{where}: the name of {without[0]} tells no split (train, val, test), as those of others do")
+    return {path: split or "all" for path, split in found.items()}
+
+
+def check_path(path: str, where: str) -> list[str] | None:
+    """A member's name inside an archive as its parts; None for a hidden one, which is left out.
+
+    Raises:
+        StageError: it leads out of the archive, or cannot be shown.
+    """
+    if path.startswith("/") or ".." in path.split("/"):
+        raise StageError(f"{where}: the member {path[:200]!r} leads out of the archive; nothing of it is taken")
+    check_name(f"{where}: {path}", path, "file and make the archive again")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    return None if not parts or any(part.startswith(".") for part in parts) else parts

@@ -1,0 +1,140 @@
+"""Explanation: what in an image speaks for the answer that the model gave, as a heat map over the image.
+
+Grad-CAM (Selvaraju et al. 2017) by captum, on the last block whose map has a few places at least; of networks that end
+in tokens instead of maps (ViT), the gradient times how far a pixel is from the mean (Shrikumar et al. 2016).
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.data.shards.loading.loading import Samples, evaluation_batches
+from stages.training.networks.layer_groups import members, of_a_head
+
+if TYPE_CHECKING:
+    from stages.training.networks.models import Classifier
+
+Pixels = npt.NDArray[np.uint8]
+LEAST_PLACES = 4
+"""A side of the map that is shown. Below, at a small image, the last block's map has one place, and shows nothing."""
+STRENGTH = 0.55
+"""Of the colour over the image, where the map is at its largest."""
+QUALITY = 85
+LARGEST_SIDE = 160
+"""Of an image on the page, in pixels."""
+AT_ONCE = 32
+
+
+def heat_maps(
+    model: "Classifier", samples: Samples, targets: npt.NDArray[np.int64], *, image_size: int, resize: int,
+    threads: int,
+) -> Iterator[tuple[Pixels, Pixels]]:  # fmt: skip
+    """The crop that the model saw, and the same with the heat map of a class over it, of each image.
+
+    On the CPU in float32 wherever the model is: a GPU has no deterministic gradient of some poolings. They are few.
+
+    Args:
+        model: in evaluation mode.
+        targets: (N,) the class that is asked for.
+
+    Yields:
+        two images (image_size, image_size, 3) uint8, in the order of `samples`.
+    """
+    if not len(samples):
+        return
+    model = copy.deepcopy(model).cpu()
+    layer = last_map(model, torch.zeros(1, 3, image_size, image_size))
+    batches = evaluation_batches(
+        samples, image_size=image_size, resize=resize, batch_size=AT_ONCE, threads=threads, device="cpu"
+    )
+    start = 0
+    for images, _ in batches:
+        target = torch.from_numpy(targets[start : start + len(images)])
+        start += len(images)
+        heat = _attributed(model, layer, images, target)
+        for pixels, each in zip(images.permute(0, 2, 3, 1).numpy(), heat.numpy(), strict=True):
+            yield pixels, overlaid(pixels, each)
+
+
+def last_map(model: "Classifier", image: Tensor) -> nn.Module | None:
+    """The last block whose output is a map of at least 4 by 4 places.
+
+    None where what comes after it are tokens, (n, tokens, D), or has its channels last (Swin, on small images).
+    """
+    seen: list[tuple[nn.Module, Tensor]] = []
+
+    def note(module: nn.Module, _: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            seen.append((module, output))
+
+    hooks = [
+        module.register_forward_hook(note) for name, module in members("", model.net) if not of_a_head(name, model)
+    ]
+    try:
+        with torch.inference_mode():
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, output in reversed(seen):
+        if _is_map(output) and not isinstance(module, nn.AdaptiveAvgPool2d):
+            return module
+        if output.ndim == 3 or (output.ndim == 4 and output.shape[2] != output.shape[3]):
+            return None
+    return None
+
+
+def _is_map(output: Tensor) -> bool:
+    """Square, as the images are."""
+    return output.ndim == 4 and LEAST_PLACES <= output.shape[2] == output.shape[3]
+
+
+def _attributed(model: "Classifier", layer: nn.Module | None, images: Tensor, target: Tensor) -> Tensor:
+    """Heat (n, H, W) in 0..1, the largest of each image 1 unless nothing speaks for the class at all."""
+    from captum.attr import LayerGradCam, Saliency
+
+    inputs = images.float().requires_grad_()
+    if layer is None:
+        gradient = Saliency(model).attribute(inputs, target=target, abs=False)
+        heat = (gradient * (inputs - model.mean)).sum(1, keepdim=True).relu()
+        heat = F.avg_pool2d(heat, kernel_size=5, stride=1, padding=2)  # single pixels are noise to the eye
+    else:
+        heat = LayerGradCam(model, layer).attribute(inputs, target=target, relu_attributions=True)
+        heat = F.interpolate(heat, size=images.shape[2:], mode="bilinear", align_corners=False)
+    heat = heat.detach().float()[:, 0]
+    return heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def overlaid(pixels: Pixels, heat: npt.NDArray[np.float32]) -> Pixels:
+    """The image (H, W, 3) uint8 in grey, coloured where the heat (H, W) in 0..1 is: matplotlib's inferno."""
+    from matplotlib import colormaps
+
+    grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    colour = 255 * np.asarray(colormaps["inferno"](heat))[..., :3]
+    weight = STRENGTH * heat[..., None]
+    return np.clip((1 - weight) * grey + weight * colour, 0, 255).astype(np.uint8)
+
+
+def jpeg(pixels: Pixels) -> bytes:
+    """Encoded for the page, no larger than it is shown there."""
+    import cv2
+    import simplejpeg
+
+    height, width = pixels.shape[:2]
+    if (share := LARGEST_SIDE / max(height, width)) < 1:
+        size = (max(round(share * width), 1), max(round(share * height), 1))
+        pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=QUALITY))
+
+
+def thumbnail(encoded: bytes) -> bytes:
+    """An image of the shards, encoded for the page."""
+    import simplejpeg
+
+    return jpeg(simplejpeg.decode_jpeg(encoded))

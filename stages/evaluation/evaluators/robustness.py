@@ -1,0 +1,333 @@
+"""Robustness: how often a model is still right, or of the same opinion, on images that are spoilt, attacked or moved.
+
+All on the same images, beside the clean top-1 on just these:
+
+- *Corruptions* (Hendrycks & Dietterich 2019): error in each severity and its mean. The mean corruption error is not
+  divided by AlexNet's errors as theirs is: those are of the thousand classes of ImageNet at 224 px, and say nothing of
+  other classes and sizes. The *relative* error is that above the clean one.
+- *Attacks*: FGSM and PGD at each epsilon, as `stages.training.loop.adversarial` makes them.
+- *Consistency*: whether the predicted class stays the same, right or wrong (Zhang 2019, "Making Convolutional Networks
+  Shift-Invariant Again").
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import pad, rotate
+
+from stages.data.shards.loading.loading import Samples, evaluation_batches
+from stages.evaluation.evaluators.corruptions import corrupted
+from stages.evaluation.metrics import Bools, Float64, Int64
+from stages.evaluation.statistics.bootstrap import mean_interval
+from stages.evaluation.statistics.intervals import wilson
+from stages.params.evaluate import Evaluate, Robustness
+from stages.params.training.recipe import Adversarial
+from stages.runtime.command import StageError
+from stages.training.loop.adversarial import attacked
+from stages.training.networks.devices import Compute
+from stages.training.networks.models import Classifier
+
+PART = 50
+"""Images at a time, whatever `batch_size`: an attack draws its start for all of them at once."""
+SHIFTS = (0.01, 0.02, 0.03, 0.04)
+"""Of the side."""
+DEGREES = 10.0
+EXAMPLES = 2
+EXAMPLE_SEVERITY = 3
+
+Answers = dict[tuple[str, str, str], Bools]
+"""(N,) each: right or not, or the same as without the change; by what was asked, such as ("clean", "", ""),
+("corruptions", "fog", "3"), ("attacks", "pgd", "4"), ("consistency", "shift", "left 2")."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image as the model sees it and as it was spoilt, (H, W, 3) uint8 each."""
+
+    key: str
+    label: int
+    severity: int
+    clean: np.ndarray
+    corrupted: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """`figures` is what `measure` describes; `examples` are for a gallery."""
+
+    figures: dict[str, Any]
+    examples: list[Example]
+
+
+def measure(
+    model: Classifier,
+    samples: Samples,
+    wanted: Robustness,
+    *,
+    image_size: int,
+    resize: int,
+    settings: Evaluate,
+    compute: Compute,
+) -> Findings:
+    """Asks the model about all changes of at most `wanted.images` of the images.
+
+    Shares in 0-1. `*_low` and `*_high` are ends of the interval: Wilson's of proportions; of means over changes of the
+    same image, which are no proportions of independent draws, the bootstrap's over images.
+
+    - `images`: how many
+    - `clean`: `top1`
+    - `corruptions`: of each name `error`, its mean over severities, `relative`, that above the clean error, and
+      `top1`: of each severity `top1`
+    - `mce`: `error` and `relative`, their means over corruptions; absent without corruptions
+    - `attacks`: of `fgsm` and `pgd`, of each epsilon, `top1`. An image that is wrong without an attack counts as
+      fooled. PGD leaves alone what FGSM of this epsilon or PGD of a smaller one has fooled, since these are within
+      reach of it too: its figure is the share that withstands all of them.
+    - `consistency`: of `flip`, `shift` and `rotation` `same`, the share of images whose class stays the same under
+      every one of the changes, and `mean`, that of all pairs of an image and a change
+
+    Args:
+        model: on the device, in evaluation mode; its logits are (n, C) float32.
+        samples: labelled ones.
+        image_size, resize: in pixels, as the model was trained for.
+
+    Raises:
+        StageError: there are no images, or the model gives what is not a number.
+    """
+    if not len(samples):
+        raise StageError("there is no labelled image to measure robustness on")
+    chosen = samples.at(spread(samples.label, wanted.images, settings.seed))
+    batches = evaluation_batches(
+        chosen, image_size=resize, resize=resize, batch_size=PART, threads=compute.threads, device=compute.device
+    )
+    parts: list[Answers] = []
+    examples: list[Example] = []
+    keys = iter(chosen.key)
+    for wide, labels in ((images.cpu(), labels.cpu()) for images, labels in batches):
+        these = list(itertools.islice(keys, len(labels)))
+        asked = _Asked(model, compute, _cropped(wide, image_size), labels, these, wanted, settings.seed)
+        parts.append({**asked.clean(), **asked.corruptions(), **asked.attacks(), **asked.moves(wide)})
+        examples += asked.examples(EXAMPLES - len(examples))
+    answers = {what: np.concatenate([part[what] for part in parts]) for what in parts[0]}
+    return Findings(figures(answers, settings), examples)
+
+
+def spread(labels: Int64, count: int, seed: int) -> Int64:
+    """Places of `count` images, or of all, in rising order: as many of each class as can be, drawn by the seed.
+
+    What a smaller `count` chooses a larger one chooses too.
+
+    Args:
+        labels: (N,) in 0..C-1.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    turn = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        turn[members] = np.arange(len(members))
+    return np.sort(order[np.argsort(turn[order], kind="stable")][:count])
+
+
+def _cropped(wide: Tensor, side: int, down: int = 0, right: int = 0) -> Tensor:
+    """The middle, or what is so many pixels below and to the right of it."""
+    spare = wide.shape[-1] - side
+    top, left = (spare + 1) // 2 + down, (spare + 1) // 2 + right  # rounded as DALI does
+    return wide[:, :, top : top + side, left : left + side]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model, and images that it is asked about, (n, 3, H, W) uint8 on the CPU."""
+
+    model: Classifier
+    compute: Compute
+    images: Tensor
+    labels: Tensor
+    keys: list[str]
+    wanted: Robustness
+    seed: int
+
+    def classes(self, images: Tensor) -> Int64:
+        """What the model takes them for, (n,)."""
+        with torch.inference_mode(), self.compute.autocast():
+            logits = self.model(self._placed(images)).float()
+        if not logits.isfinite().all():
+            raise StageError("the model gives what is not a number; its weights are damaged or its training diverged")
+        predicted: Int64 = logits.argmax(1).cpu().numpy()
+        return predicted
+
+    def right(self, images: Tensor) -> Bools:
+        """Whether it is right, (n,)."""
+        return np.asarray(self.classes(images) == self.labels.numpy())
+
+    @cached_property
+    def predicted(self) -> Int64:
+        """What it takes the images for as they are, (n,)."""
+        return self.classes(self.images)
+
+    def clean(self) -> Answers:
+        return {("clean", "", ""): self.predicted == self.labels.numpy()}
+
+    def corruptions(self) -> Answers:
+        return {
+            ("corruptions", name, str(severity)): self.right(self.spoilt(name, severity))
+            for name in self.wanted.corruptions
+            for severity in range(1, self.wanted.severities + 1)
+        }
+
+    def spoilt(self, name: str, severity: int) -> Tensor:
+        """The images; what happens to one depends on the seed and its key, not on which others are there."""
+        return corrupted(self.images, name, severity, [_seed(self.seed, name, key) for key in self.keys])
+
+    def attacks(self) -> Answers:
+        answers: Answers = {}
+        (right,) = self.clean().values()
+        standing = right
+        for epsilon in sorted(self.wanted.epsilons):
+            fgsm = self._withstood(right, Adversarial(method="fgsm", epsilon=epsilon))
+            pgd = Adversarial(method="pgd", epsilon=epsilon, steps=self.wanted.pgd_steps)
+            standing = self._withstood(standing & fgsm, pgd)
+            answers["attacks", "fgsm", f"{epsilon:g}"] = fgsm
+            answers["attacks", "pgd", f"{epsilon:g}"] = standing
+        return answers
+
+    def _withstood(self, standing: Bools, settings: Adversarial) -> Bools:
+        """Which of those that stand still do, (n,)."""
+        if not standing.any():
+            return standing
+        images, labels = self._placed(self.images[standing]), self.labels[standing].to(self.compute.device)
+        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), self.compute.autocast():
+            torch.manual_seed(_seed(self.seed, settings.method, *self.keys))
+            try:
+                worst = attacked(self.model, images, labels, settings)
+            except RuntimeError as error:
+                if "does not have a deterministic implementation" not in str(error):
+                    raise
+                raise StageError(
+                    "an attack needs a gradient that a GPU computes in one way today and in another tomorrow; set "
+                    "`evaluate.robustness.epsilons` to [], or `training.deterministic` to false"
+                ) from error
+        left = standing.copy()
+        left[standing] = self.classes(worst) == self.labels[standing].numpy()
+        return left
+
+    def moves(self, wide: Tensor) -> Answers:
+        """Whether the class stays the same; `wide` is what the images are the middle of."""
+        return {
+            ("consistency", *what): np.asarray(self.classes(images) == self.predicted)
+            for what, images in moved(wide, self.images.shape[-1])
+        }
+
+    def examples(self, count: int) -> list[Example]:
+        """The first images of different classes."""
+        severity = min(EXAMPLE_SEVERITY, self.wanted.severities)
+        _, first = np.unique(self.labels.numpy(), return_index=True)
+        places = np.sort(first)[: max(count, 0)]
+        few = _Asked(self.model, self.compute, self.images[places], self.labels[places],
+                     [self.keys[i] for i in places], self.wanted, self.seed)  # fmt: skip
+        spoilt = {name: few.spoilt(name, severity) for name in self.wanted.corruptions}
+        return [
+            Example(few.keys[i], int(few.labels[i]), severity, _picture(few.images[i]),
+                    {name: _picture(images[i]) for name, images in spoilt.items()})
+            for i in range(len(places))
+        ]  # fmt: skip
+
+    def _placed(self, images: Tensor) -> Tensor:
+        layout = torch.channels_last if self.compute.channels_last else torch.contiguous_format
+        return images.to(self.compute.device).contiguous(memory_format=layout)
+
+
+def _seed(seed: int, *names: str) -> int:
+    """Of 56 bits: numpy and torch take it."""
+    text = "\0".join([str(seed), *names])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def _picture(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).contiguous().numpy()
+
+
+def moved(wide: Tensor, side: int) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """The middle of images flipped, shifted and turned: names of kind and change, and (n, 3, side, side) uint8.
+
+    Shifts and turned corners show what the resized image has around its middle, so that no border is made up. Only
+    where `resize` leaves too little of it is the rest mirrored.
+
+    Args:
+        wide: (n, 3, resize, resize) uint8 on the CPU, with `resize` at least `side`.
+    """
+    yield ("flip", "horizontal"), _cropped(wide, side).flip(3)
+    turned = math.ceil(side * (math.cos(math.radians(DEGREES)) + math.sin(math.radians(DEGREES)))) + 2
+    distances = sorted({max(1, round(share * side)) for share in SHIFTS})
+    missing = max(0, max(turned, side + 2 * distances[-1]) - wide.shape[-1])
+    padding = -(-missing // 2)
+    around = pad(wide, [padding] * 4, padding_mode="reflect") if padding else wide
+    for distance in distances:
+        for name, down, right in (("up", -1, 0), ("down", 1, 0), ("left", 0, -1), ("right", 0, 1)):
+            yield ("shift", f"{name} {distance}"), _cropped(around, side, distance * down, distance * right)
+    for degrees in (-DEGREES, DEGREES):
+        rotated = rotate(around, degrees, interpolation=InterpolationMode.BILINEAR)
+        yield ("rotation", f"{degrees:+g}"), _cropped(rotated, side)
+
+
+def figures(answers: Answers, settings: Evaluate) -> dict[str, Any]:
+    """As `measure` describes them, of what was answered."""
+    clean = answers["clean", "", ""]
+    errors = {
+        name: np.mean([~right for right in each.values()], axis=0)
+        for name, each in _kinds(answers, "corruptions").items()
+    }
+    found: dict[str, Any] = {"images": len(clean), "clean": _share("top1", clean, settings)}
+    if errors:
+        found["mce"] = _errors(np.mean(list(errors.values()), axis=0), clean, settings)
+    found["corruptions"] = {
+        name: {
+            **_errors(errors[name], clean, settings),
+            "top1": {severity: _share("top1", right, settings) for severity, right in each.items()},
+        }
+        for name, each in _kinds(answers, "corruptions").items()
+    }
+    found["attacks"] = {
+        method: {epsilon: _share("top1", right, settings) for epsilon, right in each.items()}
+        for method, each in _kinds(answers, "attacks").items()
+    }
+    found["consistency"] = {
+        kind: {
+            **_share("same", np.all(list(each.values()), axis=0), settings),
+            **_mean("mean", np.mean(list(each.values()), axis=0), settings),
+        }
+        for kind, each in _kinds(answers, "consistency").items()
+    }
+    return found
+
+
+def _kinds(answers: Answers, group: str) -> dict[str, dict[str, Bools]]:
+    """Those of one group, by kind and by change."""
+    found: dict[str, dict[str, Bools]] = {}
+    for (of, kind, change), each in answers.items():
+        if of == group:
+            found.setdefault(kind, {})[change] = each
+    return found
+
+
+def _errors(error: Float64, clean: Bools, settings: Evaluate) -> dict[str, float]:
+    """Of (N,) errors of each image, 0-1: their mean, and that above the clean error."""
+    return {**_mean("error", error, settings), **_mean("relative", error - ~clean, settings)}
+
+
+def _share(name: str, hits: Bools, settings: Evaluate) -> dict[str, float]:
+    low, high = wilson(hits.sum(), len(hits), settings.confidence)
+    return {name: float(hits.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _mean(name: str, values: Float64, settings: Evaluate) -> dict[str, float]:
+    low, high = mean_interval(values, settings.bootstrap, settings.seed, settings.confidence)
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}

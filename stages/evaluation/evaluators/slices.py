@@ -1,0 +1,182 @@
+"""Slices: where the model is weaker than on the rest, by delivery, by what images are like, and by either in a class.
+
+A model inherits what its training images had in common: a class seen only in daylight is known only in daylight. So
+accuracy is held against that of all other images, slice by slice, and within each class against that of its own
+others, since a hard class says nothing about light. Every slice that is looked at is paid for, in p values (Holm 1979)
+and in intervals (Bonferroni), so that what is said of the first of them is true although it was picked.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+from scipy.stats import hypergeom
+
+from stages.evaluation.metrics import Bools, Float64, Int64
+from stages.evaluation.statistics.intervals import holm, newcombe, wilson
+
+BINS = 4
+"""Of each attribute, with equally many images."""
+LEAST = 10
+"""Images of the smallest slice that is looked at, and of the rest that it is held against: fewer tell nothing."""
+RARE = 0.5
+"""Of the median class's training images: a class with fewer is rare; frequent is one with its double."""
+FREQUENCY = "class frequency"
+MOST_DIGITS = 9
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Accuracy of some images beside that of the others. Shares are 0-1; intervals hold for all slices at once."""
+
+    attribute: str
+    value: str
+    within: str
+    """The class that slice and rest belong to; empty: all classes."""
+    images: int
+    top1: float
+    low: float
+    high: float
+    rest: float
+    """Top-1 of the other images."""
+    gap: float
+    """top1 - rest."""
+    gap_low: float
+    gap_high: float
+    p: float
+    """Adjusted; one-sided."""
+
+    @property
+    def name(self) -> str:
+        """In one line."""
+        return f"{self.attribute} {self.value}" + (f", {self.within}" if self.within else "")
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """What the images are parted by: names of the parts, and which each image is in, (N,)."""
+
+    name: str
+    values: Sequence[str]
+    index: Int64
+
+
+def slices(
+    facts: pd.DataFrame, correct: Bools, labels: Int64, classes: Sequence[str], per_class: Int64, confidence: float
+) -> list[Slice]:
+    """All slices looked at: those below the rest first, of them those whose gap is at least the largest.
+
+    Args:
+        facts: rows of data/accepted, one of each scored image, in their order.
+        correct: (N,) whether the answer is right.
+        labels: (N,).
+        per_class: (C,) training images of each class.
+        confidence: joint, of all intervals.
+    """
+    found: list[tuple[str, str, str]] = []
+    counts: list[Int64] = []
+    for attribute in _attributes(facts, labels, per_class):
+        images, hits = _tables(attribute, correct, labels, len(classes))
+        total, total_hits = images.sum(axis=0), hits.sum(axis=0)
+        for part in range(len(attribute.values)):
+            found.append((attribute.name, attribute.values[part], ""))
+            counts.append(np.array([total[part], total.sum(), total_hits[part], total_hits.sum()]))
+        of_class, of_class_hits = images.sum(axis=1), hits.sum(axis=1)
+        for label, part in np.argwhere(images) if attribute.name != FREQUENCY else ():
+            found.append((attribute.name, attribute.values[part], classes[label]))
+            counts.append(np.array([images[label, part], of_class[label], hits[label, part], of_class_hits[label]]))
+    inside, both, hits_inside, hits_both = np.array(counts, np.int64).reshape(-1, 4).T
+    kept = np.flatnonzero((inside >= LEAST) & (both - inside >= LEAST))
+    rows = _tested([found[i] for i in kept], inside[kept], both[kept], hits_inside[kept], hits_both[kept], confidence)
+    level = error_rate(confidence)
+    return sorted(rows, key=lambda each: (each.p > level, each.gap_high if each.p <= level else each.p, each.gap))
+
+
+def error_rate(confidence: float) -> float:
+    """The adjusted p up to which a slice is below the rest: one side of what `confidence` lacks to 1."""
+    return (1 - confidence) / 2
+
+
+def below(rows: Sequence[Slice], confidence: float) -> list[Slice]:
+    """Those significantly below the rest."""
+    return [each for each in rows if each.p <= error_rate(confidence)]
+
+
+def figures(rows: Sequence[Slice], confidence: float) -> Mapping[str, float]:
+    """What reports/metrics.json holds: how many there are, and the one that is named first; NaN without any."""
+    first = rows[0] if rows else None
+    found: dict[str, float] = {"looked_at": len(rows), "below": len(below(rows, confidence))}
+    names = ("top1", "low", "high", "gap", "gap_low", "gap_high", "p")
+    return found | {f"worst_{name}": getattr(first, name) if first else np.nan for name in names}
+
+
+def _tables(attribute: _Attribute, correct: Bools, labels: Int64, classes: int) -> tuple[Int64, Int64]:
+    """Images and hits of each class and part, (C, parts) each."""
+    parts = len(attribute.values)
+    cell = labels * parts + attribute.index
+    images = np.bincount(cell, minlength=classes * parts).reshape(classes, parts)
+    hits = np.bincount(cell[correct], minlength=classes * parts).reshape(classes, parts)
+    return images.astype(np.int64), hits.astype(np.int64)
+
+
+def _tested(
+    found: Sequence[tuple[str, str, str]], images: Int64, both: Int64, hits: Int64, hits_both: Int64, confidence: float
+) -> list[Slice]:
+    """With Wilson's intervals, Newcombe's of the difference, and Fisher's exact test."""
+    others, other_hits = both - images, hits_both - hits
+    joint = 1 - (1 - confidence) / max(len(found), 1)
+    low, high = wilson(hits, images, joint)
+    top1, rest = hits / images, other_hits / others
+    gap_low, gap_high = newcombe(hits, images, other_hits, others, joint)
+    p = holm(hypergeom.cdf(hits, both, hits_both, images))
+    columns = zip(images, top1, low, high, rest, top1 - rest, gap_low, gap_high, p, strict=True)
+    return [
+        Slice(*names, int(count), *map(float, shares)) for names, (count, *shares) in zip(found, columns, strict=True)
+    ]
+
+
+def _attributes(facts: pd.DataFrame, labels: Int64, per_class: Int64) -> Iterator[_Attribute]:
+    """Those by which the images differ."""
+    width, height = (facts[side].to_numpy(np.float64) for side in ("width", "height"))
+    measured: dict[str, tuple[Float64, str]] = {
+        "size": (np.sqrt(width * height), "px"),
+        "aspect ratio": (np.maximum(width, height) / np.minimum(width, height), ""),
+        "brightness": (facts["brightness"].to_numpy(np.float64), "of 255"),
+        "contrast": (facts["contrast"].to_numpy(np.float64), "of 255"),
+        # The facts hold no tables of quantisation; this is what they do to a file.
+        "compression": (8 * facts["bytes"].to_numpy(np.float64) / (width * height), "bit a pixel"),
+    }
+    for name, (values, unit) in measured.items():
+        yield from _quarters(name, values, unit)
+    delivered = facts["batch"].where(facts["split"] == "test", facts["batch"] + " (fresh)")
+    for name, kinds in (("batch", delivered), ("format", facts["format"]), ("colour mode", facts["mode"])):
+        present, index = np.unique(kinds.to_numpy(dtype=object).astype(str), return_inverse=True)
+        if len(present) > 1:
+            yield _Attribute(name, [str(each) for each in present], index.astype(np.int64))
+    share = per_class[labels] / max(float(np.median(per_class)), 1)
+    index = np.where(share < RARE, 0, np.where(share > 1 / RARE, 2, 1))
+    if len(np.unique(index)) > 1:
+        named = (f"rare (under {RARE:.0%} of the median class)", "usual", f"frequent (over {1 / RARE:.0%} of it)")
+        yield _Attribute(FREQUENCY, named, index.astype(np.int64))
+
+
+def _quarters(name: str, values: Float64, unit: str) -> Iterator[_Attribute]:
+    """Parts of about equally many images, fewer where many have the same value; each open below, the first closed."""
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1))) if len(values) else np.empty(0)
+    if len(edges) < 3 or not np.isfinite(edges).all():
+        return
+    index = np.clip(np.searchsorted(edges, values, side="left") - 1, 0, len(edges) - 2)
+    shown = _distinct(edges)
+    parts = [f"{low} to {high} {unit}".strip() for low, high in pairwise(shown)]
+    yield _Attribute(name, parts, index.astype(np.int64))
+
+
+def _distinct(edges: Float64) -> list[str]:
+    """Numbers with as few digits as keep them apart, three at least."""
+    for digits in range(3, MOST_DIGITS):
+        shown = [np.format_float_positional(each, digits, unique=False, fractional=False, trim="-") for each in edges]
+        if len(set(shown)) == len(shown):
+            break
+    return shown

@@ -1,0 +1,487 @@
+"""What a reviewer reads: the model card (the version's description in MLflow) and the page that compares two versions.
+
+MLflow's version page shows neither metrics nor plots, so the card carries the figures. It is Markdown with tables, and
+at most 5,000 characters long: more does not fit into MLflow's own column on PostgreSQL. So its tables shrink until all
+fits. The verdict with the comparison comes first, and whatever is too long, it is never cut.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from stages.evaluation.gate import Answers, Comparison, Verdict
+from stages.evaluation.statistics.intervals import paired_interval, wilson
+
+MOST_CHARACTERS = 5000
+ROOM_FOR_COMMIT = 100
+"""Kept free: a commit that is named later is longer than what stands in for it until then."""
+ROWS = (6, 4, 3, 2, 1)
+"""Of every table whose length depends on the data: the most that fits is taken."""
+MOST_OF_A_NAME = 32
+MOST_CHANGED = 40
+"""Images of each kind that review.html names."""
+SECOND_PART = "### This model\n"
+"""Begins what stays of a card when the gate is taken again."""
+EXPORTS_BEGIN, EXPORTS_END = "<!-- exports -->", "<!-- end of exports -->"
+"""Around a section of review.html. Nothing that the page tells can look like them: its text is escaped."""
+CUT = "\n\nThere is more than fits here: see the run.\n"
+FIGURES = {
+    "top1": ("top-1, %", 100, 1),
+    "worst_class_recall": ("recall of the worst class, %", 100, 1),
+    "macro_f1": ("macro-F1, %", 100, 1),
+    "ece": ("ECE", 1, 3),
+    "nll": ("NLL", 1, 3),
+    "latency_ms": ("one image when registered, ms", 1, 1),
+    "size_mb": ("weights, MB", 1, 1),
+}
+"""What of two versions stands side by side: label, scale and digits."""
+SPLITS = ("train", "val", "test", "fresh")
+SIGNS = {"passed": "✓ passed", "failed": "✗ **failed**", "inconclusive": "? inconclusive"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What training and evaluation had of a batch: images per split."""
+
+    name: str
+    role: str
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """All that is known of the model that is to be registered, without what it was held against."""
+
+    sha256: str
+    config: Mapping[str, Any]
+    """models/finetuned/config.json"""
+    metrics: Mapping[str, Any]
+    """reports/metrics.json"""
+    quarantined: Mapping[str, int]
+    """Images by reason."""
+    batches: Sequence[Batch]
+    confidence: float
+    """Of the intervals in `metrics`, 0-1."""
+    git: Mapping[str, str]
+    latency_ms: tuple[float, float]
+    """Median and 95th percentile of one image on a CPU."""
+    validation: Mapping[str, Any]
+    """reports/validation.json; empty where there is none."""
+
+
+@dataclass(frozen=True)
+class Review:
+    """The gate's verdict, and the two versions that it is about."""
+
+    verdict: Verdict
+    against: str
+    """As a person calls it, `version 3`; empty where nothing was in force."""
+    candidate: Answers
+    in_force: Answers | None
+    classes: Sequence[str]
+    """Names by label."""
+    comparison: str = ""
+    """Address of MLflow's page that compares both runs."""
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+    """Of the candidate: `test` of its metrics.json, `latency_ms`, `size_mb`."""
+    figures_in_force: Mapping[str, float | None] = field(default_factory=dict)
+    """The same of the version in force, as far as they were recorded with it."""
+    same_test_set: bool = True
+    """Whether both figures are of the same test set."""
+
+    @property
+    def line(self) -> str:
+        """The verdict in one sentence."""
+        against = f"against {self.against}" if self.against else "floors only: no version was in force"
+        return f"Gate: {self.verdict.result} ({against})"
+
+    @property
+    def note(self) -> str:
+        """What the verdict means."""
+        if not self.against:
+            return "The first model has only floors to clear. The next is held against the version then in force."
+        if not self.verdict.comparisons:
+            return f"{self.against.capitalize()} could not be compared with; the conditions say why."
+        return (
+            f"Compared with {self.against}, `{(self.verdict.in_force or '')[:12]}`, on the same images"
+            f"{self._unknown}. An equally good model passes in at most {percent(self.verdict.alpha, 0)} of cases, an "
+            f"identical one never."
+        )
+
+    @property
+    def _unknown(self) -> str:
+        """Images of classes that the version in force was not trained on; empty where there are none."""
+        theirs = self.in_force
+        labels = theirs.labels[theirs.labels >= theirs.classes] if theirs and theirs.classes else np.empty(0, np.int64)
+        if not len(labels):
+            return ""
+        first, *more = [shortened(_name(self.classes, label)) for label in np.unique(labels).tolist()]
+        named = f"{first} and {len(more):,} more" if more else first
+        return f"; {len(labels):,} are of classes that it does not know ({named}) and count as its errors"
+
+    @property
+    def decisions(self) -> str:
+        """How often this test set has decided, and what that means."""
+        count, test_set = self.verdict.decisions, self.verdict.test_set[:12]
+        if count < 2:
+            return f"The first decision on this test set, `{test_set}`."
+        if not self.against:
+            return f"Decision number {count:,} on this test set, `{test_set}`."
+        return (
+            f"Decision number {count:,} on this test set, `{test_set}`. The more it decides, the likelier one is luck: "
+            f"of {count:,} equally good models at least one passes with a chance of up to "
+            f"{percent(1 - (1 - self.verdict.alpha) ** count, 0)}."
+        )
+
+
+def render_card(candidate: Candidate, review: Review, links: Mapping[str, str]) -> str:
+    """The card in Markdown. `links` are label to address, relative ones within MLflow's UI."""
+    return _fit([(_verdict_part(review, rows), _model_part(candidate, review, links, rows)) for rows in ROWS])
+
+
+def with_verdict(card: str, review: Review) -> str:
+    """The same card with its first part, verdict and comparison, made anew; all else as it was."""
+    second = card[max(0, card.find(SECOND_PART)) :]
+    return _fit([(_verdict_part(review, rows), second) for rows in ROWS])
+
+
+def _fit(choices: Sequence[tuple[str, str]]) -> str:
+    """The first choice that is short enough; else the last, its second part cut at the end of a line."""
+    most = MOST_CHARACTERS - ROOM_FOR_COMMIT
+    for first, second in choices:
+        if len(first) + 1 + len(second) <= most:
+            return f"{first}\n{second}"
+    return f"{first}\n{second}"[: most - len(CUT)].rsplit("\n", 1)[0] + CUT
+
+
+def render_review(review: Review) -> str:
+    """One self-contained HTML page: the candidate beside the version in force, on the images that both answered."""
+    overall, classes, batches = _rows_of(review.verdict)
+    values = {
+        "review": review,
+        "verdict": review.verdict,
+        "overall": overall,
+        "classes": sorted(classes, key=lambda row: row["points"]),
+        "batches": batches,
+        "figures": figure_rows(review),
+        "widest": max((abs(row["points"]) for row in classes), default=0) or 1,
+        "changed": changed_images(review),
+        "most": MOST_CHANGED,
+    }
+    return _templates(None).get_template("review.html.j2").render(values)
+
+
+def with_exports(page: str, exports: Mapping[str, Any]) -> str:
+    """The same page review.html with its section `Exports` made anew, or added at its end; all else as it was.
+
+    Args:
+        exports: the figures of each format, as stages.export records them.
+    """
+    values = {"exports": exports, "begin": EXPORTS_BEGIN, "end": EXPORTS_END}
+    section = _templates(None).get_template("exports.html.j2").render(values)
+    before, begin, rest = page.partition(EXPORTS_BEGIN)
+    if begin:
+        return before + section + rest.partition(EXPORTS_END)[2]
+    before, _, after = page.rpartition("</body>")
+    return f"{before}{section}\n</body>{after}"
+
+
+# ----------------------------------------------------------------------------------------------- verdict, comparison
+
+
+def _verdict_part(review: Review, rows: int) -> str:
+    overall, classes, batches = _rows_of(review.verdict)
+    batches.sort(key=lambda row: row["points"])
+    ranked = sorted((row for row in classes if row["points"]), key=lambda row: row["points"])
+    lost, gained = [row for row in ranked if row["points"] < 0], [row for row in ranked[::-1] if row["points"] > 0]
+    test = review.candidate.correct[review.candidate.test]
+    low, high = wilson(test.sum(), len(test), 1 - review.verdict.alpha)
+    values = {
+        "review": review,
+        "confidence": percent(1 - review.verdict.alpha, 0),
+        "overall": overall,
+        "batches": batches[:rows],
+        "more_batches": len(batches[rows:]),
+        "figures": figure_rows(review),
+        "alone": {"images": f"{len(test):,}", "now": _with_ends(test.mean(), float(low), float(high))},
+        "conditions": [(each, SIGNS[each.result]) for each in review.verdict.conditions],
+        "changes": [*gained[:rows], *lost[:rows][::-1]],
+        "weakest": weakest_classes(review.candidate, review.classes, rows),
+        "gained": len(gained),
+        "lost": len(lost),
+        "classes": len(classes),
+    }
+    return _markdown("verdict.md.j2", values)
+
+
+def _rows_of(verdict: Verdict) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The comparisons as people read them: overall, by class, and by batch of fresh images."""
+    compared = [each for each in verdict.comparisons if each.images]
+    rows = list(map(_row, compared, *_ends(compared, verdict)))
+    by_kind = {
+        kind: [row for row, each in zip(rows, compared, strict=True) if each.kind == kind]
+        for kind in ("test", "fresh", "class", "batch")
+    }
+    return by_kind["test"] + by_kind["fresh"], by_kind["class"], by_kind["batch"]
+
+
+def _ends(compared: Sequence[Comparison], verdict: Verdict) -> list[list[tuple[float, float]]]:
+    """Intervals of accuracy before and now, and of the difference, for each comparison."""
+    counts = np.array([(c.images, c.before, c.now, c.won, c.lost) for c in compared], dtype=np.int64).reshape(-1, 5)
+    images, before, now, won, lost = counts.T
+    confidence = 1 - verdict.alpha
+    ends = (
+        wilson(before, images, confidence),
+        wilson(now, images, confidence),
+        paired_interval(won, lost, images, confidence),
+    )
+    return [list(zip(low.tolist(), high.tolist(), strict=True)) for low, high in ends]
+
+
+def _row(
+    each: Comparison, before: tuple[float, float], now: tuple[float, float], difference: tuple[float, float]
+) -> dict[str, Any]:
+    return {
+        "name": each.name,
+        "images": f"{each.images:,}",
+        "before": _with_ends(each.before / each.images, *before),
+        "now": _with_ends(each.now / each.images, *now),
+        "before_only": percent(each.before / each.images),
+        "now_only": percent(each.now / each.images),
+        "points": 100 * each.difference,
+        "difference": f"{100 * each.difference:+.1f}",
+        "range": f"{100 * difference[0]:+.1f} … {100 * difference[1]:+.1f}",
+        "won": each.won,
+        "lost": each.lost,
+        "both": each.now - each.won,
+        "neither": each.images - each.now - each.lost,
+        "worse": each.worse,
+    }
+
+
+def figure_rows(review: Review) -> list[dict[str, str]]:
+    """The figures of both versions side by side; none where no version is in force.
+
+    Top-1 is among them only where the two could not be compared: else it stands above, on the same images.
+    """
+    if not review.against:
+        return []
+    return [
+        {"name": label, "before": _figure(review.figures_in_force, key), "now": _figure(review.figures, key)}
+        for key, (label, _, _) in FIGURES.items()
+        if key != "top1" or not review.verdict.comparisons
+    ]
+
+
+def _figure(figures: Mapping[str, float | None], key: str) -> str:
+    _, scale, digits = FIGURES[key]
+    value, low, high = (figures.get(name) for name in (key, f"{key}_low", f"{key}_high"))
+    if value is None:
+        return "–"
+    ends = "" if low is None or high is None else f" ({scale * low:.{digits}f} – {scale * high:.{digits}f})"
+    return f"{scale * value:.{digits}f}{ends}"
+
+
+def _with_ends(share: float, low: float, high: float) -> str:
+    return f"{percent(share)} ({100 * low:.1f} – {100 * high:.1f})"
+
+
+def weakest_classes(answers: Answers, classes: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """The classes of lowest recall on `test`, the worst first: name, recall, images, and what they were taken for."""
+    labels, predicted = answers.labels[answers.test], answers.predicted[answers.test]
+    images = np.bincount(labels, minlength=len(classes))
+    recall = np.bincount(labels[predicted == labels], minlength=len(classes)) / np.maximum(images, 1)
+    worst = [label for label in np.argsort(recall, kind="stable").tolist() if images[label]][:count]
+    return [
+        {
+            "name": classes[label],
+            "recall": percent(recall[label]),
+            "images": f"{images[label]:,}",
+            "taken_for": _taken_for(predicted[(labels == label) & (predicted != label)], classes),
+        }
+        for label in worst
+    ]
+
+
+def _taken_for(predicted: np.ndarray, classes: Sequence[str]) -> str:
+    return _name(classes, int(np.bincount(predicted).argmax())) if len(predicted) else "–"
+
+
+def changed_images(review: Review) -> dict[str, list[dict[str, str]]]:
+    """Images that only the candidate has right (`won`), and that only the version in force has (`lost`), by key.
+
+    Under the same label, as the gate counts them.
+    """
+    changed: dict[str, list[dict[str, str]]] = {"won": [], "lost": []}
+    if review.in_force is None or not review.verdict.comparisons:
+        return changed
+    asked = zip(review.in_force.keys, review.in_force.labels.tolist(), strict=True)
+    before = dict(zip(asked, review.in_force.predicted.tolist(), strict=True))
+    now = zip(review.candidate.keys, review.candidate.labels.tolist(), review.candidate.predicted.tolist(), strict=True)
+    for key, label, predicted in now:
+        was = before.get((key, label))
+        if was is not None and (predicted == label) != (was == label):
+            said = {"key": key, "is": label, "before": was, "now": predicted}
+            changed["won" if predicted == label else "lost"].append(
+                {
+                    name: value if isinstance(value, str) else _name(review.classes, value)
+                    for name, value in said.items()
+                }
+            )
+    return changed
+
+
+def _name(classes: Sequence[str], label: int) -> str:
+    return classes[label] if label < len(classes) else f"class {label}"
+
+
+# ------------------------------------------------------------------------------------------------ the model itself
+
+
+def _model_part(candidate: Candidate, review: Review, links: Mapping[str, str], rows: int) -> str:
+    reasons = sorted(candidate.quarantined.items(), key=lambda item: (-item[1], item[0]))
+    test = candidate.metrics.get("test", {})
+    values = {
+        "heading": SECOND_PART.strip(),
+        "confidence": percent(candidate.confidence, digits=0),
+        "test_images": f"{int(review.candidate.test.sum()):,}",
+        "accuracy": _accuracy_rows(candidate.metrics),
+        "figures": _figures(test),
+        "architecture": candidate.config["architecture"],
+        "image_size": candidate.config["image_size"],
+        "classes": f"{len(candidate.config['classes']):,}",
+        "latency": "median {:.1f} ms, 95 % within {:.1f} ms".format(*candidate.latency_ms),
+        "reproduce": _reproduce(candidate.git),
+        "links": list(links.items()),
+        "batches": _batch_rows(candidate.batches, rows),
+        "quarantine_line": _quarantine_line(candidate.metrics.get("data", {})),
+        "quarantined": [{"reason": reason, "images": f"{n:,}"} for reason, n in reasons[:rows]],
+        "more_reasons": len(reasons[rows:]),
+        "drift": _drift_lines(candidate.validation.get("batches", {}), rows),
+    }
+    return _markdown("model_card.md.j2", values)
+
+
+def _accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    labels = {
+        "before": "before fine-tuning (frozen backbone, nearest class mean)",
+        "test": "**fine-tuned: this model**",
+        "scratch": "from scratch (same recipe)",
+    }
+    found = [(label, metrics.get(part) or {}) for part, label in labels.items()]
+    return [
+        {"label": label, "top1": percent(part["top1"]), "interval": _interval(part)}
+        for label, part in found
+        if part.get("top1") is not None
+    ]
+
+
+def _interval(part: Mapping[str, Any]) -> str:
+    low, high = part.get("top1_low"), part.get("top1_high")
+    return "" if low is None or high is None else f"{100 * low:.1f} – {percent(high)}"
+
+
+def _figures(test: Mapping[str, Any]) -> str:
+    shares = {"top5": "top-5", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy"}
+    parts = [f"{label} {percent(test[key])}" for key, label in shares.items() if test.get(key) is not None]
+    parts += [f"{key.upper()} {test[key]:.3f}" for key in ("ece", "nll") if test.get(key) is not None]
+    return ", ".join(parts)
+
+
+def _batch_rows(batches: Sequence[Batch], rows: int) -> list[dict[str, str]]:
+    """The newest, one by one, and the sum of all before them."""
+    newest, earlier = batches[-rows:], batches[:-rows]
+    shown = [{"batch": each.name, "role": each.role, **_counts(each.counts)} for each in newest]
+    if earlier:
+        total = {split: sum(each.counts.get(split, 0) for each in earlier) for split in SPLITS}
+        shown.insert(0, {"batch": f"{len(earlier):,} earlier", "role": "", **_counts(total)})
+    return shown
+
+
+def _counts(counts: Mapping[str, int]) -> dict[str, str]:
+    return {split: f"{counts[split]:,}" if counts.get(split) else "–" for split in SPLITS}
+
+
+def _quarantine_line(data: Mapping[str, Any]) -> str:
+    if data.get("accepted") is None:
+        return ""
+    return f"{data['accepted']:,} images accepted, {data['quarantined']:,} quarantined."
+
+
+def _drift_lines(batches: Mapping[str, Any], rows: int) -> list[str]:
+    """A line per batch that looks different from all before it, and how many do not."""
+    compared = {name: batch["drift"] for name, batch in batches.items() if batch.get("drift")}
+    if not compared:
+        return ["Drift: no batch has an earlier one to compare with."]
+    drifted = {name: [fact for fact in facts if fact["drifted"]] for name, facts in compared.items()}
+    guilty = [name for name, facts in drifted.items() if facts]
+    lines = []
+    for name in guilty[-rows:]:
+        facts = ", ".join(f"{f['fact']} {f['reference_median']:g} → {f['median']:g}" for f in drifted[name])
+        excuse = batches[name].get("accept_drift")
+        accepted = f"; accepted: {shortened(excuse, 80)}" if excuse else ""
+        lines.append(f"Drift in `{shortened(name)}` (medians): {facts}{accepted}.")
+    more = f", {len(guilty) - rows:,} more with drift" if len(guilty) > rows else ""
+    lines.append(
+        f"Of {len(compared):,} batches compared with earlier ones, {len(compared) - len(guilty):,} without drift{more}."
+    )
+    return lines
+
+
+def _reproduce(git: Mapping[str, str]) -> str:
+    commit = git.get("git.commit")
+    if not commit:
+        return "Made outside a git repository: it cannot be derived again from a commit."
+    if git.get("git.dirty"):
+        return (
+            f"Made from commit `{commit[:12]}` **with uncommitted changes**: the commit alone does not give this model."
+        )
+    return (
+        f"Commit `{commit}`: `git checkout {commit} && dvc pull --run-cache; make repro`. "
+        "`python -m pipelines.verify VERSION` does it in a place of its own and compares every byte of the weights."
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- Markdown
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """`0.853` as `85.3 %`."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def shortened(name: str, most: int = MOST_OF_A_NAME) -> str:
+    """A name that fits into a table, its beginning and its end."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) - (most - 1) // 2 :]}"
+
+
+def _markdown(template: str, values: Mapping[str, Any]) -> str:
+    text = _templates(markdown_cell).get_template(template).render(values).strip() + "\n"
+    # MLflow shows table cells without any padding, and trims blanks: an em space behind each keeps columns apart.
+    return "\n".join(line.replace(" |", "&emsp;|") if line.startswith("| ") else line for line in text.split("\n"))
+
+
+def markdown_cell(value: object) -> object:
+    """Text that cannot end its table cell nor begin HTML, whatever a class is called."""
+    if not isinstance(value, str):
+        return value
+    return value.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _templates(finalize: Any) -> Environment:
+    # HTML is escaped by Jinja (autoescape); Markdown's tables by `finalize`.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: bool(name and ".html" in name),
+        undefined=StrictUndefined,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["shortened"] = shortened
+    return environment

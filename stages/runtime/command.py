@@ -1,0 +1,39 @@
+"""The command line of stages: arguments, and how a command ends: quietly, or with one message and an exit code other than 0."""
+
+import argparse
+import errno
+import logging
+import signal
+import sys
+from collections.abc import Callable
+
+
+class StageError(Exception):
+    """Something a person can put right; the message says what, where and what to do."""
+
+
+def run(main: Callable[[], object]) -> None:
+    """Calls `main`; a `StageError` or a full disk ends the process with one message instead of a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # A stop ends like an error: what was begun aside is removed, and the run in MLflow reads KILLED.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        main()
+    except StageError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        sys.exit(f"error: no space left on the device{where}; nothing half-written is kept. Free space and run again")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, in words that argparse prints.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)

@@ -1,0 +1,106 @@
+"""Sections of params.yaml as typed, closed models; a mistake becomes one message that names the key and the rule."""
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml.constructor import ConstructorError
+
+from stages.runtime.command import StageError
+
+
+class Section(BaseModel):
+    """A section of params.yaml: typed, closed (unknown keys are errors) and immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+class ParamsError(StageError):
+    """params.yaml is wrong; the message says where and what is expected."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes no key twice, of which PyYAML would silently keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As its parent.
+
+        Raises:
+            ConstructorError: a key is there twice.
+        """
+        seen: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue  # refused by its parent, or meant to be there more than once
+            first = seen.setdefault((key.tag, key.value), key)
+            if first is not key:
+                raise ConstructorError(
+                    "a key is there twice: first", first.start_mark, f"then `{key.value}`", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def params_path() -> Path:
+    """params.yaml of the working directory, or the file that SYNSET_PARAMS names (a trial of a search)."""
+    return Path(os.environ.get("SYNSET_PARAMS", "params.yaml"))
+
+
+def read_params(path: Path | None = None) -> dict[str, Any]:
+    """The whole file as plain values.
+
+    Raises:
+        ParamsError: no such file, not YAML, or not a mapping of sections.
+    """
+    path = path or params_path()
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file; run this from the repository root") from None
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ParamsError(f"{path}: expected sections (batches, split, ...), found {type(values).__name__}")
+    return values
+
+
+def load_section(name: str, model: type[S], path: Path | None = None) -> S:
+    """One section, checked. A dotted name (`shard.pretrain`) reaches into a section.
+
+    Raises:
+        ParamsError: the section is missing, or a key in it is unknown, of a wrong type or of a bad value.
+    """
+    values: Any = read_params(path)
+    for part in name.split("."):
+        if not isinstance(values, dict) or part not in values:
+            raise ParamsError(f"{path or params_path()}: the section `{name}` is missing")
+        values = values[part]
+    return check(name, values, model, path)
+
+
+def check(name: str, values: Any, model: type[S], path: Path | None = None) -> S:
+    """`values` as a `model`; `name` is how messages call them."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(name, detail, model) for detail in error.errors()]
+        raise ParamsError(f"{path or params_path()}: " + "; ".join(lines)) from None
+
+
+def _explain(name: str, detail: Any, model: type[BaseModel]) -> str:
+    key = ".".join([name, *(str(part) for part in detail["loc"])])
+    if detail["type"] == "extra_forbidden":
+        known = ", ".join(model.model_fields) if len(detail["loc"]) == 1 else ""
+        return f"unknown key `{key}`" + (f" (known: {known})" if known else "")
+    if detail["type"] == "missing":
+        return f"`{key}` is missing"
+    if detail["type"] == "model_type":
+        return f"`{key}`: should be keys with their values, or left out, got {detail['input']!r}"
+    message = detail["msg"].removeprefix("Value error, ")
+    # What is wrong of several keys together says which; the whole section would only hide it.
+    found = "" if isinstance(detail["input"], dict) else f", got {detail['input']!r}"
+    return f"`{key}`: {message[0].lower() + message[1:]}{found}"

@@ -1,0 +1,67 @@
+"""A network's parameters by block, for whatever treats early and late ones differently."""
+
+from collections.abc import Iterator
+
+from torch import nn
+from torchvision.models.vision_transformer import Encoder
+
+from stages.training.loop.optimisation import Groups
+from stages.training.networks.models import AUXILIARY, Classifier
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def every_weight(model: Classifier, lr: float) -> Groups:
+    """All parameters at one rate, the head's apart: for what starts from random weights."""
+    return [([weights for block in blocks(model) for weights in block], lr), (of_head(model), lr)]
+
+
+def of_head(model: Classifier) -> list[nn.Parameter]:
+    """The parameters of the head, and of auxiliary ones."""
+    auxiliary = [weights for name, weights in model.net.named_parameters() if name.startswith(AUXILIARY)]
+    return [*auxiliary, *model.head.parameters()]
+
+
+def trainable(model: Classifier) -> tuple[int, float]:
+    """How many numbers are trained, and their share of all."""
+    count = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
+    return count, count / sum(weights.numel() for weights in model.parameters())
+
+
+def blocks(model: Classifier) -> list[list[nn.Parameter]]:
+    """All parameters but the heads', by block in forward order.
+
+    A block is what a network's own sequences hold: a residual block, an encoder layer, an inception; where they hold
+    single layers, a convolution or linear layer with the norm after it. A class token and the like are the first's.
+    """
+    found: list[list[nn.Parameter]] = []
+    for name, module in members("", model.net):
+        if of_a_head(name, model):
+            continue
+        parameters = list(module.parameters())
+        if parameters and isinstance(module, NORMS) and found:
+            found[-1] += parameters
+        elif parameters:
+            found.append(parameters)
+    seen = {id(weights) for block in found for weights in block} | {id(weights) for weights in model.head.parameters()}
+    outside = [
+        weights
+        for name, weights in model.net.named_parameters()
+        if id(weights) not in seen and not name.startswith(AUXILIARY)
+    ]
+    return [outside + found[0], *found[1:]]
+
+
+def members(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What the outermost sequences of a network hold, and what it holds besides, by name, in forward order."""
+    for key, child in module.named_children():
+        path = f"{name}.{key}" if name else key
+        if type(child) in (nn.Sequential, nn.ModuleList, Encoder):
+            yield from members(path, child)
+        else:
+            yield path, child
+
+
+def of_a_head(name: str, model: Classifier) -> bool:
+    """Whether a module of this name is the head, an auxiliary one, or a part of either."""
+    return f"{name}.".startswith((f"{model.head_name}.", *AUXILIARY))

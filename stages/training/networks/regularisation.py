@@ -1,0 +1,95 @@
+"""Dropout (Srivastava et al. 2014) and stochastic depth (Huang et al. 2016) of networks that are made already.
+
+By hooks and by the layers' own settings: weights keep their names, so whoever loads them later needs neither.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import mnasnet, mobilenetv2, mobilenetv3
+from torchvision.models.regnet import ResBottleneckBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.vision_transformer import EncoderBlock
+from torchvision.ops import StochasticDepth, stochastic_depth
+
+from stages.runtime.command import StageError
+from stages.training.networks.models import Classifier
+
+
+def regularise(model: Classifier, dropout: float | None, depth: float | None) -> None:
+    """Sets the probability of dropout, and that of skipping the last residual branch; None leaves what there is.
+
+    Raises:
+        StageError: `depth` for an architecture without residual branches that could be skipped.
+    """
+    if dropout is not None:
+        _drop(model, dropout)
+    if depth is not None:
+        _skip(model, depth)
+
+
+def _drop(model: Classifier, probability: float) -> None:
+    layers = [module for module in model.net.modules() if isinstance(module, nn.Dropout)]
+    for layer in layers:
+        layer.p = probability
+    if not layers:
+        model.head.register_forward_pre_hook(partial(_dropped, probability))
+
+
+def _dropped(probability: float, head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    return F.dropout(inputs[0], probability, head.training)
+
+
+def _skip(model: Classifier, probability: float) -> None:
+    """From almost never at the first branch to `probability` at the last, in even steps."""
+    branches = _branches(model.net)
+    if not branches:
+        raise StageError(
+            f"params.yaml: `stochastic_depth`: {type(model.net).__name__} has no residual branches that could be "
+            "skipped; leave it out"
+        )
+    for number, branch in enumerate(branches, start=1):
+        rising = probability * number / len(branches)
+        if isinstance(branch, StochasticDepth):
+            branch.p = rising
+        else:
+            branch.register_forward_hook(partial(_skipped, rising, model))
+
+
+def _branches(net: nn.Module) -> list[nn.Module]:
+    """Modules whose output is added to the block's input, in forward order."""
+    found: list[Any] = []
+    for module in net.modules():
+        if isinstance(module, StochasticDepth):
+            found.append(module)
+        elif isinstance(module, Bottleneck):
+            found.append(module.bn3)
+        elif isinstance(module, BasicBlock):
+            found.append(module.bn2)
+        elif isinstance(module, EncoderBlock):
+            found += [module.dropout, module.mlp]
+        elif isinstance(module, ResBottleneckBlock):
+            found.append(module.f)
+        elif isinstance(module, mobilenetv2.InvertedResidual) and module.use_res_connect:
+            found.append(module.conv)
+        elif isinstance(module, mobilenetv3.InvertedResidual) and module.use_res_connect:
+            found.append(module.block)
+        elif isinstance(module, mnasnet._InvertedResidual) and module.apply_residual:
+            found.append(module.layers)
+    return found
+
+
+def _skipped(probability: float, model: nn.Module, _branch: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    # Not the branch's own mode: a frozen norm is never in training.
+    return stochastic_depth(output, probability, "row", model.training)
+
+
+def training_mode(model: nn.Module) -> None:
+    """Training mode, but for norms whose own weights are frozen: they keep their running statistics too."""
+    model.train()
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.training = False  # its own alone: dropout inside of it goes on
