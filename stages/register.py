@@ -157,7 +157,7 @@ def check_answers(served: "NDArray[np.float64]", expected: "NDArray[np.float64]"
         raise StageError(
             f"the served model does not answer as the evaluation did: on {len(served)} test images its probabilities "
             f"are {difference:.3f} away on average (at most {MOST_DIFFERENT}), {same}. "
-            f"stages/registry/served_model.py must prepare images as stages/data/shards/loading does; nothing was registered"
+            f"stages/registry/served_model.py must prepare images as stages/data/shards does; nothing was registered"
         )
 
 

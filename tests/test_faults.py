@@ -47,8 +47,8 @@ def inside(program: str, text: str, event: str = "os.rename", count: int = 1, fa
 BEFORE_THE_VERSION = [
     Kill("find"),
     Kill("prepare"),
-    inside("pipelines.retrain.flow", "worktree", "subprocess.Popen"),
-    inside("pipelines.retrain.flow", "params.yaml"),
+    inside("pipelines.retrain", "worktree", "subprocess.Popen"),
+    inside("pipelines.retrain", "params.yaml"),
     Kill("ingest"),
     inside("stages.ingest", "data/raw"),
     Kill("scan"),
@@ -73,11 +73,11 @@ BEFORE_THE_VERSION = [
 FROM_THE_VERSION_ON = [
     inside("stages.register", "registered.json"),
     Kill("commit"),
-    inside("pipelines.retrain.flow", "'commit'", "subprocess.Popen"),
+    inside("pipelines.retrain", "'commit'", "subprocess.Popen"),
     Kill("tag"),
     Kill("alias"),
     Kill("branch"),
-    inside("pipelines.retrain.flow", "update-ref", "subprocess.Popen"),
+    inside("pipelines.retrain", "update-ref", "subprocess.Popen"),
     Kill("push"),
     Kill("report"),
 ]

@@ -1,4 +1,4 @@
-"""The command line of stages: arguments, and how a command ends: quietly, or with one message and an exit code other than 0."""
+"""The command line: types of arguments, and how a command ends: quietly, or with one clear message and an exit code."""
 
 import argparse
 import errno
