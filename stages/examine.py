@@ -149,7 +149,7 @@ def take_again(
         KeyError, ValueError: what is recorded does not go together.
     """
     from stages.evaluation.gate import answers_of
-    from stages.registry.card.model_card import with_verdict
+    from stages.registry.card.model_card import with_verdict, write_verdict
 
     run, predicted = gate_review.find_run(version.run_id), gate_review.recorded_predictions(version)
     metrics = gate_review.recorded_json(version, METRICS.as_posix())
@@ -171,7 +171,7 @@ def take_again(
         tracking.delete_tag(version, IN_FORCE)
     with tempfile.TemporaryDirectory() as folder:
         exports = gate_review.recorded_exports(version)
-        gate_review.write_verdict(review, Path(folder, own_folder(version.name)), exports)
+        write_verdict(review, Path(folder, own_folder(version.name)), exports)
         tracking.log_files(run, Path(folder))
     tracking.describe_version(version, with_verdict(version.description, review))
     tracking.set_tags(version, gate_review.verdict_tags(review.verdict))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from numpy.typing import NDArray
 
-    from stages.registry.card.model_card import Candidate, Review
+    from stages.registry.gate_review import Candidate, Review
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def _test_images() -> tuple[list[str], list[bytes], Any]:
 
 def _candidate(model_sha256: str, confidence: float, latency_ms: tuple[float, float]) -> "Candidate":
     from stages.data.raw.facts import read_table
-    from stages.registry.card.model_card import Batch, Candidate
+    from stages.registry.gate_review import BatchCounts, Candidate
 
     quarantine = read_table(Path("data/quarantine.parquet"))
     sets = [(role, each) for role in ("pretrain", "finetune") for each in tracking.shard_sets(role)]
@@ -195,7 +195,7 @@ def _candidate(model_sha256: str, confidence: float, latency_ms: tuple[float, fl
         config=_json(MODEL / "config.json"),
         metrics=_json(METRICS),
         quarantined={str(reason): int(n) for reason, n in quarantine["reason"].value_counts().items()},
-        batches=[Batch(each.batch, role, each.counts) for role, each in sets],
+        batches=[BatchCounts(each.batch, role, each.counts) for role, each in sets],
         confidence=confidence,
         git={"git.commit": tracking.COMMIT_TO_COME} if _unfinished() else tracking.git_tags(),
         latency_ms=latency_ms,
@@ -286,11 +286,13 @@ def _about(name: str) -> str:
 
 def _log_files(name: str, run: "Run", review: "Review", answered: Answered) -> None:
     """Everything that a reviewer or a later comparison may want, as artifacts of the run."""
+    from stages.registry.card.model_card import write_verdict
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         own = folder / own_folder(name)
         own.mkdir(parents=True)
-        gate_review.write_verdict(review, own)
+        write_verdict(review, own)
         answered.canary.to_parquet(own / "canary.parquet")
         for path in (
             params_path(),

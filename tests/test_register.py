@@ -14,7 +14,8 @@ import pytest
 from stages import register
 from stages.params.gate import Gate
 from stages.registry import gate_review, model_process, tracking
-from stages.registry.card.model_card import Batch, render_card
+from stages.registry.card.model_card import render_card
+from stages.registry.gate_review import BatchCounts
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
 from tests.bells import CLASSES, PARAMS, asked_here, set_name, tree_of_bells, write_model, write_shards
@@ -256,7 +257,7 @@ def test_a_card_fits_into_mlflow_whatever_there_is_to_tell(tree: Path) -> None:
     assert run
     set_name(tree, "nobody")
     candidate = register._candidate(version.sha256, 0.95, (1.0, 2.0))
-    many = [Batch(f"{'batch' * 10}-{n}", "finetune", {"train": 10_000}) for n in range(300)]
+    many = [BatchCounts(f"{'batch' * 10}-{n}", "finetune", {"train": 10_000}) for n in range(300)]
     reasons = {f"{'reason' * 60}-{n}": n for n in range(100)}
     review = register._review("nobody", candidate, Gate(), run)
     card = render_card(replace(candidate, batches=many, quarantined=reasons), review, {"run": "/#/runs/1"})

@@ -4,20 +4,22 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from stages.pages.text import percent, shortened
 from stages.params.gate import Gate
 from stages.registry import model_process, tracking
 from stages.runtime.command import StageError
-from stages.runtime.files import write_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow.entities import Run
 
     from stages.evaluation.gate import Answers, Verdict
-    from stages.registry.card.model_card import Review
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,106 @@ IN_FORCE = "gate.in_force"
 """The tag that says whom a verdict was taken against, by sha256 of the weights. Without it no verdict holds."""
 NOBODY = "none"
 """In the tag IN_FORCE: no version was in force, and the floors decided alone."""
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What training and evaluation had of a batch: images per split."""
+
+    name: str
+    role: str
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """All that is known of the model that is to be registered, without what it was held against."""
+
+    sha256: str
+    config: Mapping[str, Any]
+    """models/finetuned/config.json"""
+    metrics: Mapping[str, Any]
+    """reports/metrics.json"""
+    quarantined: Mapping[str, int]
+    """Images by reason."""
+    batches: Sequence[BatchCounts]
+    confidence: float
+    """Of the intervals in `metrics`, 0-1."""
+    git: Mapping[str, str]
+    latency_ms: tuple[float, float]
+    """Median and 95th percentile of one image on a CPU."""
+    validation: Mapping[str, Any]
+    """reports/validation.json; empty where there is none."""
+
+
+@dataclass(frozen=True)
+class Review:
+    """The gate's verdict, and the two versions that it is about."""
+
+    verdict: "Verdict"
+    against: str
+    """As a person calls it, `version 3`; empty where nothing was in force."""
+    candidate: "Answers"
+    in_force: "Answers | None"
+    classes: Sequence[str]
+    """Names by label."""
+    comparison: str = ""
+    """Address of MLflow's page that compares both runs."""
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+    """Of the candidate: `test` of its metrics.json, `latency_ms`, `size_mb`."""
+    figures_in_force: Mapping[str, float | None] = field(default_factory=dict)
+    """The same of the version in force, as far as they were recorded with it."""
+    same_test_set: bool = True
+    """Whether both figures are of the same test set."""
+
+    @property
+    def line(self) -> str:
+        """The verdict in one sentence."""
+        against = f"against {self.against}" if self.against else "floors only: no version was in force"
+        return f"Gate: {self.verdict.result} ({against})"
+
+    @property
+    def note(self) -> str:
+        """What the verdict means."""
+        if not self.against:
+            return "The first model has only floors to clear. The next is held against the version then in force."
+        if not self.verdict.comparisons:
+            return f"{self.against.capitalize()} could not be compared with; the conditions say why."
+        return (
+            f"Compared with {self.against}, `{(self.verdict.in_force or '')[:12]}`, on the same images"
+            f"{self._unknown}. An equally good model passes in at most {percent(self.verdict.alpha, 0)} of cases, an "
+            f"identical one never."
+        )
+
+    @property
+    def _unknown(self) -> str:
+        """Images of classes that the version in force was not trained on; empty where there are none."""
+        theirs = self.in_force
+        labels = theirs.labels[theirs.labels >= theirs.classes] if theirs and theirs.classes else np.empty(0, np.int64)
+        if not len(labels):
+            return ""
+        first, *more = [shortened(class_name(self.classes, label)) for label in np.unique(labels).tolist()]
+        named = f"{first} and {len(more):,} more" if more else first
+        return f"; {len(labels):,} are of classes that it does not know ({named}) and count as its errors"
+
+    @property
+    def decisions(self) -> str:
+        """How often this test set has decided, and what that means."""
+        count, test_set = self.verdict.decisions, self.verdict.test_set[:12]
+        if count < 2:
+            return f"The first decision on this test set, `{test_set}`."
+        if not self.against:
+            return f"Decision number {count:,} on this test set, `{test_set}`."
+        return (
+            f"Decision number {count:,} on this test set, `{test_set}`. The more it decides, the likelier one is luck: "
+            f"of {count:,} equally good models at least one passes with a chance of up to "
+            f"{percent(1 - (1 - self.verdict.alpha) ** count, 0)}."
+        )
+
+
+def class_name(classes: Sequence[str], label: int) -> str:
+    """The name of a label, `class 7` where it has none."""
+    return classes[label] if label < len(classes) else f"class {label}"
 
 
 def own_folder(name: str) -> str:
@@ -143,7 +245,7 @@ def review(
     classes: Sequence[str],
     gate: Gate,
     run_id: str,
-) -> "Review":
+) -> Review:
     """Takes the gate.
 
     Args:
@@ -158,7 +260,6 @@ def review(
         KeyError, ValueError: figures and answers are not of one evaluation.
     """
     from stages.evaluation.gate import MEGABYTE, judge, test_set
-    from stages.registry.card.model_card import Review
 
     version, answers = against or (None, None)
     size, latency_ms = weights
@@ -212,15 +313,6 @@ def recorded_exports(version: tracking.Version) -> dict[str, Any]:
     except ValueError as error:
         logger.warning("warning: the exports recorded with version %d cannot be read: %s", version.number, error)
         return {}
-
-
-def write_verdict(review: "Review", folder: Path, exports: Mapping[str, Any] | None = None) -> None:
-    """gate.json and review.html, with what is recorded of exports."""
-    from stages.registry.card.model_card import render_review, with_exports
-
-    write_json(folder / "gate.json", review.verdict.to_dict())
-    page = render_review(review)
-    write_text(folder / "review.html", with_exports(page, exports) if exports else page)
 
 
 def verdict_tags(verdict: "Verdict") -> dict[str, str]:

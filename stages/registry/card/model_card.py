@@ -6,7 +6,6 @@ fits. The verdict with the comparison comes first, and whatever is too long, it 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages.evaluation.gate import Answers, Comparison, Verdict
 from stages.evaluation.statistics.intervals import paired_interval, wilson
+from stages.pages.text import percent, percent_range, shortened
+from stages.registry.gate_review import BatchCounts, Candidate, Review, class_name
+from stages.runtime.files import write_json, write_text
 
 MOST_CHARACTERS = 5000
 ROOM_FOR_COMMIT = 100
 """Kept free: a commit that is named later is longer than what stands in for it until then."""
 ROWS = (6, 4, 3, 2, 1)
 """Of every table whose length depends on the data: the most that fits is taken."""
-MOST_OF_A_NAME = 32
 MOST_CHANGED = 40
 """Images of each kind that review.html names."""
 SECOND_PART = "### This model\n"
@@ -41,101 +42,6 @@ FIGURES = {
 """What of two versions stands side by side: label, scale and digits."""
 SPLITS = ("train", "val", "test", "fresh")
 SIGNS = {"passed": "✓ passed", "failed": "✗ **failed**", "inconclusive": "? inconclusive"}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What training and evaluation had of a batch: images per split."""
-
-    name: str
-    role: str
-    counts: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """All that is known of the model that is to be registered, without what it was held against."""
-
-    sha256: str
-    config: Mapping[str, Any]
-    """models/finetuned/config.json"""
-    metrics: Mapping[str, Any]
-    """reports/metrics.json"""
-    quarantined: Mapping[str, int]
-    """Images by reason."""
-    batches: Sequence[Batch]
-    confidence: float
-    """Of the intervals in `metrics`, 0-1."""
-    git: Mapping[str, str]
-    latency_ms: tuple[float, float]
-    """Median and 95th percentile of one image on a CPU."""
-    validation: Mapping[str, Any]
-    """reports/validation.json; empty where there is none."""
-
-
-@dataclass(frozen=True)
-class Review:
-    """The gate's verdict, and the two versions that it is about."""
-
-    verdict: Verdict
-    against: str
-    """As a person calls it, `version 3`; empty where nothing was in force."""
-    candidate: Answers
-    in_force: Answers | None
-    classes: Sequence[str]
-    """Names by label."""
-    comparison: str = ""
-    """Address of MLflow's page that compares both runs."""
-    figures: Mapping[str, float | None] = field(default_factory=dict)
-    """Of the candidate: `test` of its metrics.json, `latency_ms`, `size_mb`."""
-    figures_in_force: Mapping[str, float | None] = field(default_factory=dict)
-    """The same of the version in force, as far as they were recorded with it."""
-    same_test_set: bool = True
-    """Whether both figures are of the same test set."""
-
-    @property
-    def line(self) -> str:
-        """The verdict in one sentence."""
-        against = f"against {self.against}" if self.against else "floors only: no version was in force"
-        return f"Gate: {self.verdict.result} ({against})"
-
-    @property
-    def note(self) -> str:
-        """What the verdict means."""
-        if not self.against:
-            return "The first model has only floors to clear. The next is held against the version then in force."
-        if not self.verdict.comparisons:
-            return f"{self.against.capitalize()} could not be compared with; the conditions say why."
-        return (
-            f"Compared with {self.against}, `{(self.verdict.in_force or '')[:12]}`, on the same images"
-            f"{self._unknown}. An equally good model passes in at most {percent(self.verdict.alpha, 0)} of cases, an "
-            f"identical one never."
-        )
-
-    @property
-    def _unknown(self) -> str:
-        """Images of classes that the version in force was not trained on; empty where there are none."""
-        theirs = self.in_force
-        labels = theirs.labels[theirs.labels >= theirs.classes] if theirs and theirs.classes else np.empty(0, np.int64)
-        if not len(labels):
-            return ""
-        first, *more = [shortened(_name(self.classes, label)) for label in np.unique(labels).tolist()]
-        named = f"{first} and {len(more):,} more" if more else first
-        return f"; {len(labels):,} are of classes that it does not know ({named}) and count as its errors"
-
-    @property
-    def decisions(self) -> str:
-        """How often this test set has decided, and what that means."""
-        count, test_set = self.verdict.decisions, self.verdict.test_set[:12]
-        if count < 2:
-            return f"The first decision on this test set, `{test_set}`."
-        if not self.against:
-            return f"Decision number {count:,} on this test set, `{test_set}`."
-        return (
-            f"Decision number {count:,} on this test set, `{test_set}`. The more it decides, the likelier one is luck: "
-            f"of {count:,} equally good models at least one passes with a chance of up to "
-            f"{percent(1 - (1 - self.verdict.alpha) ** count, 0)}."
-        )
 
 
 def render_card(candidate: Candidate, review: Review, links: Mapping[str, str]) -> str:
@@ -188,6 +94,13 @@ def with_exports(page: str, exports: Mapping[str, Any]) -> str:
         return before + section + rest.partition(EXPORTS_END)[2]
     before, _, after = page.rpartition("</body>")
     return f"{before}{section}\n</body>{after}"
+
+
+def write_verdict(review: Review, folder: Path, exports: Mapping[str, Any] | None = None) -> None:
+    """gate.json and review.html, with what is recorded of exports."""
+    write_json(folder / "gate.json", review.verdict.to_dict())
+    page = render_review(review)
+    write_text(folder / "review.html", with_exports(page, exports) if exports else page)
 
 
 # ----------------------------------------------------------------------------------------------- verdict, comparison
@@ -308,7 +221,7 @@ def weakest_classes(answers: Answers, classes: Sequence[str], count: int) -> lis
 
 
 def _taken_for(predicted: np.ndarray, classes: Sequence[str]) -> str:
-    return _name(classes, int(np.bincount(predicted).argmax())) if len(predicted) else "–"
+    return class_name(classes, int(np.bincount(predicted).argmax())) if len(predicted) else "–"
 
 
 def changed_images(review: Review) -> dict[str, list[dict[str, str]]]:
@@ -328,15 +241,11 @@ def changed_images(review: Review) -> dict[str, list[dict[str, str]]]:
             said = {"key": key, "is": label, "before": was, "now": predicted}
             changed["won" if predicted == label else "lost"].append(
                 {
-                    name: value if isinstance(value, str) else _name(review.classes, value)
+                    name: value if isinstance(value, str) else class_name(review.classes, value)
                     for name, value in said.items()
                 }
             )
     return changed
-
-
-def _name(classes: Sequence[str], label: int) -> str:
-    return classes[label] if label < len(classes) else f"class {label}"
 
 
 # ------------------------------------------------------------------------------------------------ the model itself
@@ -382,7 +291,7 @@ def _accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _interval(part: Mapping[str, Any]) -> str:
     low, high = part.get("top1_low"), part.get("top1_high")
-    return "" if low is None or high is None else f"{100 * low:.1f} – {percent(high)}"
+    return "" if low is None or high is None else percent_range(low, high)
 
 
 def _figures(test: Mapping[str, Any]) -> str:
@@ -392,7 +301,7 @@ def _figures(test: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _batch_rows(batches: Sequence[Batch], rows: int) -> list[dict[str, str]]:
+def _batch_rows(batches: Sequence[BatchCounts], rows: int) -> list[dict[str, str]]:
     """The newest, one by one, and the sum of all before them."""
     newest, earlier = batches[-rows:], batches[:-rows]
     shown = [{"batch": each.name, "role": each.role, **_counts(each.counts)} for each in newest]
@@ -447,16 +356,6 @@ def _reproduce(git: Mapping[str, str]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- Markdown
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """`0.853` as `85.3 %`."""
-    return f"{100 * share:.{digits}f} %"
-
-
-def shortened(name: str, most: int = MOST_OF_A_NAME) -> str:
-    """A name that fits into a table, its beginning and its end."""
-    return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) - (most - 1) // 2 :]}"
 
 
 def _markdown(template: str, values: Mapping[str, Any]) -> str:

@@ -13,15 +13,13 @@ from stages.registry.card.model_card import (
     MOST_CHARACTERS,
     ROOM_FOR_COMMIT,
     SECOND_PART,
-    Batch,
-    Candidate,
-    Review,
     changed_images,
     figure_rows,
     render_card,
     render_review,
     with_verdict,
 )
+from stages.registry.gate_review import BatchCounts, Candidate, Review
 from stages.registry.tracking import COMMIT_TO_COME
 
 COMPARE = "/#/compare-runs?runs=1,2"
@@ -76,8 +74,8 @@ def candidate_of(review: Review, **values: Any) -> Candidate:
         "metrics": metrics,
         "quarantined": {"decodes": 4, "no_near_duplicate": 28},
         "batches": [
-            Batch("target", "finetune", {"train": 900, "test": 1000}),
-            Batch("d-one", "finetune", {"fresh": 9}),
+            BatchCounts("target", "finetune", {"train": 900, "test": 1000}),
+            BatchCounts("d-one", "finetune", {"fresh": 9}),
         ],
         "confidence": 0.95,
         "git": {"git.commit": "f" * 40},
@@ -191,7 +189,10 @@ def test_a_card_fits_into_mlflow_whatever_there_is_to_tell(git: dict[str, str], 
         {"fact": fact, "median": 123456.789, "reference_median": 98765.4, "drifted": True}
         for fact in ("brightness", "contrast", "width", "height", "bytes")
     ]
-    many = [Batch(f"{'batch' * 12}-{n}", "finetune", dict.fromkeys(("train", "val", "test"), 10**6)) for n in range(40)]
+    many = [
+        BatchCounts(f"{'batch' * 12}-{n}", "finetune", dict.fromkeys(("train", "val", "test"), 10**6))
+        for n in range(40)
+    ]
     drift = {each.name: {"drift": facts, "accept_drift": "because " * 99} for each in many}
     candidate = candidate_of(
         review, git=git, batches=many, quarantined={f"{'reason' * 60}-{n}": n for n in range(100)},
