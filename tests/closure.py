@@ -1,4 +1,4 @@
-"""What a module needs, read from its source: `python -m tests.closure stages.pretrain` prints it for dvc.yaml.
+"""What a stage depends on, read from its source: `python -m tests.closure stages.pretrain` checks dvc.yaml by hand.
 
 Every import counts, also one inside a function; only those for type checkers alone do not.
 """
@@ -6,16 +6,26 @@ Every import counts, also one inside a function; only those for type checkers al
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ("stages", "pipelines", "tests", "bench")
 KINDS = ("data", "evaluation", "training")
 """Of stages/versions/: packages whose versions decide bytes."""
-UNTRACKED = "stages/registry/tracking.py"
-"""Only observes, so no stage depends on it; neither do the imports that it makes."""
+
+OBSERVERS = frozenset(
+    Path(line.strip("/"))
+    for line in (ROOT / ".dvcignore").read_text(encoding="utf-8").splitlines()
+    if line.startswith("/stages/") and line.endswith(".py")
+)
+"""Code that decides no byte of an output: it shows progress, takes locks, ends processes, records runs. DVC does not
+see it (.dvcignore), so no stage depends on it, nor on what only it imports."""
 
 # Import name -> name in requirements.lock, where the two differ.
 DISTRIBUTIONS = {"PIL": "pillow", "great_expectations": "great-expectations", "nvidia": "nvidia-dali-cuda130"}
@@ -66,7 +76,7 @@ def closure(module: str) -> set[Path]:
     waiting = [source_of(module)]
     while waiting:
         path = waiting.pop()
-        if path in found or path.as_posix() == UNTRACKED:
+        if path in found or path in OBSERVERS:
             continue
         found.add(path)
         waiting += named_files(path)
@@ -101,9 +111,49 @@ def versions(module: str) -> set[Path]:
     return {Path(f"stages/versions/{kind}.txt") for kind in kinds}
 
 
-def code_deps(module: str) -> list[str]:
-    """The project files among a stage's `deps` in dvc.yaml, sorted."""
-    return sorted(path.as_posix() for path in closure(module) | versions(module))
+class Coverage(NamedTuple):
+    """How well the code among a stage's `deps` covers what its module uses; all empty is right, but for `surplus`."""
+
+    missing: list[str]
+    """Files that the module uses and no dependency covers."""
+    twice: list[str]
+    """Files that more than one dependency covers."""
+    unused: list[str]
+    """Dependencies that cover no file that the module uses."""
+    surplus: list[str]
+    """Code that a folder among the dependencies brings along, although the module does not use it."""
+
+
+def coverage(module: str, deps: Iterable[str]) -> Coverage:
+    """Holds the code among the `deps` of dvc.yaml, files and folders, against the module's closure."""
+    used = closure(module) | versions(module)
+    covers = {dep: _below(Path(dep)) for dep in deps}
+    times = Counter(path for files in covers.values() for path in files)
+    return Coverage(
+        missing=sorted(path.as_posix() for path in used - times.keys()),
+        twice=sorted(path.as_posix() for path, n in times.items() if n > 1),
+        unused=sorted(dep for dep, files in covers.items() if not files & used),
+        surplus=sorted(path.as_posix() for path in times.keys() - used),
+    )
+
+
+def _below(dep: Path) -> set[Path]:
+    """The files that DVC sees in a dependency: the file itself, or what lies below the folder."""
+    if not (ROOT / dep).is_dir():
+        return {dep}
+    files = {path.relative_to(ROOT) for path in (ROOT / dep).rglob("*") if path.is_file()}
+    return {path for path in files if path.name != "README.md" and "__pycache__" not in path.parts} - OBSERVERS
+
+
+def declared(stage: str) -> dict[str, Any]:
+    """The stage in dvc.yaml; of a `foreach` stage, what is done for each."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return dict(stages[stage].get("do", stages[stage]))
+
+
+def declared_code(stage: str) -> list[str]:
+    """Code among its `deps`."""
+    return [dep for dep in declared(stage).get("deps", []) if dep.startswith("stages/")]
 
 
 def sections(module: str) -> set[str]:
@@ -133,4 +183,7 @@ def _loaded(tree: ast.AST) -> set[str]:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        print(f"# {name}: params {', '.join(sorted(sections(name)))}", *code_deps(name), sep="\n- ")
+        found = coverage(name, declared_code(name.removeprefix("stages.")))
+        print(f"# {name}: params {', '.join(sorted(sections(name)))}")
+        for what, paths in found._asdict().items():
+            print(f"{what}:", *(paths or ["nothing"]), sep="\n  ")
