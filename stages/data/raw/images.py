@@ -17,6 +17,10 @@ Image.MAX_IMAGE_PIXELS = None
 # What is recognised at all. A closed list: some of PIL's plugins start other programs (EPS) or need them.
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Suffixes of image files, in lower case. They tell layouts of folders apart; whether a file is an image is told by its
+content."""
+
 # What Pillow raises at a damaged image; of some damage its decoders say only that Python cannot go on.
 DAMAGED = (
     OSError, SyntaxError, EOFError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, struct.error,

@@ -102,6 +102,20 @@ def read_at(tar: Path, offset: int, size: int) -> bytes:
         raise unreadable(tar, error) from error
 
 
+def check_end(block: bytes, at: int) -> None:
+    """Checks what follows the last file of a tar: `tarfile` takes a cut or damaged header for the end of the tar.
+
+    Args:
+        block: the 512 bytes where the next header would be, or fewer.
+        at: offset of the block, in bytes.
+
+    Raises:
+        tarfile.ReadError: the block is not all zeros.
+    """
+    if block != END:
+        raise tarfile.ReadError(f"it is cut or damaged at byte {at}")
+
+
 def unreadable(tar: Path, error: OSError) -> StageError:
     """The message for a raw tar that its disk does not give."""
     return StageError(
@@ -154,7 +168,6 @@ def _odd_file(file: IO[bytes], at: int) -> tuple[str, int, int]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         member = tar.next()
     if member is None:
-        # Python takes a tar whose next header is cut or damaged for one that ends there: it must end in zeros.
         raise tarfile.ReadError(f"it is cut or damaged at byte {at}")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         raise tarfile.ReadError(f"{_readable(member.name)!r} is no plain file")

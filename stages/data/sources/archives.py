@@ -4,8 +4,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.locations import Place
-from stages.data.sources.parts import IMAGE_SUFFIXES, SPLITS, Image, Name, Unique, check_class
+from stages.data.sources.parts import SPLITS, Image, Name, Unique, check_class
 from stages.data.sources.tars import decompressed, members, opened
 from stages.runtime.command import StageError
 

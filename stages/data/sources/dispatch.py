@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.archives import Archive, first_image
 from stages.data.sources.folders import KAGGLE, flat_folder, image_folder, is_flat, kaggle, tiny_imagenet
 from stages.data.sources.locations import Entry, Place
 from stages.data.sources.official import TRAIN, VAL, official
 from stages.data.sources.parquet import parquet_shards
 from stages.data.sources.parts import (
-    IMAGE_SUFFIXES,
     Choice,
     Group,
     Image,
@@ -37,7 +37,7 @@ ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2")
 SUBSET = {"seed", "classes", "num_classes", "images_per_class", "unlabelled"}
 CHECKSUMS = {"sha256": 64, "md5": 32}
 """Digits of each, in hex."""
-LAYOUT = "1"
+LAYOUT = "2"
 """Raised when the same source would give other tars: work in progress of before is then of no use."""
 
 

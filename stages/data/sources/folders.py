@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.locations import Entry, Place, check_size
 from stages.data.sources.parts import (
-    IMAGE_SUFFIXES,
     SPLITS,
     Image,
     Name,

@@ -10,8 +10,6 @@ from stages.data.sources.locations import Entry, check_name
 from stages.runtime.command import StageError
 
 SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-"""In lower case. Only to tell layouts apart: what is an image is told by content, in scan."""
 
 
 class Image(NamedTuple):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, NamedTuple, Protocol, cast
 
+from stages.data.raw.tars import check_end
 from stages.data.sources.locations import LARGEST_FILE, Place, check_size, first_line, unreadable
 from stages.data.sources.parts import check_path
 from stages.runtime.command import StageError
@@ -319,9 +320,8 @@ def _next(tar: tarfile.TarFile, stream: _Forward) -> tarfile.TarInfo | None:
     member = tar.next()
     tar.members.clear()  # type: ignore[attr-defined]  # or it would remember all, a kilobyte each
     tar.pax_headers.clear()  # type: ignore[attr-defined]  # of the whole archive: nothing that is asked for
-    # Python takes a tar whose next header is cut or damaged for one that ends there: it must end in zeros.
-    if member is None and (len(stream.last) < tarfile.BLOCKSIZE or stream.last.strip(b"\0")):
-        raise tarfile.ReadError("it is cut off or damaged")
+    if member is None:
+        check_end(stream.last, tar.offset)
     return member
 
 
@@ -330,7 +330,7 @@ def _explained(where: str, stream: _Forward) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, ValueError, TypeError, OverflowError, LookupError, RecursionError) as error:
-        what = f"no tar, or damaged at byte {stream.tell()} ({first_line(error)})"
+        what = f"no tar, or damaged before byte {stream.tell()} ({first_line(error)})"
         raise StageError(f"{where} is {what}; bring it whole") from error
 
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.locations import Place
 from stages.data.sources.parts import (
-    IMAGE_SUFFIXES,
     Image,
     Name,
     Part,

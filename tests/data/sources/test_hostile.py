@@ -126,7 +126,7 @@ def test_a_damaged_header_does_not_end_a_tar_in_silence(tmp_path: Path) -> None:
     data = bytearray(tar_bytes({f"set/train/cat/{n}.jpg": b"x" for n in range(3)}))
     data[2 * 1024 + 150] ^= 1  # the checksum in the header of the last file
     write(tmp_path / "a.tar", bytes(data))
-    with pytest.raises(StageError, match=r"damaged at byte \d+ \(it is cut off or damaged\)"):
+    with pytest.raises(StageError, match=r"damaged before byte \d+ \(it is cut or damaged at byte \d+\)"):
         contents("a.tar", tmp_path)
 
 
