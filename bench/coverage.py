@@ -78,7 +78,7 @@ def population(model: Model, classes: int, seed: int = 1) -> Population:
         logits[np.arange(images), labels] += shift - np.float32(less)
         # Of normal logits with this margin, these are the log-odds.
         logits *= np.float32(model.sharpness * margin)
-    confusion = metrics.confusion_matrix(labels, metrics.predictions(one), classes)
+    confusion = metrics.confusion_matrix(labels, metrics.predicted_classes(one), classes)
     return Population(labels, one, other, _truth(labels, one, other), metrics.per_class(confusion))
 
 
@@ -118,7 +118,7 @@ def covered(of: Population, images: int, seed: int) -> tuple[dict[str, float], d
     found: dict[str, float] = intervals.figures(one, labels, settings)
     found |= {f"gain {name}": value for name, value in intervals.gain(one, of.other[rows], labels, settings).items()}
     held = {name: float(found[f"{name}_low"] <= true <= found[f"{name}_high"]) for name, true in of.truth.items()}
-    confusion = metrics.confusion_matrix(labels, metrics.predictions(one), one.shape[1])
+    confusion = metrics.confusion_matrix(labels, metrics.predicted_classes(one), one.shape[1])
     for name, true in (
         ("worst class: recall of the one picked", of.per_class.recall[metrics.worst_class(confusion)]),
         ("worst class: lowest recall of all", of.per_class.recall.min()),

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stages.evaluation.gate import Answers, Result, judge
+from stages.evaluation.gate import Result, judge
 from stages.evaluation.metrics import Bools
+from stages.evaluation.predictions import VersionPredictions
 from stages.evaluation.statistics.intervals import wilson
 from stages.params.gate import Gate
 
@@ -95,7 +96,7 @@ class Pair:
         # Some classes are harder than others, and there the two disagree more.
         self.share = np.maximum(scenario.disagreement * (0.6 + 0.8 * self.labels / (CLASSES - 1)), np.abs(self.gain))
 
-    def draw(self, rng: np.random.Generator) -> tuple[Answers, Answers]:
+    def draw(self, rng: np.random.Generator) -> tuple[VersionPredictions, VersionPredictions]:
         """Candidate and version in force."""
         chance = rng.random(len(self.keys))
         won, lost = (self.share + self.gain) / 2, (self.share - self.gain) / 2
@@ -103,9 +104,9 @@ class Pair:
         both = chance >= won + lost + (1 - TOP1 - won)
         return self._answers("candidate", only_now | both), self._answers("in force", only_before | both)
 
-    def _answers(self, name: str, correct: Bools) -> Answers:
+    def _answers(self, name: str, correct: Bools) -> VersionPredictions:
         predicted = np.where(correct, self.labels, (self.labels + 1) % CLASSES)
-        return Answers(name, self.keys, self.split, self.batch, self.labels, predicted)
+        return VersionPredictions(name, self.keys, self.split, self.batch, self.labels, predicted)
 
 
 def shares(scenario: Scenario, draws: int, seed: int = 1) -> Counter[str]:

@@ -25,6 +25,7 @@ from stages.data.shards.loading.loading import Samples
 from stages.evaluation.evaluators.cam import jpeg, overlaid
 from stages.evaluation.evaluators.galleries import Galleries, Neighbour, Picture, Suspect, choose
 from stages.evaluation.evaluators.training_images import TrainingImages
+from stages.evaluation.predictions import Predictions
 from stages.params.evaluate import Evaluate
 
 GROUP = 10
@@ -53,7 +54,7 @@ def main() -> int:
     return 0
 
 
-def answers(images: int, classes: int) -> tuple[evaluate.Answers, pd.DataFrame]:
+def answers(images: int, classes: int) -> tuple[Predictions, pd.DataFrame]:
     """About 76 % right and overconfident; most mistakes within a group of ten classes."""
     rng = np.random.default_rng(1)
     labels = np.arange(images) % classes
@@ -73,7 +74,7 @@ def answers(images: int, classes: int) -> tuple[evaluate.Answers, pd.DataFrame]:
         label=labels.astype(np.int64),
     )  # fmt: skip
     before = logits + rng.normal(0, 2.5, logits.shape).astype(np.float32)
-    return evaluate.Answers(samples, logits, before, before + 1), facts
+    return Predictions(samples, logits, before, before + 1), facts
 
 
 def write_inputs(facts: pd.DataFrame) -> None:
@@ -85,7 +86,7 @@ def write_inputs(facts: pd.DataFrame) -> None:
         Path(path).write_text(json.dumps({}))
 
 
-def built(test: evaluate.Answers, classes: list[str]) -> dict[str, float]:
+def built(test: Predictions, classes: list[str]) -> dict[str, float]:
     """Writes reports/ and says how many seconds each part took."""
     settings, parts = Evaluate(), {}
     config: dict[str, Any] = {"classes": classes, "architecture": "made-up"}
@@ -93,7 +94,7 @@ def built(test: evaluate.Answers, classes: list[str]) -> dict[str, float]:
     train = test.samples
     nobody = np.empty(0, np.int64)
     seen = TrainingImages(np.empty((0, 0), np.float32), np.empty(0), np.empty(0), nobody, nobody)
-    fresh = evaluate.Answers(test.samples.at([]), test.finetuned[:0])
+    fresh = Predictions(test.samples.at([]), test.finetuned[:0])
     shown = _galleries(test, classes, settings)
     found = evaluate.Found(test, fresh, seen, nobody, shown, None)
 
@@ -112,7 +113,7 @@ def built(test: evaluate.Answers, classes: list[str]) -> dict[str, float]:
     return parts
 
 
-def _galleries(test: evaluate.Answers, classes: list[str], settings: Evaluate) -> Galleries:
+def _galleries(test: Predictions, classes: list[str], settings: Evaluate) -> Galleries:
     """As many pictures as evaluate chooses, with the spectrum of photographs, so that their files are as large."""
     rng = np.random.default_rng(2)
     chosen = choose(test.finetuned, test.samples.label, settings.gallery)

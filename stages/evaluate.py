@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
-from stages.data.raw.facts import write_table
 from stages.data.shards.loading.loading import Samples, read_samples
 from stages.data.shards.loading.samples.shard_sets import shard_sets
 from stages.evaluation import metrics
 from stages.evaluation.evaluators import galleries, slices
 from stages.evaluation.evaluators.slices import Slice
+from stages.evaluation.predictions import Predictions, check_complete, write_predictions
 from stages.evaluation.report import page
 from stages.evaluation.statistics import intervals
 from stages.params.evaluate import Evaluate
@@ -49,33 +48,14 @@ SUSPECTS = ["key", "batch", "label", "suggested", "label_probability", "suggeste
 """Columns of reports/label_suspects.csv."""
 DIGITS = 6
 """Of every figure written: what lies beyond is noise to a reader and differs between builds of numpy."""
-PREDICTIONS = pa.schema(
-    [
-        ("key", pa.string()),
-        ("batch", pa.string()),
-        ("split", pa.string()),  # test or fresh
-        ("label", pa.int32()),
-        ("logits", pa.list_(pa.float32())),  # of the fine-tuned model
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Logits (N, C) float32 on the images of one split, in their order."""
-
-    samples: Samples
-    finetuned: np.ndarray
-    before: np.ndarray | None = None
-    scratch: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Found:
     """What was asked of the models, but for the figures that are worked out from it."""
 
-    test: Answers
-    fresh: Answers
+    test: Predictions
+    fresh: Predictions
     training: "TrainingImages"
     suspects: np.ndarray
     """Places of training images that look mislabelled, the most suspicious first."""
@@ -104,38 +84,6 @@ def main() -> None:
     figures = rounded(collect_metrics(found, weak, settings))
     write(found, train, weak, figures, config, settings)
     logger.info("evaluate: top-1 %.3f on %d test images", figures["test"]["top1"], len(test))
-
-
-def check_complete(splits: Mapping[str, Samples], accepted: Path) -> None:
-    """Holds the images about to be scored against the accepted ones: each labelled one exactly once, under its label.
-
-    Args:
-        accepted: folder of accepted/<role>/<batch>.parquet.
-
-    Raises:
-        StageError: naming the first image that is missing, there twice, not accepted, or labelled otherwise.
-    """
-    columns = ["key", "split", "label"]
-    files = sorted(accepted.glob("*.parquet"))
-    rows = pd.concat([pd.read_parquet(path, columns=columns) for path in files] or [pd.DataFrame(columns=columns)])
-    for split, samples in splits.items():
-        of_split = rows[(rows["split"] == split) & (rows["label"] >= 0)]
-        expected = dict(zip(of_split["key"], of_split["label"], strict=True))
-        scored = dict(zip(samples.key, samples.label.tolist(), strict=True))
-        advice = "The shards are not those of data/accepted; `dvc repro` makes them anew"
-        if len(scored) < len(samples):
-            twice = pd.Series(samples.key)
-            raise StageError(
-                f"data/shards/finetune holds {twice[twice.duplicated()].iloc[0]} twice in {split}. {advice}"
-            )
-        if missing := sorted(expected.keys() - scored.keys()):
-            raise StageError(
-                f"{len(missing)} accepted images of {split} are not in the shards, the first is {missing[0]}. {advice}"
-            )
-        if extra := sorted(scored.keys() - expected.keys()):
-            raise StageError(f"{len(extra)} images of {split} were not accepted, the first is {extra[0]}. {advice}")
-        if other := sorted(key for key, label in scored.items() if label != expected[key]):
-            raise StageError(f"{len(other)} images of {split} have another label, the first is {other[0]}. {advice}")
 
 
 def _config() -> dict[str, Any]:
@@ -186,11 +134,11 @@ def _ask(
             settings=settings, compute=compute,
         )  # fmt: skip
     return Found(
-        test=Answers(
+        test=Predictions(
             test, logits, nearest_class_mean(on_test["backbone"].features, seen.means),
             on_test["scratch"].logits if has_scratch else None,
         ),
-        fresh=Answers(fresh, on_fresh.reshape(len(fresh), len(config["classes"]))),
+        fresh=Predictions(fresh, on_fresh.reshape(len(fresh), len(config["classes"]))),
         training=seen,
         suspects=suspects,
         galleries=galleries.make(
@@ -208,7 +156,7 @@ def find_slices(found: Found, train: Samples, config: Mapping[str, Any], setting
     files = sorted((ACCEPTED / "finetune").glob("*.parquet"))
     facts = pd.concat([pd.read_parquet(path, columns=columns) for path in files]).set_index("key").loc[keys]
     labels = np.concatenate([each.samples.label for each in both])
-    right = np.concatenate([metrics.predictions(each.finetuned) == each.samples.label for each in both])
+    right = np.concatenate([metrics.predicted_classes(each.finetuned) == each.samples.label for each in both])
     per_class = np.bincount(train.label, minlength=len(config["classes"]))
     return slices.slices(facts, right, labels, config["classes"], per_class, settings.confidence)
 
@@ -246,10 +194,10 @@ def collect_metrics(found: Found, weak: Sequence[Slice], settings: Evaluate) -> 
     return figures
 
 
-def _gap_to_test(logits: np.ndarray, labels: np.ndarray, test: Answers, settings: Evaluate) -> dict[str, float]:
+def _gap_to_test(logits: np.ndarray, labels: np.ndarray, test: Predictions, settings: Evaluate) -> dict[str, float]:
     """Top-1 on fresh images less that on test, two sets of different images."""
     hits, test_hits = (
-        int((metrics.predictions(said) == truth).sum())
+        int((metrics.predicted_classes(said) == truth).sum())
         for said, truth in ((logits, labels), (test.finetuned, test.samples.label))
     )
     n, of_test = len(labels), len(test.samples)
@@ -276,7 +224,7 @@ def write(
     settings: Evaluate,
 ) -> None:  # fmt: skip
     findings = _findings(found, weak, figures, config, settings)
-    _write_predictions(found.test, found.fresh)
+    write_predictions(found.test, found.fresh, REPORTS / "predictions.parquet")
     _write_suspects(found, train, config)
     _write_plots(found.test, findings)
     write_text(REPORTS / "report.html", page.render(findings))
@@ -287,7 +235,7 @@ def _findings(
     found: Found, weak: Sequence[Slice], figures: dict[str, Any], config: dict[str, Any], settings: Evaluate
 ) -> page.Findings:
     test = found.test
-    predicted, labels = metrics.predictions(test.finetuned), test.samples.label
+    predicted, labels = metrics.predicted_classes(test.finetuned), test.samples.label
     bins = settings.calibration_bins
     noise = intervals.calibration_noise(test.finetuned, bins, settings.bootstrap, settings.seed)
     quarantine = pd.read_parquet(QUARANTINE, columns=["batch", "reason"])
@@ -357,29 +305,11 @@ def _counts(values: pd.Series) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _write_predictions(*answers: Answers) -> None:
-    names = ("test", "fresh")
-    frames = [
-        pd.DataFrame(
-            {
-                "key": each.samples.key,
-                "batch": [each.samples.batch_names[i] for i in each.samples.batch],
-                "split": split,
-                "label": each.samples.label.astype(np.int32),
-                "logits": list(each.finetuned),
-            }
-        )
-        for split, each in zip(names, answers, strict=True)
-        if len(each.samples)
-    ]
-    write_table(pd.concat(frames, ignore_index=True), PREDICTIONS, REPORTS / "predictions.parquet")
-
-
-def _write_plots(test: Answers, findings: page.Findings) -> None:
+def _write_plots(test: Predictions, findings: page.Findings) -> None:
     """CSV files as `dvc plots` draws them."""
     names = np.array(findings.classes)
     confusion = pd.DataFrame(
-        {"actual": names[test.samples.label], "predicted": names[metrics.predictions(test.finetuned)]}
+        {"actual": names[test.samples.label], "predicted": names[metrics.predicted_classes(test.finetuned)]}
     )
     rows = page.class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
     robust = findings.robustness.figures if findings.robustness else None

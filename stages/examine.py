@@ -148,7 +148,7 @@ def take_again(
         StageError: something is not recorded.
         KeyError, ValueError: what is recorded does not go together.
     """
-    from stages.evaluation.gate import answers_of
+    from stages.evaluation.predictions import version_predictions
     from stages.registry.card.model_card import with_verdict, write_verdict
 
     run, predicted = gate_review.find_run(version.run_id), gate_review.recorded_predictions(version)
@@ -162,7 +162,7 @@ def take_again(
         other = against, gate_review.answers(against, predicted, said.classes, shards)
     latency = version.tags.get(LATENCY)
     weights = said.size, float(latency) if latency else None
-    answers = answers_of(version.sha256, predicted)
+    answers = version_predictions(version.sha256, predicted)
     review = gate_review.review(
         version.name, answers, metrics["test"], weights, other, said.classes, gate, version.run_id
     )

@@ -220,7 +220,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _review(name: str, candidate: "Candidate", gate: Gate, run: "Run") -> "Review":
     """The verdict against the version in force (`serving`, else `champion`); without one, the floors decide."""
-    from stages.evaluation.gate import answers_of
+    from stages.evaluation.predictions import version_predictions
 
     in_force = tracking.version_by_alias(name, "serving") or tracking.version_by_alias(name, "champion")
     if in_force and not in_force.sha256:
@@ -232,7 +232,7 @@ def _review(name: str, candidate: "Candidate", gate: Gate, run: "Run") -> "Revie
     classes = candidate.config["classes"]
     try:
         predicted = _predictions()
-        answers = answers_of(candidate.sha256, predicted)
+        answers = version_predictions(candidate.sha256, predicted)
         against = None
         if in_force:
             shards = [each.folder for each in tracking.shard_sets("finetune")]

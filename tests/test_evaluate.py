@@ -19,6 +19,7 @@ from stages import evaluate
 from stages.data.raw.facts import ACCEPTED, QUARANTINE, write_table
 from stages.data.shards.loading.loading import read_samples
 from stages.data.shards.writing import write_shard_set
+from stages.evaluation.predictions import check_complete
 from stages.params.shard import Shard
 from stages.runtime.command import StageError
 
@@ -246,7 +247,7 @@ def test_an_image_twice_in_the_shards_stops(root: Path) -> None:
     sets = [Path("data/shards/finetune/first")] * 2
     twice = {"test": read_samples(sets, "test")}
     with pytest.raises(StageError, match="twice in test"):
-        evaluate.check_complete(twice, Path("data/accepted/finetune"))
+        check_complete(twice, Path("data/accepted/finetune"))
 
 
 def test_no_test_images_and_other_classes_stop(root: Path) -> None:

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from stages.evaluation.metrics import Bools, Int64, predictions
+from stages.evaluation.metrics import Bools
+from stages.evaluation.predictions import VersionPredictions
 from stages.evaluation.statistics.intervals import holm, paired_interval, paired_p
 from stages.params.gate import Gate
 
@@ -30,31 +30,6 @@ MOST_NAMED = 3
 """Classes and slices that a condition names."""
 MOST_CHARACTERS = 40
 """Of a name in a condition."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one version said to the labelled images of `test` and `fresh`, sorted by key; (N,) each."""
-
-    sha256: str
-    """Of the version's weights."""
-    keys: tuple[str, ...]
-    split: NDArray[np.str_]
-    batch: NDArray[np.str_]
-    labels: Int64
-    predicted: Int64
-    classes: int | None = None
-    """How many it tells apart, where that is known: of labels from this on it knows nothing."""
-
-    @property
-    def correct(self) -> Bools:
-        """Whether each answer is right."""
-        return self.predicted == self.labels
-
-    @property
-    def test(self) -> Bools:
-        """Which images are of the split `test`."""
-        return self.split == "test"
 
 
 @dataclass(frozen=True)
@@ -133,36 +108,7 @@ class Verdict:
         return Verdict(**{**values, "conditions": conditions, "comparisons": comparisons})
 
 
-def answers_of(sha256: str, predicted: pd.DataFrame) -> Answers:
-    """A version's answers out of its reports/predictions.parquet (columns key, batch, split, label, logits).
-
-    Raises:
-        ValueError: no labelled row of the split `test`, or a key twice.
-        KeyError: a column is missing.
-    """
-    rows = predicted[(predicted["label"] >= 0) & predicted["split"].isin(["test", "fresh"])].sort_values("key")
-    if not (rows["split"] == "test").any():
-        raise ValueError("the predictions hold no image of the split `test`")
-    if rows["key"].duplicated().any():
-        raise ValueError(f"the predictions hold {rows['key'][rows['key'].duplicated()].iloc[0]} twice")
-    logits = np.stack(rows["logits"].to_list())
-    return Answers(
-        sha256=sha256,
-        keys=tuple(rows["key"]),
-        split=rows["split"].to_numpy(np.str_),
-        batch=rows["batch"].to_numpy(np.str_),
-        labels=rows["label"].to_numpy(np.int64),
-        predicted=predictions(logits),
-        classes=logits.shape[1],
-    )
-
-
-def no_answers(sha256: str) -> Answers:
-    """Of a version that cannot be asked any more: nothing can pass against it."""
-    return Answers(sha256, (), np.empty(0, "U1"), np.empty(0, "U1"), np.empty(0, np.int64), np.empty(0, np.int64))
-
-
-def test_set(answers: Answers) -> str:
+def test_set(answers: VersionPredictions) -> str:
     """Digest of the test images and their labels: verdicts with the same one were taken on the same test set."""
     images = zip(answers.keys, answers.labels.tolist(), answers.test.tolist(), strict=True)
     lines = "".join(f"{key}\0{label}\n" for key, label, of_test in images if of_test)
@@ -170,11 +116,11 @@ def test_set(answers: Answers) -> str:
 
 
 def judge(
-    candidate: Answers,
+    candidate: VersionPredictions,
     figures: Mapping[str, float | None],
     size_bytes: int,
     latency_ms: float | None,
-    in_force: Answers | None,
+    in_force: VersionPredictions | None,
     params: Gate,
     decisions: int = 1,
     classes: Sequence[str] = (),
@@ -250,7 +196,7 @@ def _number(figure: float | None) -> float | None:
 # ------------------------------------------------------------------------------------------------------ comparison
 
 
-def _test_sets_differ(candidate: Answers, in_force: Answers) -> str:
+def _test_sets_differ(candidate: VersionPredictions, in_force: VersionPredictions) -> str:
     """What keeps the two from being compared; empty where they answered the same test images under the same labels."""
     if _same_images(candidate, in_force):
         return ""
@@ -268,13 +214,15 @@ def _test_sets_differ(candidate: Answers, in_force: Answers) -> str:
     )
 
 
-def _same_images(one: Answers, other: Answers) -> bool:
+def _same_images(one: VersionPredictions, other: VersionPredictions) -> bool:
     return (
         one.keys == other.keys and np.array_equal(one.split, other.split) and np.array_equal(one.labels, other.labels)
     )
 
 
-def _comparisons(candidate: Answers, in_force: Answers, params: Gate, classes: Sequence[str]) -> list[Comparison]:
+def _comparisons(
+    candidate: VersionPredictions, in_force: VersionPredictions, params: Gate, classes: Sequence[str]
+) -> list[Comparison]:
     """Of all of `test`, all of `fresh`, each class of `test` and each batch of `fresh`, on what both answered."""
     there = (
         np.arange(len(candidate.keys))

@@ -26,7 +26,7 @@ CHUNK = 4_000_000
 """Logits worked on at once: 32 MB an array."""
 
 
-def predictions(logits: Floats) -> Int64:
+def predicted_classes(logits: Floats) -> Int64:
     """The most likely class of each image, (N,) int64."""
     return logits.argmax(axis=1).astype(np.int64)
 
@@ -78,7 +78,7 @@ def _answers(logits: Floats, labels: Int64) -> tuple[Int64, Int64, Float64, Floa
     squares = np.einsum("nc,nc->n", powers, powers) / total**2
     # Rounding may leave a hair below 0 where the label is certain.
     brier = np.maximum(squares - 2 * np.exp(-loss) + 1, 0)
-    return predictions(logits), label_ranks(logits, labels), 1 / total, loss, brier
+    return predicted_classes(logits), label_ranks(logits, labels), 1 / total, loss, brier
 
 
 def _exponentials(logits: Floats) -> Float64:
@@ -202,7 +202,7 @@ def bin_indices(confidence: Float64, bins: int) -> Int64:
 
 def reliability(logits: Floats, labels: Int64, bins: int) -> Reliability:
     """Accuracy against confidence: where the two are equal, a model that says 0.8 is right eight times in ten."""
-    return binned(confidences(logits), predictions(logits) == labels, bins)
+    return binned(confidences(logits), predicted_classes(logits) == labels, bins)
 
 
 def binned(confidence: Float64, correct: Bools, bins: int) -> Reliability:

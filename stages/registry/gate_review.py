@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from mlflow.entities import Run
 
-    from stages.evaluation.gate import Answers, Verdict
+    from stages.evaluation.gate import Verdict
+    from stages.evaluation.predictions import VersionPredictions
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ class Review:
     verdict: "Verdict"
     against: str
     """As a person calls it, `version 3`; empty where nothing was in force."""
-    candidate: "Answers"
-    in_force: "Answers | None"
+    candidate: "VersionPredictions"
+    in_force: "VersionPredictions | None"
     classes: Sequence[str]
     """Names by label."""
     comparison: str = ""
@@ -186,7 +187,7 @@ def recorded_figures(version: tracking.Version) -> dict[str, float | None]:
 
 def answers(
     version: tracking.Version, asked: "pd.DataFrame", classes: Sequence[str], shards: Sequence[Path]
-) -> "Answers":
+) -> "VersionPredictions":
     """What a version says to the images that a candidate was asked; to those it has not seen yet, it is asked now.
 
     Args:
@@ -199,7 +200,7 @@ def answers(
     """
     import pandas as pd
 
-    from stages.evaluation.gate import answers_of, no_answers
+    from stages.evaluation.predictions import no_predictions, version_predictions
 
     recorded = recorded_predictions(version)
     images = asked.drop(columns="logits")
@@ -211,7 +212,11 @@ def answers(
         except StageError as error:
             # Without test images the gate then says `inconclusive`: what cannot be compared is no reason to pass.
             logger.warning("warning: version %d cannot be asked: %s", version.number, error)
-    return answers_of(version.sha256, known) if (known["split"] == "test").any() else no_answers(version.sha256)
+    return (
+        version_predictions(version.sha256, known)
+        if (known["split"] == "test").any()
+        else no_predictions(version.sha256)
+    )
 
 
 def _scored(
@@ -238,10 +243,10 @@ def _of_same_labels(recorded: "pd.DataFrame | None", asked: "pd.DataFrame") -> "
 
 def review(
     name: str,
-    candidate: "Answers",
+    candidate: "VersionPredictions",
     figures: Mapping[str, float | None],
     weights: tuple[int, float | None],
-    against: "tuple[tracking.Version, Answers] | None",
+    against: "tuple[tracking.Version, VersionPredictions] | None",
     classes: Sequence[str],
     gate: Gate,
     run_id: str,

@@ -9,7 +9,8 @@ import pytest
 
 from bench.gate import SCENARIOS, measured
 from stages.evaluation import gate
-from stages.evaluation.gate import Answers, Comparison, Condition, Verdict, answers_of, judge, no_answers
+from stages.evaluation.gate import Comparison, Condition, Verdict, judge
+from stages.evaluation.predictions import VersionPredictions, no_predictions, version_predictions
 from stages.params.gate import Gate
 
 PARAMS = Gate(min_top1=0.5, min_worst_class=0.2, max_ece=0.2, max_size_mb=100, max_latency_ms=50)
@@ -25,14 +26,14 @@ RIGHT = np.arange(N) // len(CLASSES) % 10 != 0
 """Nine in ten, in every class."""
 
 
-def _answers(correct: np.ndarray, name: str = "a", count: int = N) -> Answers:
+def _answers(correct: np.ndarray, name: str = "a", count: int = N) -> VersionPredictions:
     predicted = np.where(correct, LABELS, (LABELS + 1) % len(CLASSES))
-    return Answers(name, KEYS[:count], SPLIT[:count], BATCH[:count], LABELS[:count], predicted[:count])
+    return VersionPredictions(name, KEYS[:count], SPLIT[:count], BATCH[:count], LABELS[:count], predicted[:count])
 
 
 def _judge(
-    candidate: Answers,
-    in_force: Answers | None = None,
+    candidate: VersionPredictions,
+    in_force: VersionPredictions | None = None,
     size: int = 1,
     latency: float | None = 9.0,
     params: Gate = PARAMS,
@@ -140,7 +141,7 @@ def test_better_on_one_of_the_two_is_asked_of_both_p_values_together() -> None:
     assert "there are no fresh images" in _condition(without_fresh, NAMES[1]).detail
 
 
-def replace_count(answers: Answers, count: int) -> Answers:
+def replace_count(answers: VersionPredictions, count: int) -> VersionPredictions:
     """Of the first images only."""
     return _answers(np.r_[answers.correct, RIGHT[len(answers.keys) :]], answers.sha256, count)
 
@@ -196,7 +197,7 @@ def test_another_test_set_cannot_be_compared() -> None:
     relabelled = replace(_answers(RIGHT, "b"), labels=(LABELS + 1) % 6)
     verdict = _judge(_answers(RIGHT), relabelled)
     assert "3,000 of them with another label" in verdict.conditions[-1].detail
-    assert _judge(_answers(RIGHT), no_answers("b")).result == "inconclusive"
+    assert _judge(_answers(RIGHT), no_predictions("b")).result == "inconclusive"
 
 
 def test_of_fresh_images_those_count_that_both_answered_alike_labelled() -> None:
@@ -227,7 +228,7 @@ def test_a_class_that_the_version_in_force_does_not_know_is_one_that_it_gets_wro
 
 def test_answers_say_how_many_classes_the_version_knows() -> None:
     rows = {"key": ["a", "b"], "batch": "t", "split": ["test", "fresh"], "label": [0, 3]}
-    assert answers_of("a", pd.DataFrame(rows | {"logits": [[1.0, 0, 0], [0, 1.0, 0]]})).classes == 3
+    assert version_predictions("a", pd.DataFrame(rows | {"logits": [[1.0, 0, 0], [0, 1.0, 0]]})).classes == 3
 
 
 QUICK = {
@@ -263,26 +264,26 @@ def _predictions() -> pd.DataFrame:
 
 def test_answers_are_paired_by_key_whatever_the_order() -> None:
     rows = _predictions()
-    answers = answers_of("x", rows)
+    answers = version_predictions("x", rows)
     assert answers.keys == ("a", "b", "c")
     assert answers.correct.tolist() == [False, True, True]
     assert answers.test.tolist() == [True, True, False]
     with pytest.raises(ValueError, match="twice"):
-        answers_of("x", pd.concat([rows, rows]))
+        version_predictions("x", pd.concat([rows, rows]))
     with pytest.raises(ValueError, match="no image of the split"):
-        answers_of("x", rows[rows["split"] == "fresh"])
+        version_predictions("x", rows[rows["split"] == "fresh"])
 
 
 def test_a_test_set_is_its_images_and_labels() -> None:
     rows = _predictions()
-    same = gate.test_set(answers_of("x", rows))
-    assert gate.test_set(answers_of("y", rows[::-1].query("split == 'test'"))) == same
-    assert gate.test_set(answers_of("x", rows.assign(label=[0, 0, 0, -1]))) != same
-    assert gate.test_set(answers_of("x", rows.assign(key=["b", "e", "c", "d"]))) != same
+    same = gate.test_set(version_predictions("x", rows))
+    assert gate.test_set(version_predictions("y", rows[::-1].query("split == 'test'"))) == same
+    assert gate.test_set(version_predictions("x", rows.assign(label=[0, 0, 0, -1]))) != same
+    assert gate.test_set(version_predictions("x", rows.assign(key=["b", "e", "c", "d"]))) != same
 
 
 def test_a_verdict_is_json_and_back() -> None:
-    for in_force in (_answers(RIGHT, "b"), no_answers("b"), None):
+    for in_force in (_answers(RIGHT, "b"), no_predictions("b"), None):
         verdict = _judge(_answers(_changed(20, 10, ON_TEST)), in_force)
         plain = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
         assert plain["result"] == verdict.result

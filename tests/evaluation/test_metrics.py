@@ -65,21 +65,21 @@ def test_top_k(case: tuple[np.ndarray, np.ndarray], k: int) -> None:
 
 def test_ties_go_to_the_lower_index() -> None:
     logits = np.array([[1, 1, 0]], np.float32)
-    assert metrics.predictions(logits) == [0]
+    assert metrics.predicted_classes(logits) == [0]
     assert [metrics.top_k_accuracy(logits, np.array([label]), 1) for label in (0, 1)] == [1, 0]
     assert metrics.top_k_accuracy(logits, np.array([1]), 2) == 1
 
 
 def test_confusion_matrix(case: tuple[np.ndarray, np.ndarray]) -> None:
     logits, labels = case
-    predicted = metrics.predictions(logits)
+    predicted = metrics.predicted_classes(logits)
     expected = reference.confusion_matrix(labels, predicted, labels=range(logits.shape[1]))
     assert (metrics.confusion_matrix(labels, predicted, logits.shape[1]) == expected).all()
 
 
 def test_per_class_and_macro_f1(case: tuple[np.ndarray, np.ndarray]) -> None:
     logits, labels = case
-    classes, predicted = logits.shape[1], metrics.predictions(logits)
+    classes, predicted = logits.shape[1], metrics.predicted_classes(logits)
     confusion = metrics.confusion_matrix(labels, predicted, classes)
     found = metrics.per_class(confusion)
     precision, recall, f1, support = reference.precision_recall_fscore_support(
@@ -96,7 +96,7 @@ def test_per_class_and_macro_f1(case: tuple[np.ndarray, np.ndarray]) -> None:
 
 def test_balanced_accuracy_and_worst_class(case: tuple[np.ndarray, np.ndarray]) -> None:
     logits, labels = case
-    predicted = metrics.predictions(logits)
+    predicted = metrics.predicted_classes(logits)
     confusion = metrics.confusion_matrix(labels, predicted, logits.shape[1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of predictions of classes without images
@@ -143,7 +143,7 @@ def test_answers_are_those_of_each_metric_whatever_the_chunk(
     logits, labels = case
     monkeypatch.setattr(metrics, "CHUNK", 7 * logits.shape[1])
     found = metrics.answers(logits, labels)
-    assert (found.predicted == metrics.predictions(logits)).all()
+    assert (found.predicted == metrics.predicted_classes(logits)).all()
     assert (found.rank == metrics.label_ranks(logits, labels)).all()
     assert (found.correct == (found.predicted == labels)).all()
     logs = metrics.log_probabilities(logits)
@@ -154,7 +154,7 @@ def test_answers_are_those_of_each_metric_whatever_the_chunk(
 @pytest.mark.parametrize("bins", [2, 10, 15])
 def test_calibration(case: tuple[np.ndarray, np.ndarray], bins: int) -> None:
     logits, labels = case
-    confidence, correct = metrics.confidences(logits), metrics.predictions(logits) == labels
+    confidence, correct = metrics.confidences(logits), metrics.predicted_classes(logits) == labels
     found = metrics.reliability(logits, labels, bins)
     used = found.count > 0
     accuracy, stated = calibration_curve(correct, confidence.clip(0, 1), n_bins=bins, strategy="uniform")
@@ -168,7 +168,7 @@ def test_calibration(case: tuple[np.ndarray, np.ndarray], bins: int) -> None:
 def test_calibration_error_as_guo_et_al_wrote_it(case: tuple[np.ndarray, np.ndarray]) -> None:
     """Their loop (temperature_scaling.py): bins (low, high]."""
     logits, labels = case
-    confidence, correct = metrics.confidences(logits), metrics.predictions(logits) == labels
+    confidence, correct = metrics.confidences(logits), metrics.predicted_classes(logits) == labels
     edges, error = np.linspace(0, 1, 16), 0.0
     for low, high in pairwise(edges):
         inside = (confidence > low) & (confidence <= high)
@@ -192,7 +192,7 @@ def test_calibration_error_is_that_of_torchmetrics(case: tuple[np.ndarray, np.nd
 def test_debiased_calibration_error_as_kumar_et_al_draw_it(case: tuple[np.ndarray, np.ndarray]) -> None:
     """Their procedure, integrated instead of drawn: twice the ECE less its mean over normal accuracies of the bins."""
     logits, labels = case
-    confidence, correct = metrics.confidences(logits), metrics.predictions(logits) == labels
+    confidence, correct = metrics.confidences(logits), metrics.predicted_classes(logits) == labels
     edges, error = np.linspace(0, 1, 16), 0.0
     for low, high in pairwise(edges):
         inside = (confidence > low) & (confidence <= high)
@@ -236,7 +236,7 @@ def test_debiased_calibration_error_is_nearer_the_truth() -> None:
 def test_selective_accuracy(case: tuple[np.ndarray, np.ndarray]) -> None:
     """Against accuracy_score of the k surest; of those that tie at the end each counts in part."""
     logits, labels = case
-    confidence, predicted = metrics.confidences(logits), metrics.predictions(logits)
+    confidence, predicted = metrics.confidences(logits), metrics.predicted_classes(logits)
     found = metrics.selective_accuracy(logits, labels)
     assert found.coverage == _near(np.arange(1, len(labels) + 1) / len(labels))
     expected = []

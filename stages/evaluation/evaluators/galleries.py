@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.data.shards.loading.loading import Samples
-from stages.evaluation.metrics import Float64, Floats, Int64, confidences, predictions
+from stages.evaluation.metrics import Float64, Floats, Int64, confidences, predicted_classes
 
 if TYPE_CHECKING:
     from stages.evaluation.evaluators.training_images import TrainingImages
@@ -91,7 +91,7 @@ def choose(logits: Floats, labels: Int64, most: int) -> Chosen:
     Args:
         logits: (N, C).
     """
-    right, sure = predictions(logits) == labels, confidences(logits).round(DIGITS)
+    right, sure = predicted_classes(logits) == labels, confidences(logits).round(DIGITS)
     mistakes, hits = _surest(~right, sure), _surest(right, -sure)
     chosen = {*mistakes[: min(MISTAKES, most)], *hits[: max(min(HITS, most - MISTAKES), 0)]}
     by_class: dict[int, Int64] = {}
@@ -129,7 +129,7 @@ def make(
     from stages.evaluation.evaluators.cam import heat_maps, jpeg, thumbnail
 
     classes: Sequence[str] = config["classes"]
-    predicted, sure, places = predictions(logits), confidences(logits), chosen.all
+    predicted, sure, places = predicted_classes(logits), confidences(logits), chosen.all
     asked = heat_maps(
         model, test.at(places), predicted[places], image_size=config["image_size"], resize=config["resize"],
         threads=threads,

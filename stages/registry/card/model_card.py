@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from stages.evaluation.gate import Answers, Comparison, Verdict
+from stages.evaluation.gate import Comparison, Verdict
+from stages.evaluation.predictions import VersionPredictions
 from stages.evaluation.statistics.intervals import paired_interval, wilson
 from stages.pages.text import percent, percent_range, shortened
 from stages.registry.gate_review import BatchCounts, Candidate, Review, class_name
@@ -203,7 +204,7 @@ def _with_ends(share: float, low: float, high: float) -> str:
     return f"{percent(share)} ({100 * low:.1f} – {100 * high:.1f})"
 
 
-def weakest_classes(answers: Answers, classes: Sequence[str], count: int) -> list[dict[str, Any]]:
+def weakest_classes(answers: VersionPredictions, classes: Sequence[str], count: int) -> list[dict[str, Any]]:
     """The classes of lowest recall on `test`, the worst first: name, recall, images, and what they were taken for."""
     labels, predicted = answers.labels[answers.test], answers.predicted[answers.test]
     images = np.bincount(labels, minlength=len(classes))

@@ -234,7 +234,7 @@ def test_each_figure_lies_in_its_interval_and_no_images_give_none() -> None:
 def test_figures_are_those_of_the_metrics() -> None:
     logits, labels = _calibrated(np.random.default_rng(14), 200)
     found = intervals.figures(2 * logits, labels, Evaluate())
-    confusion = metrics.confusion_matrix(labels, metrics.predictions(logits), 6)
+    confusion = metrics.confusion_matrix(labels, metrics.predicted_classes(logits), 6)
     recall = metrics.per_class(confusion).recall
     expected = {
         "top1": metrics.top_k_accuracy(logits, labels, 1),

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.evaluation.gate import Answers, judge, no_answers
+from stages.evaluation.gate import judge
+from stages.evaluation.predictions import VersionPredictions, no_predictions
 from stages.params.gate import Gate
 from stages.registry.card.model_card import (
     FIGURES,
@@ -26,13 +27,13 @@ COMPARE = "/#/compare-runs?runs=1,2"
 LINKS = {"run": "/#/runs/1", "evaluation report": "/#/runs/1/artifacts/report.html"}
 
 
-def _answers(name: str, correct: np.ndarray, fresh: int, classes: int, batches: int) -> Answers:
+def _answers(name: str, correct: np.ndarray, fresh: int, classes: int, batches: int) -> VersionPredictions:
     n = len(correct)
     split = np.where(np.arange(n) < n - fresh, "test", "fresh")
     names = np.array([f"{'delivery' * 6}-{i:03d}" for i in range(batches)])[np.arange(n) % batches]
     labels = np.arange(n) % classes
     predicted = np.where(correct, labels, (labels + 1) % classes)
-    return Answers(
+    return VersionPredictions(
         name, tuple(f"k{i:06d}" for i in range(n)), split, np.where(split == "test", "t", names), labels, predicted
     )
 
@@ -160,8 +161,8 @@ def test_the_first_model_has_a_card_too() -> None:
 def test_a_card_without_a_comparison_does_not_claim_one() -> None:
     review = review_of(1000, 0, CLASSES)
     figures = {"top1": float(review.candidate.correct.mean()), "worst_class_recall": 1, "ece": 0}
-    verdict = judge(review.candidate, figures, 1, 1.0, no_answers("cd" * 32), Gate())
-    review = replace(review, verdict=verdict, in_force=no_answers("cd" * 32))
+    verdict = judge(review.candidate, figures, 1, 1.0, no_predictions("cd" * 32), Gate())
+    review = replace(review, verdict=verdict, in_force=no_predictions("cd" * 32))
     for page in (render_card(candidate_of(review), review, LINKS), render_review(review)):
         assert "Version 3 could not be compared with" in page
         assert "test set differs" in page
