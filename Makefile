@@ -23,7 +23,7 @@ LOCKED = $(shell cksum < requirements.lock) $(CURDIR)
 # Packages whose version decides the bytes of stages' outputs: stages/versions/*.txt are dependencies in dvc.yaml.
 DATA_PACKAGES := great-expectations|jinja2|markupsafe|numpy|opencv-python-headless|pandas|pillow|pyarrow|scipy|simplejpeg
 TRAINING_PACKAGES := numpy|nvidia-dali-cuda130|opencv-python-headless|safetensors|simplejpeg|torch|torchvision
-EVALUATION_PACKAGES := captum|matplotlib
+EVALUATION_PACKAGES := captum|matplotlib|statsmodels
 
 .PHONY: help
 help: ## this list
@@ -76,6 +76,10 @@ test: setup ## the tests, without those marked slow or gpu
 # A test that hangs is named after ten minutes, with every thread's stack, and its worker ends; one more would run it again.
 	@$(BIN)/pytest -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true --max-worker-restart=0
 
+.PHONY: slow
+slow: setup ## the tests that take minutes (CONTRIBUTING.md says what each proves)
+	@$(BIN)/pytest -m slow -n 0 --durations 0 --durations-min 1
+
 .PHONY: lint
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check $(FOLDERS)
@@ -89,16 +93,6 @@ ui: setup ## MLflow's pages; prints the links to the newest version and its run
 .PHONY: gc
 gc: setup ## frees DVC's cache of what no branch, tag, worktree or registered version names
 	@$(BIN)/python -m pipelines.housekeeping
-
-.PHONY: backup
-backup: setup ## MLflow's database and artifacts as one file, while all runs: make backup FILE=mlflow.tar
-	@test -n "$(FILE)" || { echo "error: name the file: make backup FILE=mlflow.tar" >&2; exit 1; }
-	@$(BIN)/python -m pipelines.backup "$(FILE)"
-
-.PHONY: restore
-restore: setup ## puts a backup where nothing is yet: make restore FILE=mlflow.tar
-	@test -n "$(FILE)" || { echo "error: name the file: make restore FILE=mlflow.tar" >&2; exit 1; }
-	@$(BIN)/python -m pipelines.backup --restore "$(FILE)"
 
 .PHONY: schedule
 schedule: setup ## Prefect, MLflow and the flows that run by themselves, until Ctrl-C
