@@ -7,8 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,11 +16,16 @@ import pytest
 import yaml
 
 from tests.shard_batch import accepted_batch
-from tests.workspace import ROOT
+from tests.workspace import ROOT, held, until, written
 
 FAULTS = str(ROOT / "tests/faults")
 IMAGES = 120
 SHARDS = 25  # 20 of train, 5 of test: of every class the fifths are rounded up
+
+
+def faulty(fault: str, folder: Path) -> dict[str, str]:
+    """Environment of a process with a fault of tests/faults; one that holds waits for the lock of `folder`/held."""
+    return {"SYNSET_FAULT": fault, "PYTHONPATH": FAULTS, "SYNSET_HOLD": str(folder / "held")}
 
 
 class Checkout:
@@ -44,7 +48,7 @@ class Checkout:
     def start(self, fault: str = "", workers: int = 2) -> "subprocess.Popen[str]":
         """`python -m stages.shard mine`; its words on `stdout`."""
         environment = os.environ | {"SYNSET_WORKERS": str(workers)}
-        environment |= {"SYNSET_FAULT": fault, "PYTHONPATH": FAULTS} if fault else {}
+        environment |= faulty(fault, self.root) if fault else {}
         return subprocess.Popen(
             [sys.executable, "-m", "stages.shard", "mine"], cwd=self.root, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -85,13 +89,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return checkout.contents()
 
 
-def until(true: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    """Waits as long as the process lives."""
-    while not true():
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        time.sleep(0.001)
-
-
 FAULTS_IN_RENAMES = [
     "kill plan/test.parquet 1",
     "full train-00003.tar 1",
@@ -129,15 +126,16 @@ def test_killed_in_the_middle_its_workers_end_too_and_the_rest_is_done_later(
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     checkout = Checkout(tmp_path)
-    process = checkout.start()
-    until(lambda: len(checkout.finished()) >= 3, process)
-    workers = psutil.Process(process.pid).children()
-    assert workers
-    process.kill()
-    process.communicate()
-    psutil.wait_procs(workers)
+    with held(tmp_path / "held"):  # each worker stands still with its third shard
+        process = checkout.start("hold stages.shard os.rename entries/ 3")
+        until(lambda: len(checkout.finished()) >= 4, process)
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) == 2
+        process.kill()
+        process.communicate()
+        psutil.wait_procs(workers)
     before = checkout.finished()
-    assert 3 <= len(before) < SHARDS
+    assert len(before) == 4
     assert checkout.run()[0] == 0
     after = checkout.written_when()
     assert {name: after[name] for name in before} == before
@@ -178,9 +176,7 @@ def scheduler(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     file = folder / "scheduler.json"
     arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
     with program(folder, "scheduler", *arguments) as process:
-        while not file.exists() or not file.read_text().endswith("}"):  # it is written in place
-            assert process.poll() is None
-            time.sleep(0.01)
+        until(lambda: file.exists() and file.read_text().endswith("}"), process)  # it is written in place
         yield json.loads(file.read_text())["address"], process
 
 
@@ -195,8 +191,10 @@ def worker(folder: Path, address: str, name: str, **environment: str) -> "ExitSt
 def test_a_dask_cluster_writes_the_same_bytes_even_if_a_worker_dies(
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    with scheduler(tmp_path / "dask") as (address, _), ExitStack() as stack:
-        one = stack.enter_context(worker(tmp_path / "dask", address, "one"))
+    with held(tmp_path / "held"), scheduler(tmp_path / "dask") as (address, _), ExitStack() as stack:
+        # It stands still in the middle of a shard of the second run, so that it is there to be killed.
+        fault = faulty(f"hold dask os.rename {tmp_path}/died/ 5", tmp_path)
+        one = stack.enter_context(worker(tmp_path / "dask", address, "one", **fault))
         stack.enter_context(worker(tmp_path / "dask", address, "two"))
         (tmp_path / "whole").mkdir()
         checkout = Checkout(tmp_path / "whole", address)
@@ -207,7 +205,7 @@ def test_a_dask_cluster_writes_the_same_bytes_even_if_a_worker_dies(
         (tmp_path / "died").mkdir()
         checkout = Checkout(tmp_path / "died", address)
         process = checkout.start()
-        until(lambda: len(checkout.finished()) >= 2, process)
+        written(tmp_path, "held.*", process)
         one.process.kill()  # type: ignore[attr-defined]
         finished = len(checkout.finished())
         words, _ = process.communicate()
@@ -235,7 +233,8 @@ def test_what_is_wrong_with_a_cluster_is_said(tmp_path: Path, undisturbed: dict[
             code, words = checkout.run()
             assert code == 1
             assert re.search(r"^error: Dask worker \S+ would write other bytes: it has numpy 0.1 instead", words, re.M)
-        with worker(folder, address, "one"):
+        fault = faulty("hold dask os.rename entries/ 3", tmp_path)
+        with held(tmp_path / "held"), worker(folder, address, "one", **fault):
             running = checkout.start()
             until(lambda: len(checkout.finished()) >= 2, running)
             process.kill()
@@ -252,20 +251,19 @@ def test_what_is_wrong_with_a_cluster_is_said(tmp_path: Path, undisturbed: dict[
 
 
 def test_an_interrupt_cancels_what_has_not_begun(tmp_path: Path) -> None:
-    with scheduler(tmp_path / "dask") as (address, _), worker(tmp_path / "dask", address, "one") as one:
-        checkout = Checkout(tmp_path, address)
-        process = checkout.start()
-        until(lambda: len(checkout.finished()) >= 2, process)
-        one.process.send_signal(signal.SIGSTOP)  # type: ignore[attr-defined] # else a busy machine lets it finish first
-        process.send_signal(signal.SIGINT)
-        time.sleep(1)
-        one.process.send_signal(signal.SIGCONT)  # type: ignore[attr-defined]
-        process.communicate()
+    from distributed import Client
+
+    fault = faulty("hold dask os.rename entries/ 3", tmp_path)
+    with scheduler(tmp_path / "dask") as (address, _), worker(tmp_path / "dask", address, "one", **fault):
+        with held(tmp_path / "held"):  # or the worker would be through before the interrupt has reached the scheduler
+            checkout = Checkout(tmp_path, address)
+            process = checkout.start()
+            written(tmp_path, "held.*", process)
+            process.send_signal(signal.SIGINT)
+            process.communicate()
         assert process.returncode != 0
         assert not (tmp_path / "data/shards/finetune/mine").exists()
-        from distributed import Client
-
         with Client(address) as client:
-            while client.processing() and any(client.processing().values()):
-                time.sleep(0.01)
+            # The one thread of the worker comes to this after all that it had before.
+            assert client.submit(lambda: "idle").result() == "idle"
         assert len(checkout.finished()) < SHARDS

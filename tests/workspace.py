@@ -1,10 +1,13 @@
 """A checkout of its own for tests that run `dvc repro`: the project's files, a small sample, few epochs."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +90,24 @@ class Workspace:
         return {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage.get("outs", [])}
 
 
+def until(true: Callable[[], Any], by: "subprocess.Popen[Any]", what: str = "") -> None:
+    """Waits for something that a process is to bring about; fails as soon as that process has ended without."""
+    while not true():
+        if by.poll() is not None:
+            assert true(), f"it ended with {by.returncode} before {what or 'that'}"
+            return
+        time.sleep(0.01)
+
+
 def written(folder: Path, pattern: str, by: "subprocess.Popen[Any]") -> Path:
     """The file below `folder`, as soon as it is there; fails where the process that is to write it ends without."""
-    while not (found := list(folder.glob(pattern))):
-        assert by.poll() is None, f"it ended with {by.returncode} and wrote no {pattern}"
-        time.sleep(0.1)
-    return found[0]
+    until(lambda: list(folder.glob(pattern)), by, f"it wrote {pattern}")
+    return next(folder.glob(pattern))
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Holds the lock of the file; whoever waits for it goes on after the block, also where the test fails in it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,13 +1,14 @@
-"""A fault of the machine at a chosen moment: `SYNSET_FAULT="kill PROGRAM EVENT TEXT COUNT"`, or `full` for `kill`.
+"""A fault of the machine at a chosen moment: `SYNSET_FAULT="kill PROGRAM EVENT TEXT COUNT"`; also `full` and `hold`.
 
 Python imports this module at its start where its folder is on PYTHONPATH. EVENT is an audit event
 (https://docs.python.org/3/library/audit_events.html), raised right before the thing is done: `os.rename` by every
 rename and replace, `subprocess.Popen` by every start of a program, `open` by every file opened. In the COUNTth in whose
 arguments TEXT occurs, in a process in whose command line PROGRAM occurs, the process is killed as by kill -9, or told
-that the disk is full.
+that the disk is full, or held still until a test gives the lock of the file $SYNSET_HOLD back.
 """
 
 import errno
+import fcntl
 import os
 import signal
 import sys
@@ -27,6 +28,13 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     print(f"fault: {_FAULT} at {event} of {_TEXT}", file=sys.stderr, flush=True)
     if _FAULT == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if _FAULT == "hold":
+        held = os.environ["SYNSET_HOLD"]
+        os.close(os.open(f"{held}.{os.getpid()}", os.O_CREAT | os.O_WRONLY))  # tells the test that it stands still
+        descriptor = os.open(held, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        os.close(descriptor)
+        return
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
