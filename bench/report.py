@@ -22,10 +22,11 @@ from bench.rounds import machine
 from stages import evaluate
 from stages.data.raw.facts import ACCEPTED, QUARANTINE, write_table
 from stages.data.shards.loading.loading import Samples
-from stages.evaluation.evaluators.cam import jpeg, overlaid
+from stages.evaluation.evaluators.cam import overlaid
 from stages.evaluation.evaluators.galleries import Galleries, Neighbour, Picture, Suspect, choose
 from stages.evaluation.evaluators.training_images import TrainingImages
 from stages.evaluation.predictions import Predictions
+from stages.pages.images import thumbnail
 from stages.params.evaluate import Evaluate
 
 GROUP = 10
@@ -122,8 +123,8 @@ def _galleries(test: Predictions, classes: list[str], settings: Evaluate) -> Gal
     light, *colours = (each / each.std() for each in waves)
     pixels = 128 + 55 * light[..., None] + 15 * np.stack(colours, axis=2)
     image = np.clip(pixels, 0, 255).astype(np.uint8)
-    encoded = jpeg(image)
-    heat = jpeg(overlaid(image, np.linspace(0, 1, SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE)))
+    encoded = thumbnail(image)
+    heat = thumbnail(overlaid(image, np.linspace(0, 1, SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE)))
 
     def picture(place: int) -> Picture:
         near = [Neighbour("made-up", classes[0], encoded)] * 3 if place in chosen.mistakes else []

@@ -25,9 +25,6 @@ LEAST_PLACES = 4
 """A side of the map that is shown. Below, at a small image, the last block's map has one place, and shows nothing."""
 STRENGTH = 0.55
 """Of the colour over the image, where the map is at its largest."""
-QUALITY = 85
-LARGEST_SIDE = 160
-"""Of an image on the page, in pixels."""
 AT_ONCE = 32
 
 
@@ -119,22 +116,3 @@ def overlaid(pixels: Pixels, heat: npt.NDArray[np.float32]) -> Pixels:
     colour = 255 * np.asarray(colormaps["inferno"](heat))[..., :3]
     weight = STRENGTH * heat[..., None]
     return np.clip((1 - weight) * grey + weight * colour, 0, 255).astype(np.uint8)
-
-
-def jpeg(pixels: Pixels) -> bytes:
-    """Encoded for the page, no larger than it is shown there."""
-    import cv2
-    import simplejpeg
-
-    height, width = pixels.shape[:2]
-    if (share := LARGEST_SIDE / max(height, width)) < 1:
-        size = (max(round(share * width), 1), max(round(share * height), 1))
-        pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
-    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=QUALITY))
-
-
-def thumbnail(encoded: bytes) -> bytes:
-    """An image of the shards, encoded for the page."""
-    import simplejpeg
-
-    return jpeg(simplejpeg.decode_jpeg(encoded))

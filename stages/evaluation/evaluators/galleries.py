@@ -8,6 +8,7 @@ import numpy as np
 
 from stages.data.shards.loading.loading import Samples
 from stages.evaluation.metrics import Float64, Floats, Int64, confidences, predicted_classes
+from stages.pages.images import jpeg_thumbnail, thumbnail
 
 if TYPE_CHECKING:
     from stages.evaluation.evaluators.training_images import TrainingImages
@@ -126,7 +127,7 @@ def make(
         model: the fine-tuned one, in evaluation mode.
         found: its `nearest` are of `chosen.mistakes`.
     """
-    from stages.evaluation.evaluators.cam import heat_maps, jpeg, thumbnail
+    from stages.evaluation.evaluators.cam import heat_maps
 
     classes: Sequence[str] = config["classes"]
     predicted, sure, places = predicted_classes(logits), confidences(logits), chosen.all
@@ -135,13 +136,15 @@ def make(
         threads=threads,
     )  # fmt: skip
     neighbours = {
-        int(place): [Neighbour(train.key[i], classes[int(train.label[i])], thumbnail(train.jpeg(int(i)))) for i in near]
+        int(place): [
+            Neighbour(train.key[i], classes[int(train.label[i])], jpeg_thumbnail(train.jpeg(int(i)))) for i in near
+        ]
         for place, near in zip(chosen.mistakes, found.nearest, strict=True)
     }
     pictures = {
         int(place): Picture(
             test.key[place], classes[int(test.label[place])], classes[predicted[place]], float(sure[place]),
-            jpeg(seen), jpeg(heat), neighbours.get(int(place), ()),
+            thumbnail(seen), thumbnail(heat), neighbours.get(int(place), ()),
         )
         for place, (seen, heat) in zip(places, asked, strict=True)
     }  # fmt: skip
@@ -152,7 +155,7 @@ def make(
         suspects=[
             Suspect(
                 train.key[i], classes[int(train.label[i])], classes[int(found.suggested[i])], float(found.own[i]),
-                float(found.other[i]), thumbnail(train.jpeg(int(i))),
+                float(found.other[i]), jpeg_thumbnail(train.jpeg(int(i))),
             )
             for i in suspects[:SUSPECTS]
         ],

@@ -1,12 +1,12 @@
 """The whole confusion matrix as one picture, classes that are taken for each other side by side."""
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
@@ -26,8 +26,8 @@ MOST_ORDERED_BEST = 200
 class ConfusionMap:
     """What the page shows."""
 
-    png: str
-    """Data URI; a row per true class, a column per answer, both in the order of `names`."""
+    png: bytes
+    """A row per true class, a column per answer, both in the order of `names`."""
     names: Sequence[str]
     cells: Sequence[tuple[int, int, int]]
     """Row, column and count of whatever is not 0."""
@@ -60,10 +60,8 @@ def clustered(confusion: Int64) -> Int64:
     return leaves_list(tree).astype(np.int64)
 
 
-def _png(confusion: Int64) -> str:
+def _png(confusion: Int64) -> bytes:
     """Each cell the deeper the larger its share of the row, by its square root so that rare mistakes are seen."""
-    from PIL import Image
-
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     pixels = np.zeros((*confusion.shape, 4), np.uint8)
     pixels[..., :3] = MISS
@@ -72,7 +70,7 @@ def _png(confusion: Int64) -> str:
     side = max(1, -(-LEAST_SIDE // max(len(confusion), 1)))
     file = io.BytesIO()
     Image.fromarray(_enlarged(pixels, side)).save(file, "PNG", optimize=False, compress_level=9)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return file.getvalue()
 
 
 def _enlarged(pixels: npt.NDArray[np.uint8], times: int) -> npt.NDArray[np.uint8]:

@@ -4,21 +4,21 @@ Everything a figure needs is worked out here; the template places it. Whatever i
 it gets, so that it fits a laptop, a narrow window and paper.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from stages.evaluation.evaluators.galleries import Galleries
 from stages.evaluation.evaluators.slices import Slice, below, error_rate
 from stages.evaluation.metrics import Int64, PerClass, Reliability, Selective, per_class
 from stages.evaluation.report.confusion_map import confusion_map
 from stages.evaluation.statistics.intervals import class_intervals
+from stages.pages import templates
+from stages.pages.images import thumbnail
+from stages.pages.text import words
 
 if TYPE_CHECKING:
     from stages.evaluation.evaluators.robustness import Example
@@ -78,20 +78,11 @@ class Findings:
 
 def render(findings: Findings) -> str:
     """The page. The same findings give the same bytes."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"percent": percent, "count": count, "decimal": decimal, "range": as_range, "signed": signed}
-    environment.filters |= {"breakable": breakable, "data_uri": _data_uri, "words": words, "plain_signed": plain_signed}
     rows = class_rows(findings.classes, findings.confusion, findings.settings["confidence"])
     worst = rows[0] if rows else None
     weak = below(findings.slices, findings.settings["confidence"])
-    return environment.get_template("page.html.j2").render(
+    return templates.render(
+        Path(__file__).with_name("page.html.j2"),
         findings=findings,
         test=findings.metrics["test"],
         models=model_rows(findings.metrics),
@@ -102,7 +93,6 @@ def render(findings: Findings) -> str:
         pairs=confused_pairs(findings.classes, findings.confusion),
         heat_map=heat_map(findings.classes, findings.confusion),
         map=confusion_map(findings.classes, findings.confusion),
-        script=Markup((Path(__file__).parent / "page.js").read_text(encoding="utf-8")),
         bins=reliability_bars(findings.reliability),
         silent=silence(findings.selective),
         panels=curve_panels(findings.curves),
@@ -246,15 +236,11 @@ def _change(kind: str, change: str, figures: Mapping[str, float], name: str) -> 
 
 def spoilt(example: "Example") -> dict[str, Any]:
     """An image as it was, and in every way that it was spoilt, encoded."""
-    from stages.evaluation.evaluators.cam import jpeg
-
     pictures = {"as it is": example.clean} | example.corrupted
-    return {"severity": example.severity, "pictures": {words(name): jpeg(each) for name, each in pictures.items()}}
-
-
-def words(name: str) -> str:
-    """A key as people read it."""
-    return name.replace("_", " ")
+    return {
+        "severity": example.severity,
+        "pictures": {words(name): thumbnail(each) for name, each in pictures.items()},
+    }
 
 
 def curve_panels(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:
@@ -301,53 +287,3 @@ def ticks(low: float, high: float, wanted: int) -> list[float]:
     power = 10.0 ** np.floor(np.log10(rough))
     step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= rough * 0.999)
     return [round(float(value), 10) for value in np.arange(np.ceil(low / step) * step, high + step / 1e6, step)]
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """`0.8531` as `85.3 %`; a dash for what there is not."""
-    return "–" if _absent(share) else f"{100 * _number(share):.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def as_range(low: float | None, high: float | None, digits: int = 1) -> str:
-    """Two shares as `83.4 – 88.8 %`."""
-    if _absent(low) or _absent(high):
-        return "–"
-    return f"{100 * _number(low):.{digits}f}\N{NO-BREAK SPACE}–\N{NO-BREAK SPACE}{percent(high, digits)}"
-
-
-def signed(share: float | None) -> str:
-    """A difference of shares in points: `+12.3`."""
-    return "–" if _absent(share) else f"{100 * _number(share):+.1f}".replace("-", "−")
-
-
-def plain_signed(value: float | None, digits: int = 3) -> str:
-    """A difference of numbers that are no shares: `+0.123`."""
-    return "–" if _absent(value) else f"{_number(value):+.{digits}f}".replace("-", "−")
-
-
-def decimal(value: float | None, digits: int = 3) -> str:
-    """A number that is no share."""
-    return "–" if _absent(value) else f"{_number(value):.{digits}f}"
-
-
-def count(number: int) -> str:
-    """Thousands set apart."""
-    return f"{number:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
-def breakable(name: str) -> Markup:
-    """A name, escaped, that may be broken after its underscores and slashes."""
-    return Markup(escape(name).replace("_", Markup("_<wbr>")).replace("/", Markup("/<wbr>")))
-
-
-def _absent(value: float | None) -> bool:
-    return value is None or bool(np.isnan(value))
-
-
-def _number(value: float | None) -> float:
-    assert value is not None
-    return float(value)
-
-
-def _data_uri(jpeg: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
