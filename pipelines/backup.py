@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from stages.registry import tracking
+from stages.registry.client import artifact_root, is_server, tracking_uri
 from stages.runtime.command import StageError, run
 from stages.runtime.files import replaced_file, write_json
 
@@ -197,9 +197,9 @@ def places() -> tuple[Path, Path]:
     Raises:
         StageError: MLflow is elsewhere.
     """
-    uri = tracking.tracking_uri()
-    root = tracking.artifact_root(uri) or ""
-    if tracking.is_server(uri):
+    uri = tracking_uri()
+    root = artifact_root(uri) or ""
+    if is_server(uri):
         raise StageError(
             f"MLFLOW_TRACKING_URI names the server {uri}, whose keeper backs up its database and artifacts. "
             f"Unset it for the mlflow.db of this checkout"

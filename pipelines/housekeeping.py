@@ -22,7 +22,9 @@ from pipelines.environment import ROOT
 from pipelines.processes.flow_lock import exclusive
 from pipelines.retrain.worktree import NOBODY, check_root, commit_of, git, text_at
 from stages.params.register import Register
-from stages.registry import tracking
+from stages.registry import artifacts, versions
+from stages.registry.client import reachable, tracking_uri
+from stages.registry.versions import Version
 from stages.runtime.command import StageError, run
 from stages.runtime.params_file import load_section
 
@@ -45,13 +47,13 @@ def keep_versions(name: str, root: Path = ROOT) -> list[str]:
     Raises:
         StageError: a version's commit is not in this clone, or this is not the registry; nothing was changed.
     """
-    models = tracking.model_names()
+    models = versions.model_names()
     if not models and (root / RECEIPT).exists():
         raise StageError(
-            f"MLflow at {tracking.tracking_uri()} has no model, but this checkout has registered one ({RECEIPT}), so "
+            f"MLflow at {tracking_uri()} has no model, but this checkout has registered one ({RECEIPT}), so "
             f"which data to keep is unknown; nothing was removed. Is MLFLOW_TRACKING_URI that of your registry?"
         )
-    found = tracking.versions(name)
+    found = versions.list_versions(name)
     if missing := [each for each in found if each.commit and not commit_of(root, each.commit)]:
         which = ", ".join(f"version {each.number} ({each.commit[:12]})" for each in missing)
         raise StageError(
@@ -59,7 +61,7 @@ def keep_versions(name: str, root: Path = ROOT) -> list[str]:
             f"`git fetch --all --tags` where it was pushed, or delete the version"
         )
     for other in set(models) - {name}:
-        found += [each for each in tracking.versions(other) if _is_ours(each, root)]
+        found += [each for each in versions.list_versions(other) if _is_ours(each, root)]
     wanted = {f"model/{each.name}/{each.number}": _snapshot(each, root) for each in found}
     _remove_tags(set(wanted), models, root)
     for tag, commit in wanted.items():
@@ -67,7 +69,7 @@ def keep_versions(name: str, root: Path = ROOT) -> list[str]:
     return sorted(wanted)
 
 
-def _is_ours(version: tracking.Version, root: Path) -> bool:
+def _is_ours(version: Version, root: Path) -> bool:
     """Whether this repository made a version of another model: a registry may be shared with other projects."""
     return bool(version.sha256) and (not version.commit or bool(commit_of(root, version.commit)))
 
@@ -82,14 +84,14 @@ def _remove_tags(wanted: set[str], models: list[str], root: Path) -> None:
             logger.warning("warning: this registry has no model of the tag %s; it stays until `git tag -d`", tag)
 
 
-def _snapshot(version: tracking.Version, root: Path) -> str:
+def _snapshot(version: Version, root: Path) -> str:
     """The version's commit, if that names all data that its registration named; else one after it that does.
 
     A version is often registered first and its dvc.lock committed afterwards, or never.
     """
     base = version.commit or commit_of(root, "HEAD")
     with tempfile.TemporaryDirectory() as temporary:
-        paths = {name: tracking.download(version.run_id, name, Path(temporary)) for name in RECORDED}
+        paths = {name: artifacts.download(version.run_id, name, Path(temporary)) for name in RECORDED}
         texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path}
     if not texts.get("dvc.lock"):
         logger.warning("warning: no dvc.lock is recorded with version %d; that of %s counts", version.number, base[:12])
@@ -213,7 +215,7 @@ def main() -> None:
     check_root(ROOT)
     # Neither may be at work: what they have made and not committed yet, nothing names.
     with exclusive("retrain"), exclusive("verify"):
-        with tracking.reachable():
+        with reachable():
             tags = keep_versions(name)
         print(f"kept for registered versions: {', '.join(tags) or 'nothing, there are none'}")
         print(collect(dry=arguments.dry, own_cache=arguments.cache_of_our_own))

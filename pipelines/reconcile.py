@@ -18,7 +18,8 @@ from pipelines.processes.stage_process import Stop, signals_to
 from pipelines.promotion.examination import examine, run_logged
 from pipelines.promotion.promotion import Outcome, settle
 from stages.params.register import Register
-from stages.registry import tracking
+from stages.registry.client import is_server, reachable, tracking_uri
+from stages.registry.links import version_link
 from stages.runtime.command import StageError, run
 from stages.runtime.params_file import load_section
 
@@ -41,7 +42,7 @@ def reconcile() -> State[Any]:
     try:
         clear_after_kill("retrain")
         name = load_section("register", Register).name
-        with exclusive(NAME, str(runtime.flow_run.id)), signals_to(stop), tracking.reachable():
+        with exclusive(NAME, str(runtime.flow_run.id)), signals_to(stop), reachable():
             examined = partial(examine, run=partial(run_logged, stop=stop))
             outcome = settle(name, examined, partial(_tell, name), ROOT)
     except BusyError as error:
@@ -59,8 +60,8 @@ def reconcile() -> State[Any]:
 
 
 def _tell(name: str, outcome: Outcome) -> None:
-    uri = tracking.tracking_uri()
-    link = tracking.version_link(name, outcome.version or 0, uri.rstrip("/")) if tracking.is_server(uri) else ""
+    uri = tracking_uri()
+    link = version_link(name, outcome.version or 0, uri.rstrip("/")) if is_server(uri) else ""
     text = f"{outcome.message}\n\n[its page]({link})\n" if link else f"{outcome.message}\n"
     tell(f"{name}: version {outcome.version} {outcome.kind}", text)
     create_markdown_artifact(key=NAME, markdown=text)

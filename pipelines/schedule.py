@@ -40,7 +40,7 @@ from pipelines.processes.stage_process import Stop, signals_to, split_lines
 from stages.params.all import check_all
 from stages.params.reconcile import Reconcile
 from stages.params.retrain import Retrain
-from stages.registry import tracking
+from stages.registry.client import is_server
 from stages.runtime.command import StageError, run
 from stages.runtime.params_file import load_section
 
@@ -307,7 +307,7 @@ def _run_all(host: str) -> None:
         port = free_port(PREFECT_PORT, host)
         servers.append(prefect_server(host, port))
         prefect_api = f"http://{reached_at(host)}:{port}/api"
-    if not tracking.is_server(mlflow):
+    if not is_server(mlflow):
         port = free_port(MLFLOW_PORT, host)
         servers.append(mlflow_server(host, port))
         mlflow = f"http://{reached_at(host)}:{port}"

@@ -37,7 +37,8 @@ from pipelines.processes.stage_process import split_lines
 from stages.params.all import check_all
 from stages.params.register import Register
 from stages.params.serve import Serve
-from stages.registry import tracking
+from stages.registry import artifacts, versions
+from stages.registry.versions import Version
 from stages.runtime.command import StageError, run
 from stages.runtime.files import replaced_directory
 from stages.runtime.params_file import load_section
@@ -172,7 +173,7 @@ class InForce:
     name: str
     interval: float
     changed: Callable[[], None]
-    version: tracking.Version | None = None
+    version: Version | None = None
     """The version in force, as far as is known."""
     asked: bool = False
     said: str = field(default="", init=False)
@@ -187,7 +188,7 @@ class InForce:
     def ask(self) -> None:
         """Asks once. While nobody answers, what was known holds."""
         try:
-            found = tracking.version_by_alias(self.name, ALIAS)
+            found = versions.version_by_alias(self.name, ALIAS)
         except Exception as error:  # whatever the registry's client raises, what is served goes on being served
             self._say(f"warning: the registry does not answer ({type(error).__name__}: {error}); asking again")
         else:
@@ -207,7 +208,7 @@ class InForce:
         self.said = message
 
 
-def fetch(version: tracking.Version, store: Path) -> Path:
+def fetch(version: Version, store: Path) -> Path:
     """The model of a version in a folder of its own below `store`, downloaded where it is not there as registered.
 
     A process that dies can so be started again while the registry is gone.
@@ -219,15 +220,15 @@ def fetch(version: tracking.Version, store: Path) -> Path:
     if model.exists() and _is_registered(version, model):
         return model
     with replaced_directory(model) as aside:
-        tracking.download_model(version, aside)
+        artifacts.download_model(version, aside)
         if not _is_registered(version, aside):
             raise StageError(f"version {version.number}: the registry holds other weights than those registered")
     return model
 
 
-def _is_registered(version: tracking.Version, model: Path) -> bool:
+def _is_registered(version: Version, model: Path) -> bool:
     """By its weights, where the version says which; a copy may be cut short by a power cut, or damaged later."""
-    return not version.sha256 or tracking.weights_sha256(model) == version.sha256
+    return not version.sha256 or artifacts.weights_sha256(model) == version.sha256
 
 
 def _forget(store: Path, keep: Path) -> None:
@@ -255,7 +256,7 @@ class Front:
         self.there = asyncio.Condition()
         self.suspects = asyncio.Lock()
         self.wake = asyncio.Event()
-        self.good: tracking.Version | None = None
+        self.good: Version | None = None
         """The last version that answered."""
         self.failed: dict[int, tuple[int, float]] = {}
         """Versions that did not start: how often in a row, and when to try again."""
@@ -347,7 +348,7 @@ class Front:
                 except Exception as error:  # a full disk, a database that is locked: whatever it is, it is tried again
                     self._count_failure(version.number, error)
 
-    def _due(self) -> tracking.Version | None:
+    def _due(self) -> Version | None:
         """The version to start now, if any."""
         wanted, now = self.in_force.version, time.monotonic()
         # Where nothing answers, the last that did comes first: another one may never start.
@@ -358,7 +359,7 @@ class Front:
                 return each
         return None
 
-    async def _switch(self, wanted: tracking.Version) -> None:
+    async def _switch(self, wanted: Version) -> None:
         logger.info("serve: starting version %d of %s", wanted.number, wanted.name)
         model = await asyncio.to_thread(fetch, wanted, self.store)
         new = await start_backend(wanted.number, model, self.client)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.params.register import Register
-from stages.registry import tracking
+from stages.registry import versions
+from stages.registry.client import enabled, reachable, tracking_uri
 from stages.runtime.command import run
 from stages.runtime.params_file import load_section
 
@@ -51,14 +52,12 @@ def _version_rows() -> list[tuple[str, str]]:
     name = load_section("register", Register).name
     if not RECEIPT.exists():
         return [("model", f"{name}: not registered yet")]
-    if not tracking.enabled():
+    if not enabled():
         return [("model", f"{name}: not registered (SYNSET_TRACKING=off)")]
-    with tracking.reachable():
-        version = tracking.find_version(name, json.loads(RECEIPT.read_text(encoding="utf-8"))["sha256"])
+    with reachable():
+        version = versions.find_version(name, json.loads(RECEIPT.read_text(encoding="utf-8"))["sha256"])
     if not version:
-        return [
-            ("model", f"{name}: not in this registry ({tracking.tracking_uri()}); `dvc repro -f -s register` enters it")
-        ]
+        return [("model", f"{name}: not in this registry ({tracking_uri()}); `dvc repro -f -s register` enters it")]
     aliases = "".join(f" @{alias}" for alias in version.aliases)
     return [("model", f"{name}, version {version.number}{aliases}"), ("gate", version.tags.get("gate", "not taken"))]
 

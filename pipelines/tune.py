@@ -28,7 +28,7 @@ from stages.params.finetune import Finetune
 from stages.params.training.model import Model
 from stages.params.training.training import Training
 from stages.params.tune import SEARCHED, Distribution, Tune
-from stages.registry import tracking
+from stages.registry.runs import PARENT, TrainingRun, search_run
 from stages.runtime.command import StageError, run
 from stages.runtime.files import sha256, write_text
 from stages.runtime.params_file import ParamsError, check, load_section, params_path, read_params
@@ -86,7 +86,7 @@ def search(tune: Tune, command: Sequence[str]) -> None:
     folder = FOLDER / _fingerprint(params, tune)
     folder.mkdir(parents=True, exist_ok=True)
     study = _study(folder, tune)
-    parent = tracking.search_run({"tune": tune.model_dump()}, folder.name)
+    parent = search_run({"tune": tune.model_dump()}, folder.name)
     logger.info("tune: study %s, %d of %d trials are done", folder, len(_done(study)), tune.trials)
     stop = Stop()
     with signals_to(stop):
@@ -297,7 +297,7 @@ def _run_trial(
         _fail(study, trial, str(error))
         return
     write_text(place / "params.yaml", yaml.safe_dump(_with(params, trial.params), sort_keys=False))
-    environment = os.environ | {"SYNSET_PARAMS": str(place / "params.yaml"), tracking.PARENT: parent}
+    environment = os.environ | {"SYNSET_PARAMS": str(place / "params.yaml"), PARENT: parent}
     lines: list[str] = []
     watch = _Watch(trial, place / "finetuned/progress.jsonl", tune, recipe)
     both = Stop(also=lambda: stop.asked() or watch.should_stop(), every=1.0)
@@ -383,7 +383,7 @@ def _short(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------ what was found
 
 
-def _finish(study: "Study", folder: Path, tune: Tune, text: str, parent: tracking.TrainingRun) -> None:
+def _finish(study: "Study", folder: Path, tune: Tune, text: str, parent: TrainingRun) -> None:
     """The best trial as a params file, a table of the best ones, pictures of the search."""
     from optuna.trial import TrialState
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from pipelines.processes.servers import HOST, MLFLOW_PORT, free_port, mlflow_server, start, stop, wait_until_ready
 from stages.params.register import Register
-from stages.registry import tracking
+from stages.registry import lineage, versions
+from stages.registry.client import is_server, reachable, tracking_uri
+from stages.registry.links import comparison_link, run_link, version_link
 from stages.runtime.command import StageError, run
 from stages.runtime.params_file import load_section
 
@@ -23,17 +25,17 @@ def links(server: str, name: str) -> list[tuple[str, str]]:
         StageError: the registry's server or database failed.
     """
     found = [("all versions", f"{server}/#/models/{name}")]
-    with tracking.reachable():
-        versions, runs = tracking.versions(name), tracking.newest_runs("finetune")
-    if versions:
-        newest = versions[0]
-        found.append((f"version {newest.number}", tracking.version_link(name, newest.number, server)))
+    with reachable():
+        registered, runs = versions.list_versions(name), lineage.newest_runs("finetune")
+    if registered:
+        newest = registered[0]
+        found.append((f"version {newest.number}", version_link(name, newest.number, server)))
         its_run = [each for each in runs if each.info.run_id == newest.run_id]
-        found += [("its run", tracking.run_link(each, server)) for each in its_run]
+        found += [("its run", run_link(each, server)) for each in its_run]
     if len(runs) > 1:
-        found.append(("comparison of runs", tracking.comparison_link(runs, server)))
-    elif runs and not versions:
-        found.append(("newest run", tracking.run_link(runs[0], server)))
+        found.append(("comparison of runs", comparison_link(runs, server)))
+    elif runs and not registered:
+        found.append(("newest run", run_link(runs[0], server)))
     return found
 
 
@@ -61,8 +63,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=MLFLOW_PORT, help="the first port to try (default: %(default)s)")
     port = parser.parse_args().port
     name = load_section("register", Register).name
-    uri = tracking.tracking_uri()
-    if tracking.is_server(uri):
+    uri = tracking_uri()
+    if is_server(uri):
         _print_links(uri.rstrip("/"), name)
         return
     # Set, because a shell starts background jobs with SIGINT ignored.

@@ -28,7 +28,10 @@ from pipelines.processes.stage_process import Stop, signals_to
 from pipelines.promotion.examination import run_logged
 from pipelines.retrain.worktree import commit_of, default_remote, git, open_tree, text_at
 from stages.params.register import Register
-from stages.registry import tracking
+from stages.registry import artifacts, versions
+from stages.registry.client import reachable
+from stages.registry.runs import flatten
+from stages.registry.versions import Version
 from stages.runtime.command import StageError, run
 from stages.runtime.files import sha256
 from stages.runtime.params_file import load_section
@@ -75,7 +78,7 @@ def verify(version: int | None = None) -> State[Any]:
     """Derives a version again; without a number, the one in force, else the newest."""
     stop = Stop(also=cancelled_in_prefect if os.environ.get("PREFECT_API_URL") else None)
     try:
-        with exclusive(NAME, str(runtime.flow_run.id)), signals_to(stop), tracking.reachable():
+        with exclusive(NAME, str(runtime.flow_run.id)), signals_to(stop), reachable():
             chosen = choose(load_section("register", Register).name, version)
             finding = _derive(chosen, partial(run_logged, stop=stop))
             record(chosen, finding)
@@ -95,13 +98,13 @@ def verify(version: int | None = None) -> State[Any]:
     return Completed(name=finding.result.capitalize(), message=message)
 
 
-def choose(name: str, number: int | None, root: Path = ROOT) -> tracking.Version:
+def choose(name: str, number: int | None, root: Path = ROOT) -> Version:
     """The version to verify.
 
     Raises:
         StageError: there is none, or none that a commit alone gives again.
     """
-    found = tracking.versions(name)
+    found = versions.list_versions(name)
     if number is None:
         wanted = [*(version for version in found if "serving" in version.aliases), *found]
     else:
@@ -125,10 +128,10 @@ def choose(name: str, number: int | None, root: Path = ROOT) -> tracking.Version
     return version
 
 
-def record(version: tracking.Version, finding: Finding) -> None:
+def record(version: Version, finding: Finding) -> None:
     """Tags the version with result, date and detail."""
     today = datetime.now(UTC).date().isoformat()
-    tracking.set_tags(version, {"verify": f"{finding.result} {today}", "verify.detail": finding.detail})
+    versions.set_tags(version, {"verify": f"{finding.result} {today}", "verify.detail": finding.detail})
 
 
 # --------------------------------------------------------------------------------------------------------- derivation
@@ -137,7 +140,7 @@ Command = Callable[..., list[str]]
 """Runs a command (`cwd`, `env`), its output in the log; returns its lines. Raises StageError where it fails."""
 
 
-def _derive(version: tracking.Version, command: Command) -> Finding:
+def _derive(version: Version, command: Command) -> Finding:
     """Raises StageError where it cannot be done: data that is gone, packages that cannot be had, a stage that fails."""
     if (held := _weights_in_registry(version)) != version.sha256:
         registered = f"sha256 {held}, by its tag {version.sha256}"
@@ -164,19 +167,19 @@ def _derive(version: tracking.Version, command: Command) -> Finding:
     return Finding(finding.result, f"{finding.detail}; what was made lies under .synset/{NAME}/tree")
 
 
-def _weights_in_registry(version: tracking.Version) -> str:
+def _weights_in_registry(version: Version) -> str:
     """sha256 of what would be served. It is not loaded: that it loads under today's packages says nothing of then."""
     with tempfile.TemporaryDirectory() as temporary:
-        tracking.download_model(version, Path(temporary))
-        found = tracking.weights_sha256(Path(temporary))
+        artifacts.download_model(version, Path(temporary))
+        found = artifacts.weights_sha256(Path(temporary))
     if not found:
         raise StageError(f"version {version.number} cannot be verified: the registry holds no weights of it")
     return found
 
 
-def _recorded(version: tracking.Version, into: Path) -> dict[str, Path]:
+def _recorded(version: Version, into: Path) -> dict[str, Path]:
     """Files that its registration logged, as far as they are still there."""
-    found = {name: tracking.download(version.run_id, name, into) for name in ("dvc.lock", METRICS.as_posix())}
+    found = {name: artifacts.download(version.run_id, name, into) for name in ("dvc.lock", METRICS.as_posix())}
     return {name: path for name, path in found.items() if path}
 
 
@@ -224,9 +227,7 @@ def _raw_data(tree: Path, python: str, env: Mapping[str, str], command: Command)
 # --------------------------------------------------------------------------------------------------------- comparison
 
 
-def _compared(
-    version: tracking.Version, tree: Path, recorded: Mapping[str, Path], machine: Callable[[], list[str]]
-) -> Finding:
+def _compared(version: Version, tree: Path, recorded: Mapping[str, Path], machine: Callable[[], list[str]]) -> Finding:
     differences = []
     if (made := sha256(tree / WEIGHTS)) != version.sha256:
         differences.append(f"weights {made[:12]} instead of {version.sha256[:12]}")
@@ -247,7 +248,7 @@ def _compared(
 
 def different_figures(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Dotted names of what is not the same, `null` included."""
-    one, other = tracking.flatten(before), tracking.flatten(now)
+    one, other = flatten(before), flatten(now)
     missing = object()
     return sorted(name for name in one.keys() | other.keys() if one.get(name, missing) != other.get(name, missing))
 
@@ -261,7 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", nargs="?", type=int, help="its number (default: the one in force, else the newest)")
     number = parser.parse_args().version
-    with tracking.reachable():
+    with reachable():
         choose(load_section("register", Register).name, number)  # a refusal should not cost Prefect's start first
     start_api()
     state = verify(number, return_state=True)

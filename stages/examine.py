@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.params.gate import Gate
-from stages.registry import gate_review, model_process, tracking
+from stages.registry import artifacts, gate_review, lineage, model_process, versions
+from stages.registry.client import reachable
 from stages.registry.gate_review import IN_FORCE, LATENCY, METRICS, NOBODY, PREDICTIONS, own_folder
+from stages.registry.tags import MODEL_SHA256
+from stages.registry.versions import Version
 from stages.runtime.command import StageError, run
 from stages.runtime.files import write_json
 from stages.runtime.params_file import load_section
@@ -53,9 +56,9 @@ class Examination:
 
 
 def examine(
-    version: tracking.Version,
+    version: Version,
     held_against: str,
-    against: tracking.Version | None,
+    against: Version | None,
     gate: Gate,
     checkouts: Sequence[Path] = (),
 ) -> Examination:
@@ -83,7 +86,7 @@ def examine(
     return Examination(True, verdict.result, True, _not_passed(verdict))
 
 
-def soundness(version: tracking.Version) -> "tuple[list[str], Said | None]":
+def soundness(version: Version) -> "tuple[list[str], Said | None]":
     """What is wrong with the version, nothing where it is sound; and what it said to the recorded images."""
     import numpy as np
 
@@ -109,11 +112,11 @@ def soundness(version: tracking.Version) -> "tuple[list[str], Said | None]":
     return wrong, said
 
 
-def _canary(version: tracking.Version) -> "pd.DataFrame | None":
+def _canary(version: Version) -> "pd.DataFrame | None":
     import pandas as pd
 
     with tempfile.TemporaryDirectory() as folder:
-        path = tracking.download(version.run_id, f"{own_folder(version.name)}/canary.parquet", Path(folder))
+        path = artifacts.download(version.run_id, f"{own_folder(version.name)}/canary.parquet", Path(folder))
         try:
             return pd.read_parquet(path, columns=["image", "probabilities"]) if path else None
         except (ValueError, OSError) as error:
@@ -121,22 +124,22 @@ def _canary(version: tracking.Version) -> "pd.DataFrame | None":
             return None
 
 
-def _ask(version: tracking.Version, images: list[bytes]) -> "Said":
+def _ask(version: Version, images: list[bytes]) -> "Said":
     """Asks twice before it says that a model does not answer: a server may be started anew in between."""
     try:
         with model_process.fresh_process() as process:
             return model_process.ask(process, version.source, images)
     except StageError as error:
         logger.warning("warning: %s\nit is asked once more", error)
-    tracking.versions(version.name)  # raises where it is the registry that fails, which is not the model's fault
+    versions.list_versions(version.name)  # raises where it is the registry that fails, which is not the model's fault
     with model_process.fresh_process() as process:
         return model_process.ask(process, version.source, images)
 
 
 def take_again(
-    version: tracking.Version,
+    version: Version,
     said: "Said",
-    against: tracking.Version | None,
+    against: Version | None,
     gate: Gate,
     checkouts: Sequence[Path],
 ) -> "Verdict":
@@ -157,7 +160,7 @@ def take_again(
         raise StageError(f"its run {version.run_id} is gone, or holds no {PREDICTIONS} or {METRICS}")
     other = None
     if against:
-        at_hand = [each.folder for checkout in checkouts for each in tracking.shard_sets_of(run, checkout)]
+        at_hand = [each.folder for checkout in checkouts for each in lineage.training_data_of(run, checkout)]
         shards = list({folder.name: folder for folder in at_hand}.values())
         other = against, gate_review.answers(against, predicted, said.classes, shards)
     latency = version.tags.get(LATENCY)
@@ -168,18 +171,18 @@ def take_again(
     )
     if IN_FORCE in version.tags:
         # First, and set again last: a kill in between must not leave the new result beside the old opponent.
-        tracking.delete_tag(version, IN_FORCE)
+        versions.delete_tag(version, IN_FORCE)
     with tempfile.TemporaryDirectory() as folder:
         exports = gate_review.recorded_exports(version)
         write_verdict(review, Path(folder, own_folder(version.name)), exports)
-        tracking.log_files(run, Path(folder))
-    tracking.describe_version(version, with_verdict(version.description, review))
-    tracking.set_tags(version, gate_review.verdict_tags(review.verdict))
+        artifacts.log_files(run, Path(folder))
+    versions.describe_version(version, with_verdict(version.description, review))
+    versions.set_tags(version, gate_review.verdict_tags(review.verdict))
     gate_review.count_decision(version.name, review.verdict)
     return review.verdict
 
 
-def _recorded_verdict(version: tracking.Version) -> "Verdict | None":
+def _recorded_verdict(version: Version) -> "Verdict | None":
     from stages.evaluation.gate import Verdict
 
     try:
@@ -205,10 +208,10 @@ def main() -> None:
         against = model_process.find(f"models:/{arguments.name}/{arguments.against}")
         held_against = against.sha256
     if against and not against.sha256:
-        raise StageError(f"version {against.number} has no tag {tracking.SHA256}, so nothing can be held against it")
+        raise StageError(f"version {against.number} has no tag {MODEL_SHA256}, so nothing can be held against it")
     if against and against.number == version.number:
         raise StageError(f"version {version.number} cannot be held against itself; leave out --against")
-    with tracking.reachable():
+    with reachable():
         found = examine(version, held_against, against, load_section("gate", Gate), [Path(), *arguments.data])
     print(f"{version.name} version {version.number} is {'sound' if found.sound else 'NOT sound'}")
     held = f"against version {against.number}" if against else "by its floors alone"

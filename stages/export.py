@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.params.register import Register
-from stages.registry import gate_review, model_process, tracking
+from stages.registry import artifacts, gate_review, model_process, versions
+from stages.registry.client import reachable
 from stages.registry.gate_review import own_folder
+from stages.registry.versions import Version
 from stages.runtime.command import StageError, positive, run
 from stages.runtime.files import replaced_file, sha256, write_json, write_text
 from stages.runtime.params_file import load_section
@@ -58,7 +60,7 @@ class Original:
     """Of its model.safetensors."""
 
 
-def export(version: tracking.Version, form: str, out: Path, threads: int) -> dict[str, Any]:
+def export(version: Version, form: str, out: Path, threads: int) -> dict[str, Any]:
     """Writes `model.<form>` and `model.<form>.json` into `out`, and records them with the version.
 
     Args:
@@ -99,12 +101,12 @@ def _test_images() -> "Samples":
     return samples
 
 
-def _original(version: tracking.Version) -> Original:
+def _original(version: Version) -> Original:
     from stages.training.networks.models import load_classifier
 
     with tempfile.TemporaryDirectory() as folder:
-        tracking.download_model(version, Path(folder))
-        found = tracking.weights_sha256(Path(folder))
+        artifacts.download_model(version, Path(folder))
+        found = artifacts.weights_sha256(Path(folder))
         if not found or found != version.sha256:
             what = f"has weights with sha256 {found}" if found else "has no model.safetensors"
             raise StageError(f"version {version.number} {what}, but its tag says {version.sha256 or 'nothing'}")
@@ -113,7 +115,7 @@ def _original(version: tracking.Version) -> Original:
         return Original(model, config, weights.stat().st_size)
 
 
-def _facts(version: tracking.Version, config: dict[str, Any], form: str) -> dict[str, Any]:
+def _facts(version: Version, config: dict[str, Any], form: str) -> dict[str, Any]:
     """What a user of the file has to know."""
     side, classes = config["image_size"], config["classes"]
     return {
@@ -237,7 +239,7 @@ def _made_with(form: str) -> str:
 # --------------------------------------------------------------------------------------------------- in the registry
 
 
-def _record(version: tracking.Version, its_run: "Run", form: str, path: Path, figures: dict[str, Any]) -> None:
+def _record(version: Version, its_run: "Run", form: str, path: Path, figures: dict[str, Any]) -> None:
     """Files and figures as artifacts of the run, the page anew; the tag comes last."""
     from stages.registry.card.model_card import with_exports
 
@@ -250,12 +252,12 @@ def _record(version: tracking.Version, its_run: "Run", form: str, path: Path, fi
         write_json(own / gate_review.EXPORTS, exports)
         review = f"{own_folder(version.name)}/review.html"
         with tempfile.TemporaryDirectory() as before:
-            if page := tracking.download(version.run_id, review, Path(before)):
+            if page := artifacts.download(version.run_id, review, Path(before)):
                 write_text(own / "review.html", with_exports(page.read_text(encoding="utf-8"), exports))
             else:
                 logger.warning("warning: the run of version %d has no review.html to show this in", version.number)
-        tracking.log_files(its_run, Path(temporary))
-    tracking.set_tags(version, {f"export.{form}": figures["sha256"]})
+        artifacts.log_files(its_run, Path(temporary))
+    versions.set_tags(version, {f"export.{form}": figures["sha256"]})
 
 
 # ---------------------------------------------------------------------------------------------------------- command
@@ -272,7 +274,7 @@ def main() -> None:
         version = model_process.newest(name)
     out: Path = arguments.out or OUT / name / str(version.number)
     _check_folder(out)
-    with tracking.reachable():
+    with reachable():
         figures = export(version, arguments.format, out, arguments.threads)
     print(f"{out / f'model.{arguments.format}'}: {name} version {version.number}, {figures['bytes'] / 1e6:.1f} MB")
     for device in ("cpu", "gpu"):

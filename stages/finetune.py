@@ -21,7 +21,7 @@ from stages.runtime.params_file import load_section
 from stages.training.loop.checkpoints.work import TrainingWork, training_work
 
 if TYPE_CHECKING:
-    from stages.registry.tracking import TrainingRun
+    from stages.registry.runs import TrainingRun
     from stages.training.finetuning.strategies import Groups
     from stages.training.loop.objectives import Metrics
     from stages.training.networks.devices import Compute
@@ -59,7 +59,7 @@ def main() -> None:
 
 def _both(finetune: Finetune, model: Model, training: Training) -> None:
     """The stage: from the backbone, and from scratch."""
-    from stages.registry.tracking import training_run
+    from stages.registry.runs import training_run
     from stages.training.loop.processes import is_first, wait_for_first
     from stages.training.networks.devices import set_up
 
@@ -85,7 +85,7 @@ def _both(finetune: Finetune, model: Model, training: Training) -> None:
 
 def _trial(folder: Path, finetune: Finetune, model: Model, training: Training) -> None:
     """One trial of a search: from the backbone alone, checkpoint and all in `folder`, which is kept."""
-    from stages.registry.tracking import training_run
+    from stages.registry.runs import training_run
     from stages.training.loop.processes import is_first, wait_for_first
     from stages.training.networks.devices import set_up
 

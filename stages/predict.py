@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from stages.params.register import Register
-from stages.registry import model_process, tracking
+from stages.registry import model_process
+from stages.registry.client import reachable
 from stages.runtime.command import StageError, positive, run
 from stages.runtime.files import replaced_file
 from stages.runtime.params_file import load_section
@@ -342,7 +343,7 @@ def load(address: str) -> Model:
     import mlflow
     import pandas as pd
 
-    with tracking.reachable():
+    with reachable():
         try:
             model: Any = mlflow.pyfunc.load_model(version.source)
         except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -58,7 +58,7 @@ def _untrained(pretrain: Pretrain, model: Model) -> None:
 
 
 def _trained(pretrain: Pretrain, model: Model, training: Training) -> None:
-    from stages.registry.tracking import training_run
+    from stages.registry.runs import training_run
     from stages.training.loop.loop import fit
     from stages.training.loop.processes import is_first, wait_for_first
     from stages.training.networks.devices import set_up

@@ -23,8 +23,13 @@ from typing import TYPE_CHECKING, Any
 from stages.params.evaluate import Evaluate
 from stages.params.gate import Gate
 from stages.params.register import Register
-from stages.registry import gate_review, model_process, tracking
+from stages.registry import artifacts, gate_review, lineage, logged_models, model_process, recording, versions
+from stages.registry.client import enabled, reachable
 from stages.registry.gate_review import LATENCY, METRICS, PREDICTIONS, own_folder
+from stages.registry.links import artifact_link, run_link
+from stages.registry.runs import flatten
+from stages.registry.tags import MODEL_SHA256, UNFINISHED
+from stages.registry.versions import COMMIT_TO_COME, Version
 from stages.runtime.command import StageError, run
 from stages.runtime.files import sha256, write_json
 from stages.runtime.params_file import load_section, params_path, read_params
@@ -72,7 +77,7 @@ class Answered:
     """key, image (encoded), probabilities (by class id)"""
 
 
-def register(name: str, model_sha256: str, gate: Gate, confidence: float) -> tracking.Version:
+def register(name: str, model_sha256: str, gate: Gate, confidence: float) -> Version:
     """Registers the model under `name` as its newest version, with the alias `challenger` or, if unfinished, none.
 
     Raises:
@@ -80,12 +85,12 @@ def register(name: str, model_sha256: str, gate: Gate, confidence: float) -> tra
     """
     with model_process.fresh_process() as fresh:
         _remove_interrupted(name)
-        run = tracking.find_run(model_sha256) or _run_from_files(model_sha256)
-        source = tracking.log_model(run, SERVING, MODEL, OUTPUT, _requirements(), {tracking.SHA256: model_sha256})
+        run = lineage.find_run(model_sha256) or _run_from_files(model_sha256)
+        source = logged_models.log_model(run, SERVING, MODEL, OUTPUT, _requirements(), {MODEL_SHA256: model_sha256})
         try:
             answered = _ask(fresh, source)
         except StageError:
-            tracking.delete_model(source)
+            logged_models.delete_model(source)
             raise
     candidate = _candidate(model_sha256, confidence, answered.latency_ms)
     review = _review(name, candidate, gate, run)
@@ -94,10 +99,10 @@ def register(name: str, model_sha256: str, gate: Gate, confidence: float) -> tra
 
 
 def _remove_interrupted(name: str) -> None:
-    for version in tracking.versions(name):
+    for version in versions.list_versions(name):
         if "registering" in version.tags and not version.sha256:
             logger.info("removing version %d of %s, whose registration was interrupted", version.number, name)
-            tracking.delete_version(version)
+            versions.delete_version(version)
 
 
 def _run_from_files(model_sha256: str) -> "Run":
@@ -105,10 +110,10 @@ def _run_from_files(model_sha256: str) -> "Run":
     stored = REPORTS / "finetune/metrics.json"
     metrics = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
     params = read_params()
-    return tracking.create_finished_run(
+    return recording.create_finished(
         "finetune",
         {section: params[section] for section in ("model", "finetune", "training") if section in params},
-        {tracking.SHA256: model_sha256, "source": "stored params and metrics"},
+        {MODEL_SHA256: model_sha256, "source": "stored params and metrics"},
         metrics.get("finetuned", {}).get("epochs", []),
     )
 
@@ -189,7 +194,7 @@ def _candidate(model_sha256: str, confidence: float, latency_ms: tuple[float, fl
     from stages.registry.gate_review import BatchCounts, Candidate
 
     quarantine = read_table(Path("data/quarantine.parquet"))
-    sets = [(role, each) for role in ("pretrain", "finetune") for each in tracking.shard_sets(role)]
+    sets = [(role, each) for role in ("pretrain", "finetune") for each in lineage.training_data(role)]
     return Candidate(
         sha256=model_sha256,
         config=_json(MODEL / "config.json"),
@@ -197,7 +202,7 @@ def _candidate(model_sha256: str, confidence: float, latency_ms: tuple[float, fl
         quarantined={str(reason): int(n) for reason, n in quarantine["reason"].value_counts().items()},
         batches=[BatchCounts(each.batch, role, each.counts) for role, each in sets],
         confidence=confidence,
-        git={"git.commit": tracking.COMMIT_TO_COME} if _unfinished() else tracking.git_tags(),
+        git={"git.commit": COMMIT_TO_COME} if _unfinished() else lineage.git_tags(),
         latency_ms=latency_ms,
         validation=_json(REPORTS / "validation.json"),
     )
@@ -222,10 +227,10 @@ def _review(name: str, candidate: "Candidate", gate: Gate, run: "Run") -> "Revie
     """The verdict against the version in force (`serving`, else `champion`); without one, the floors decide."""
     from stages.evaluation.predictions import version_predictions
 
-    in_force = tracking.version_by_alias(name, "serving") or tracking.version_by_alias(name, "champion")
+    in_force = versions.version_by_alias(name, "serving") or versions.version_by_alias(name, "champion")
     if in_force and not in_force.sha256:
         raise StageError(
-            f"version {in_force.number} of {name}, which is in force, has no tag {tracking.SHA256}, so no verdict can "
+            f"version {in_force.number} of {name}, which is in force, has no tag {MODEL_SHA256}, so no verdict can "
             f"name it. Set the tag again (its run has it); nothing was registered"
         )
     weights = (MODEL / "model.safetensors").stat().st_size, candidate.latency_ms[0]
@@ -235,7 +240,7 @@ def _review(name: str, candidate: "Candidate", gate: Gate, run: "Run") -> "Revie
         answers = version_predictions(candidate.sha256, predicted)
         against = None
         if in_force:
-            shards = [each.folder for each in tracking.shard_sets("finetune")]
+            shards = [each.folder for each in lineage.training_data("finetune")]
             against = in_force, gate_review.answers(in_force, predicted, classes, shards)
         figures = candidate.metrics["test"]
         return gate_review.review(name, answers, figures, weights, against, classes, gate, run.info.run_id)
@@ -243,24 +248,24 @@ def _review(name: str, candidate: "Candidate", gate: Gate, run: "Run") -> "Revie
         raise StageError(f"{METRICS}, {PREDICTIONS}: {error}; `dvc repro -f evaluate` makes both") from error
 
 
-def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "Review") -> tracking.Version:
+def _enter(name: str, run: "Run", source: str, candidate: "Candidate", review: "Review") -> Version:
     from stages.registry.card.model_card import render_card
 
     median, p95 = candidate.latency_ms
-    figures = tracking.flatten(candidate.metrics) | {LATENCY: median, "latency.p95_ms": p95}
-    tracking.log_metrics(run, figures, source)
-    tags = gate_review.verdict_tags(review.verdict) | {"data.fingerprint": tracking.data_fingerprint()}
+    figures = flatten(candidate.metrics) | {LATENCY: median, "latency.p95_ms": p95}
+    logged_models.log_metrics(run, figures, source)
+    tags = gate_review.verdict_tags(review.verdict) | {"data.fingerprint": lineage.data_fingerprint()}
     tags |= {LATENCY: f"{median:.1f}", "latency.p95_ms": f"{p95:.1f}"}
     tags |= {"machine": run.data.tags["machine"]} if "machine" in run.data.tags else {}
-    tags |= {tracking.UNFINISHED: _unfinished()} if _unfinished() else candidate.git
+    tags |= {UNFINISHED: _unfinished()} if _unfinished() else candidate.git
     card = render_card(candidate, review, _links(name, run))
-    version = tracking.create_version(
+    version = versions.create_version(
         name, _about(name), source, run.info.run_id, tags | {"registering": candidate.sha256}, card
     )
     gate_review.count_decision(name, review.verdict)
     if not _unfinished():
-        tracking.set_alias(version, "challenger")
-    tracking.finish_version(version, candidate.sha256)
+        versions.set_alias(version, "challenger")
+    versions.finish_version(version, candidate.sha256)
     return version
 
 
@@ -271,8 +276,8 @@ def _links(name: str, run: "Run") -> dict[str, str]:
         "comparison page": f"{own_folder(name)}/review.html",
     }
     return {
-        "run": tracking.run_link(run),
-        **{label: tracking.artifact_link(run, page) for label, page in pages.items()},
+        "run": run_link(run),
+        **{label: artifact_link(run, page) for label, page in pages.items()},
     }
 
 
@@ -309,7 +314,7 @@ def _log_files(name: str, run: "Run", review: "Review", answered: Answered) -> N
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        tracking.log_files(run, folder)
+        artifacts.log_files(run, folder)
 
 
 def main() -> None:
@@ -319,8 +324,8 @@ def main() -> None:
     gate = load_section("gate", Gate)
     confidence = load_section("evaluate", Evaluate).confidence
     model_sha256 = sha256(MODEL / "model.safetensors")
-    if tracking.enabled():
-        with tracking.reachable():
+    if enabled():
+        with reachable():
             _register_once(name, model_sha256, gate, confidence)
     else:
         logger.warning("warning: SYNSET_TRACKING=off, so nothing is registered; later: `dvc repro -f -s register`")
@@ -328,7 +333,7 @@ def main() -> None:
 
 
 def _register_once(name: str, model_sha256: str, gate: Gate, confidence: float) -> None:
-    if found := tracking.find_version(name, model_sha256):
+    if found := versions.find_version(name, model_sha256):
         print(f"unchanged: {name} version {found.number} has these weights")
         return
     version = register(name, model_sha256, gate, confidence)

@@ -12,7 +12,10 @@ import pandas as pd
 import pytest
 
 from stages import examine, register
-from stages.registry import model_process, tracking
+from stages.registry import model_process, versions
+from stages.registry.client import open_client
+from stages.registry.tags import MODEL_SHA256
+from stages.registry.versions import Version
 from stages.runtime.command import StageError
 from tests.bells import PARAMS, asked_here, set_name, tree_of_bells, write_model, write_shards
 
@@ -27,14 +30,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def version(number: int) -> tracking.Version:
+def version(number: int) -> Version:
     """As it is now."""
     return model_process.find(f"models:/bells/{number}")
 
 
 def artifact(number: int, name: str) -> Path:
     """A file of the version's run."""
-    root = Path(tracking.open_client().get_run(version(number).run_id).info.artifact_uri)
+    root = Path(open_client().get_run(version(number).run_id).info.artifact_uri)
     return root / name
 
 
@@ -106,7 +109,7 @@ def test_a_verdict_that_was_half_written_is_taken_again(monkeypatch: pytest.Monk
     """Killed behind any of its writes: the new result never stands beside whom the old one was taken against."""
     look(monkeypatch, "2", "--against", "none")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        client = type(tracking.open_client())
+        client = type(open_client())
         writes = iter(range(1, written + 1))
         for name in ("delete_model_version_tag", "log_artifacts", "update_model_version", "set_model_version_tag"):
             patch.setattr(client, name, _dying_behind(getattr(client, name), writes, written))
@@ -137,7 +140,7 @@ def flip_a_byte(number: int) -> None:
 def model_folder(number: int) -> Path:
     """Where the registry keeps the model."""
     source = version(number).source.removeprefix("models:/")
-    return Path(tracking.open_client().get_logged_model(source).artifact_location)
+    return Path(open_client().get_logged_model(source).artifact_location)
 
 
 def answer_otherwise(number: int) -> None:
@@ -200,15 +203,15 @@ def test_a_version_without_recorded_images_is_sound_when_it_is_registered_anew(t
     """As the refusal advises; while it is there, its weights end as `unchanged`."""
     set_name(tree, "anew")
     register.main()
-    (before,) = tracking.versions("anew")
-    Path(tracking.open_client().get_run(before.run_id).info.artifact_uri, "registered/anew/canary.parquet").unlink()
+    (before,) = versions.list_versions("anew")
+    Path(open_client().get_run(before.run_id).info.artifact_uri, "registered/anew/canary.parquet").unlink()
     (reason,), _ = examine.soundness(before)
     assert "delete this version" in reason and "`dvc repro -f -s register`" in reason
     register.main()
     assert examine.soundness(before)[0] == [reason]
-    tracking.delete_version(before)
+    versions.delete_version(before)
     register.main()
-    (after,) = tracking.versions("anew")
+    (after,) = versions.list_versions("anew")
     assert (after.number, after.sha256) == (2, before.sha256)
     assert examine.soundness(after)[0] == []
     set_name(tree, "bells")
@@ -252,12 +255,12 @@ def test_a_verdict_that_cannot_be_read_is_no_fault_of_the_version(monkeypatch: p
 def test_against_a_version_whose_weights_are_not_known_no_verdict_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody took its tag away: an empty one would have meant that the gate does not matter."""
     weights = version(1).sha256
-    tracking.delete_tag(version(1), tracking.SHA256)
+    versions.delete_tag(version(1), MODEL_SHA256)
     try:
         with pytest.raises(StageError, match=r"version 1 has no tag model\.sha256"):
             look(monkeypatch, "2", "--against", "1")
     finally:
-        tracking.set_tags(version(1), {tracking.SHA256: weights})
+        versions.set_tags(version(1), {MODEL_SHA256: weights})
 
 
 @pytest.mark.usefixtures("tree")
@@ -266,12 +269,12 @@ def test_a_registry_that_is_down_is_no_fault_of_the_version(monkeypatch: pytest.
         lose_the_weights(1)
         with pytest.MonkeyPatch.context() as patch:
             looked = iter([[version(1)]])  # the registry answers once, and not again
-            patch.setattr(tracking, "versions", lambda name: next(looked, None) or broken())
+            patch.setattr(versions, "list_versions", lambda name: next(looked, None) or broken())
             with pytest.raises(StageError, match=r"MLflow at .* failed: gone"):
                 look(monkeypatch, "1")
 
 
-def broken() -> list[tracking.Version]:
+def broken() -> list[Version]:
     """What MLflow does when its server has gone."""
     from mlflow.exceptions import MlflowException
 

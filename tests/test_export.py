@@ -16,7 +16,9 @@ from PIL import Image
 
 from stages import examine, export, register
 from stages.evaluation import exporting
-from stages.registry import model_process, tracking
+from stages.registry import model_process, versions
+from stages.registry.client import open_client
+from stages.registry.tags import MODEL_SHA256
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
 from stages.training.networks.models import Classifier, build, load_classifier
@@ -46,7 +48,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def artifact(number: int, name: str) -> Path:
     """A file of the version's run, in the folder of its registration."""
     version = model_process.find(f"models:/bells/{number}")
-    return Path(tracking.open_client().get_run(version.run_id).info.artifact_uri, "registered/bells", name)
+    return Path(open_client().get_run(version.run_id).info.artifact_uri, "registered/bells", name)
 
 
 def recorded(number: int) -> dict[str, Any]:
@@ -286,12 +288,12 @@ def test_weights_that_are_not_those_registered_are_not_exported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     version = model_process.find("models:/bells/1")
-    tracking.set_tags(version, {tracking.SHA256: "0" * 64})
+    versions.set_tags(version, {MODEL_SHA256: "0" * 64})
     try:
         with pytest.raises(StageError, match="but its tag says 0000"):
             run(monkeypatch, "--format", "onnx", "--version", "1", "--out", str(tmp_path))
     finally:
-        tracking.set_tags(version, {tracking.SHA256: version.sha256})
+        versions.set_tags(version, {MODEL_SHA256: version.sha256})
     assert list(tmp_path.iterdir()) == []
 
 

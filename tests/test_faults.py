@@ -139,9 +139,9 @@ def kill_at(program: Program, phase: str) -> None:
 def state(workspace: Workspace) -> dict[str, object]:
     """What a person sees: the branch, the finished versions, the alias, their own checkout."""
     script = (
-        "import json; from stages import tracking\n"
-        f"found = [each for each in tracking.versions('{NAME}') if not each.unfinished]\n"
-        f"challenger = tracking.version_by_alias('{NAME}', 'challenger')\n"
+        "import json; from stages.registry import versions\n"
+        f"found = [each for each in versions.list_versions('{NAME}') if not each.unfinished]\n"
+        f"challenger = versions.version_by_alias('{NAME}', 'challenger')\n"
         "print(json.dumps([[each.sha256, each.commit] for each in found] + [challenger.number]))\n"
     )
     done = subprocess.run(

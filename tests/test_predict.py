@@ -10,7 +10,7 @@ import pytest
 
 from stages import predict, register
 from stages.predict import Found
-from stages.registry import tracking
+from stages.registry import versions
 from stages.runtime.command import StageError
 from tests.bells import CLASSES, asked_here, picture, tree_of_bells
 
@@ -236,7 +236,7 @@ def test_the_version_in_force_is_asked_unless_another_is_named(tmp_path: Path, m
             monkeypatch.setattr("sys.argv", [*command, *arguments])
             with pytest.raises(StageError, match=message):
                 predict.main()
-        tracking.set_alias(tracking.versions("bells")[0], "serving")
+        versions.set_alias(versions.list_versions("bells")[0], "serving")
         monkeypatch.setattr("sys.argv", command)
         predict.main()
         (row,) = pd.read_parquet("said.parquet").to_dict("records")

@@ -13,9 +13,12 @@ import pytest
 
 from stages import register
 from stages.params.gate import Gate
-from stages.registry import gate_review, model_process, tracking
+from stages.registry import artifacts, gate_review, lineage, logged_models, model_process, recording, versions
 from stages.registry.card.model_card import render_card
+from stages.registry.client import open_client
 from stages.registry.gate_review import BatchCounts
+from stages.registry.tags import MODEL_SHA256
+from stages.registry.versions import COMMIT_TO_COME, Version
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
 from tests.bells import CLASSES, PARAMS, asked_here, set_name, tree_of_bells, write_model, write_shards
@@ -38,7 +41,7 @@ def asked() -> Iterator[None]:
 
 
 def test_a_registered_version_can_be_decided_on_from_its_page(tree: Path) -> None:
-    (version,) = tracking.versions("bells")
+    (version,) = versions.list_versions("bells")
     assert version.aliases == ("challenger",)
     assert version.tags["gate"] == "passed"
     assert version.sha256 == sha256(tree / "models/finetuned/model.safetensors")
@@ -46,7 +49,7 @@ def test_a_registered_version_can_be_decided_on_from_its_page(tree: Path) -> Non
     assert "git.commit" not in version.tags  # this folder is no repository
     assert (version.tags["gate.in_force"], version.tags["gate.decision"]) == ("none", "1")
     assert len(version.tags["test.set"]) == 64
-    card = tracking.open_client().get_model_version("bells", "1").description or ""
+    card = open_client().get_model_version("bells", "1").description or ""
     for expected in ("Gate: passed", "79.2 %", "40.0 %", "cup\\|mug", "truncated", "48", "/artifacts/report.html"):
         assert expected in card
 
@@ -57,13 +60,13 @@ def test_the_receipt_holds_nothing_that_changes_by_itself(tree: Path) -> None:
 
 
 def test_everything_for_a_review_is_with_the_run_and_nothing_else_is_written(tree: Path) -> None:
-    run = tracking.find_run(sha256(tree / "models/finetuned/model.safetensors"))
+    run = lineage.find_run(sha256(tree / "models/finetuned/model.safetensors"))
     assert run
-    artifacts = Path(run.info.artifact_uri)
-    assert artifacts.is_relative_to(tree / "mlartifacts")
+    root = Path(run.info.artifact_uri)
+    assert root.is_relative_to(tree / "mlartifacts")
     own = tuple(f"registered/bells/{name}" for name in ("gate.json", "review.html", "canary.parquet"))
     for name in (*own, "params.yaml", "dvc.yaml", "reports/predictions.parquet", "reports/metrics.json"):
-        assert (artifacts / name).is_file()
+        assert (root / name).is_file()
     assert run.data.metrics["test.top1"] == pytest.approx(38 / 48)
     assert run.data.metrics["latency.p95_ms"] >= run.data.metrics["latency.median_ms"] > 0
     made = {path.name for path in tree.iterdir()}
@@ -71,8 +74,8 @@ def test_everything_for_a_review_is_with_the_run_and_nothing_else_is_written(tre
 
 
 def test_sixteen_images_are_kept_with_what_the_served_model_said(tree: Path) -> None:
-    (version,) = tracking.versions("bells")
-    path = tracking.download(version.run_id, "registered/bells/canary.parquet", tree / "models")
+    (version,) = versions.list_versions("bells")
+    path = artifacts.download(version.run_id, "registered/bells/canary.parquet", tree / "models")
     assert path
     canary = pd.read_parquet(path)
     path.unlink()
@@ -91,14 +94,14 @@ def test_nothing_of_a_version_needs_pickle(tree: Path) -> None:
 
 
 def test_a_model_that_is_registered_ends_as_unchanged(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = tracking.open_client().get_model_version("bells", "1")
+    before = open_client().get_model_version("bells", "1")
     (tree / "models/registered.json").unlink()
     register.main()
     assert "unchanged: bells version 1" in capsys.readouterr().out
     assert (tree / "models/registered.json").exists()
-    after = tracking.open_client().get_model_version("bells", "1")
+    after = open_client().get_model_version("bells", "1")
     assert after.last_updated_timestamp == before.last_updated_timestamp
-    assert len(tracking.versions("bells")) == 1
+    assert len(versions.list_versions("bells")) == 1
 
 
 @pytest.mark.usefixtures("asked")
@@ -112,10 +115,10 @@ def test_a_registration_that_died_is_taken_up_without_a_second_version(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tracking, step, die)
+        patch.setattr(logged_models if step == "log_metrics" else versions, step, die)
         register.main()
     register.main()
-    (version,) = tracking.versions(f"died-in-{step.replace('_', '-')}")
+    (version,) = versions.list_versions(f"died-in-{step.replace('_', '-')}")
     assert version.sha256
     assert version.aliases == ("challenger",)
     assert "registering" not in version.tags
@@ -124,13 +127,13 @@ def test_a_registration_that_died_is_taken_up_without_a_second_version(
 @pytest.mark.usefixtures("asked")
 def test_the_next_model_is_held_against_the_one_in_force(tree: Path) -> None:
     set_name(tree, "bells")
-    first = tracking.versions("bells")[0]
-    tracking.set_alias(first, "champion")
+    first = versions.list_versions("bells")[0]
+    versions.set_alias(first, "champion")
     write_model(tree, noise=0.05)
     register.main()
-    second, _ = tracking.versions("bells")
+    second, _ = versions.list_versions("bells")
     assert second.aliases == ("challenger",)
-    run = tracking.find_run(second.sha256)
+    run = lineage.find_run(second.sha256)
     assert run
     own = Path(run.info.artifact_uri, "registered/bells")
     gate = json.loads((own / "gate.json").read_text())
@@ -154,17 +157,17 @@ def test_against_a_version_whose_weights_are_not_known_nothing_is_registered(tre
     set_name(tree, "tagless")
     write_model(tree, noise=0.07)
     register.main()
-    (first,) = tracking.versions("tagless")
-    tracking.set_alias(first, "serving")
-    tracking.delete_tag(first, tracking.SHA256)
+    (first,) = versions.list_versions("tagless")
+    versions.set_alias(first, "serving")
+    versions.delete_tag(first, MODEL_SHA256)
     write_model(tree, noise=0.08)
     with pytest.raises(StageError, match=r"version 1 of tagless, which is in force, has no tag model\.sha256"):
         register.main()
-    assert len(tracking.versions("tagless")) == 1
-    run = tracking.open_client().get_run(first.run_id)  # what the message advises
-    tracking.set_tags(first, {tracking.SHA256: run.data.tags[tracking.SHA256]})
+    assert len(versions.list_versions("tagless")) == 1
+    run = open_client().get_run(first.run_id)  # what the message advises
+    versions.set_tags(first, {MODEL_SHA256: run.data.tags[MODEL_SHA256]})
     register.main()
-    assert tracking.versions("tagless")[0].tags["gate.in_force"] == first.sha256
+    assert versions.list_versions("tagless")[0].tags["gate.in_force"] == first.sha256
 
 
 @pytest.mark.usefixtures("asked")
@@ -173,10 +176,10 @@ def test_a_decision_counts_also_when_its_version_is_deleted(tree: Path) -> None:
     for noise in (0.0, 0.01):
         write_model(tree, noise=noise)
         register.main()
-    tracking.delete_version(tracking.versions("counts")[0])  # a challenger that failed
+    versions.delete_version(versions.list_versions("counts")[0])  # a challenger that failed
     write_model(tree, noise=0.02)
     register.main()
-    newest, first = tracking.versions("counts")
+    newest, first = versions.list_versions("counts")
     assert (first.tags["gate.decision"], newest.tags["gate.decision"]) == ("1", "3")
     assert "Decision number 3 on this test set" in newest.description
 
@@ -186,19 +189,19 @@ def test_under_another_name_the_first_version_keeps_its_model_and_its_verdict(tr
     set_name(tree, "first-name")
     write_model(tree, noise=0.02)
     register.main()
-    (first,) = tracking.versions("first-name")
-    run = tracking.find_run(first.sha256)
+    (first,) = versions.list_versions("first-name")
+    run = lineage.find_run(first.sha256)
     assert run
     gate = Path(run.info.artifact_uri, "registered/first-name/gate.json")
     before = gate.read_bytes()
     set_name(tree, "second-name", gate={"min_top1": 1})
     register.main()
-    (second,) = tracking.versions("second-name")
+    (second,) = versions.list_versions("second-name")
     assert (first.sha256, first.run_id) == (second.sha256, second.run_id)
     assert (first.tags["gate"], second.tags["gate"]) == ("passed", "failed")
     assert gate.read_bytes() == before
     for version in (first, second):
-        tracking.open_client().get_logged_model(version.source.removeprefix("models:/"))  # raises where it is deleted
+        open_client().get_logged_model(version.source.removeprefix("models:/"))  # raises where it is deleted
 
 
 @pytest.mark.usefixtures("asked")
@@ -208,7 +211,7 @@ def test_a_version_in_force_without_predictions_blames_nobody_and_blocks_nothing
 ) -> None:
     name = what.replace(" ", "-")
     set_name(tree, name)
-    client = tracking.open_client()
+    client = open_client()
     experiment = client.get_experiment_by_name("synset/finetune")
     assert experiment
     run_id = client.create_run(experiment.experiment_id).info.run_id
@@ -221,11 +224,11 @@ def test_a_version_in_force_without_predictions_blames_nobody_and_blocks_nothing
         client.log_artifact(run_id, str(tree / "old/predictions.parquet"), "reports")
         shutil.rmtree(tree / "old")
     run_of_version = {"no run": "", "purged": "0" * 32}.get(what, run_id)
-    version = tracking.create_version(name, "About", f"models:/{model.model_id}", run_of_version, {}, "Card")
-    tracking.finish_version(version, "of-old-weights")
-    tracking.set_alias(version, "serving")
+    version = versions.create_version(name, "About", f"models:/{model.model_id}", run_of_version, {}, "Card")
+    versions.finish_version(version, "of-old-weights")
+    versions.set_alias(version, "serving")
     register.main()
-    newest = tracking.versions(name)[0]
+    newest = versions.list_versions(name)[0]
     assert (newest.number, newest.tags["gate"]) == (2, "inconclusive")
     assert "no predictions of version 1 are recorded" in caplog.text
     assert "version 1 cannot be asked" in caplog.text  # nor is there a model
@@ -248,12 +251,12 @@ def test_with_tracking_off_the_receipt_is_the_same_and_nothing_is_registered(
     register.main()
     receipt = json.loads((tree / "models/registered.json").read_text())
     assert receipt == {"name": "untracked", "sha256": sha256(tree / "models/finetuned/model.safetensors")}
-    assert tracking.versions("untracked") == []
+    assert versions.list_versions("untracked") == []
 
 
 def test_a_card_fits_into_mlflow_whatever_there_is_to_tell(tree: Path) -> None:
-    (version, *_) = tracking.versions("first-name")
-    run = tracking.find_run(version.sha256)
+    (version, *_) = versions.list_versions("first-name")
+    run = lineage.find_run(version.sha256)
     assert run
     set_name(tree, "nobody")
     candidate = register._candidate(version.sha256, 0.95, (1.0, 2.0))
@@ -269,19 +272,19 @@ def test_within_retraining_a_version_has_neither_alias_nor_commit_until_it_is_co
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     set_name(tree, "unfinished")
-    monkeypatch.setattr(tracking, "git_tags", lambda: {"git.commit": "a" * 40, "git.dirty": "true"})
+    monkeypatch.setattr(lineage, "git_tags", lambda: {"git.commit": "a" * 40, "git.dirty": "true"})
     with monkeypatch.context() as patch:
         patch.setenv("SYNSET_UNFINISHED", "retrain")
         register.main()
-    (version,) = tracking.versions("unfinished")
+    (version,) = versions.list_versions("unfinished")
     assert version.aliases == ()
     assert version.tags["unfinished"] == "retrain"
     assert not {"git.commit", "git.dirty", "registering"} & set(version.tags)
-    assert tracking.COMMIT_TO_COME in version.description
+    assert COMMIT_TO_COME in version.description
     register.main()
     assert "unchanged: unfinished version 1" in capsys.readouterr().out
-    tracking.commit_version(version, "b" * 40)
-    (version,) = tracking.versions("unfinished")
+    versions.commit_version(version, "b" * 40)
+    (version,) = versions.list_versions("unfinished")
     assert not version.unfinished
     assert "b" * 40 in version.description
 
@@ -291,9 +294,9 @@ def test_the_machine_of_the_training_is_a_tag_of_the_version(tree: Path) -> None
     set_name(tree, "machine")
     write_model(tree, noise=0.03)
     weights = sha256(tree / "models/finetuned/model.safetensors")
-    tracking.create_finished_run("finetune", {}, {tracking.SHA256: weights, "machine": "cpu zen4 float32"}, [])
+    recording.create_finished("finetune", {}, {MODEL_SHA256: weights, "machine": "cpu zen4 float32"}, [])
     register.main()
-    assert tracking.versions("machine")[0].tags["machine"] == "cpu zen4 float32"
+    assert versions.list_versions("machine")[0].tags["machine"] == "cpu zen4 float32"
 
 
 def test_the_version_in_force_is_asked_about_images_that_it_has_not_seen(
@@ -305,14 +308,14 @@ def test_the_version_in_force_is_asked_about_images_that_it_has_not_seen(
     write_model(tree)
     with asked_here():
         register.main()
-    (first,) = tracking.versions("grows")
-    tracking.set_alias(first, "serving")
+    (first,) = versions.list_versions("grows")
+    versions.set_alias(first, "serving")
     write_shards(tree, "later", "fresh", 12)
     write_model(tree, noise=0.01)
     register.main()
-    second, _ = tracking.versions("grows")
+    second, _ = versions.list_versions("grows")
     assert "asking version 1 about 12 images" in caplog.text
-    path = tracking.download(second.run_id, "registered/grows/gate.json", tree / "models")
+    path = artifacts.download(second.run_id, "registered/grows/gate.json", tree / "models")
     assert path
     compared = {(each["kind"], each["name"]): each for each in json.loads(path.read_text())["comparisons"]}
     (fresh,) = (each for (kind, name), each in compared.items() if name == "later")
@@ -329,12 +332,12 @@ def test_the_version_in_force_is_not_asked_about_images_smaller_than_its_own(
     set_name(tree, "shrinks")
     write_model(tree)
     register.main()
-    (first,) = tracking.versions("shrinks")
-    tracking.set_alias(first, "serving")
+    (first,) = versions.list_versions("shrinks")
+    versions.set_alias(first, "serving")
     write_shards(tree, "small", "fresh", 15, resize=66)
     write_model(tree, noise=0.04)
     register.main()
-    second, _ = tracking.versions("shrinks")
+    second, _ = versions.list_versions("shrinks")
     assert "data/shards/finetune/small is left out: its images have 66 px, the model was trained with 72" in caplog.text
     asked = int((pd.read_parquet(tree / "reports/predictions.parquet")["split"] == "fresh").sum())
     left = f"{asked - 15} were" if asked > 15 else "none was"
@@ -351,7 +354,7 @@ def test_recorded_answers_count_only_where_a_label_still_means_the_same_class() 
 
 
 def test_a_version_with_other_classes_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    version = tracking.Version("bells", 1, "", "models:/m-1", {}, (), "", 0.0)
+    version = Version("bells", 1, "", "models:/m-1", {}, (), "", 0.0)
     monkeypatch.setattr(
         model_process, "score", lambda source, keys, shards: (pd.DataFrame({"key": keys}), ["tent", "bell"])
     )

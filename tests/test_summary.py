@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipelines import summary, ui
-from stages.registry import tracking
+from stages.registry import lineage, versions
+from stages.registry.client import open_client
+from stages.registry.runs import training_run
 from stages.runtime.files import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -34,16 +36,16 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         (folder / "params.yaml").write_text("register: {name: tents}\n")
         for sha in ("one", "two"):
-            with tracking.training_run("finetune", {}, {"model.sha256": sha}):
+            with training_run("finetune", {}, {"model.sha256": sha}):
                 pass
-        run = tracking.find_run("one")
+        run = lineage.find_run("one")
         assert run
-        model = tracking.open_client().create_logged_model(run.info.experiment_id, "m", source_run_id=run.info.run_id)
-        version = tracking.create_version(
+        model = open_client().create_logged_model(run.info.experiment_id, "m", source_run_id=run.info.run_id)
+        version = versions.create_version(
             "tents", "About", f"models:/{model.model_id}", run.info.run_id, {"gate": "passed"}, "Card"
         )
-        tracking.finish_version(version, "one")
-        tracking.set_alias(version, "challenger")
+        versions.finish_version(version, "one")
+        versions.set_alias(version, "challenger")
         yield folder
 
 
@@ -78,7 +80,7 @@ def test_a_model_of_another_registry_is_named_with_the_way_in(tree: Path) -> Non
 def test_links_lead_to_the_newest_version_its_run_and_the_comparison(tree: Path) -> None:
     found = dict(ui.links("http://h:1", "tents"))
     assert list(found) == ["all versions", "version 1", "its run", "comparison of runs"]
-    run = tracking.find_run("one")
+    run = lineage.find_run("one")
     assert run
     assert found["version 1"] == "http://h:1/#/models/tents/versions/1"
     assert found["its run"].endswith(run.info.run_id)

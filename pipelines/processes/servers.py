@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO
 
-from stages.registry import tracking
+from stages.registry.client import artifact_root, tracking_uri
 from stages.runtime.command import StageError
 
 HOST = "127.0.0.1"
@@ -40,10 +40,10 @@ class Service:
 
 def mlflow_server(host: str, port: int) -> Service:
     """MLflow's server and UI over the local database."""
-    uri = tracking.tracking_uri()
+    uri = tracking_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     # Runs and models lie where the stages wrote them, beside the database: the server reads them there, it is no proxy.
-    command += ["--backend-store-uri", uri, "--default-artifact-root", str(tracking.artifact_root(uri))]
+    command += ["--backend-store-uri", uri, "--default-artifact-root", str(artifact_root(uri))]
     command += ["--uvicorn-opts", "--log-level warning"]  # not a line for every request
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     quiet |= {"PYTHONWARNINGS": "ignore"}

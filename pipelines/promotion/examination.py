@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.processes.flow_lock import folder
 from pipelines.processes.stage_process import Stop, run_streamed
-from stages.registry import tracking
+from stages.registry.versions import Version
 from stages.runtime.command import StageError
 
 
@@ -51,7 +51,7 @@ def run_logged(
     return lines
 
 
-def examine(version: tracking.Version, against: str, run: Callable[[Sequence[str]], object]) -> Examination:
+def examine(version: Version, against: str, run: Callable[[Sequence[str]], object]) -> Examination:
     """Looks at a registered version in a process of its own, which loads it.
 
     Args:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from itertools import takewhile
 
-from stages.registry import tracking
+from stages.registry.links import version_link
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _joined(before: list[str], table: list[str], after: list[str]) -> str:
 
 
 def _line(name: str, promotion: Promotion) -> str:
-    version = f"[{promotion.version}]({tracking.version_link(name, promotion.version)})"
+    version = f"[{promotion.version}]({version_link(name, promotion.version)})"
     when = promotion.when.replace("T", " ").removesuffix("+00:00")
     before = "" if promotion.instead_of is None else str(promotion.instead_of)
     return f"| {when} | {version} | {before} | {_cell(promotion.by)} | {_cell(promotion.verdict)} |"

@@ -17,8 +17,9 @@ from typing import Any
 from pipelines.promotion.examination import Examination
 from pipelines.promotion.history import Promotion, one_line, promotions, with_promotion
 from pipelines.retrain.worktree import GitError, commit_of, git
-from stages.registry import tracking
-from stages.registry.tracking import Version
+from stages.registry import versions
+from stages.registry.tags import UNFINISHED
+from stages.registry.versions import Version
 from stages.runtime.command import StageError
 
 CHAMPION, SERVING, PREVIOUS = "champion", "serving", "previous"
@@ -27,7 +28,7 @@ PROMOTING = "promoting"
 PROMOTED, REFUSED = "promoted", "promotion.refused"
 APPROVED_BY, OVERRIDE, RETRACTED = "approved_by", "override", "retracted"
 GIT_TAG = "champion"
-_DECISIVE = (OVERRIDE, RETRACTED, tracking.UNFINISHED)
+_DECISIVE = (OVERRIDE, RETRACTED, UNFINISHED)
 """Tags that others may set while a version is examined, and that change the verdict."""
 _LOOKS = 10
 
@@ -80,7 +81,7 @@ Tell = Callable[[Outcome], None]
 
 def look(name: str) -> Registry:
     """The registry as it is now."""
-    return Registry(name, tuple(tracking.versions(name)))
+    return Registry(name, tuple(versions.list_versions(name)))
 
 
 def settle(name: str, examine: Examine, tell: Tell, root: Path) -> Outcome:
@@ -98,7 +99,7 @@ def settle(name: str, examine: Examine, tell: Tell, root: Path) -> Outcome:
         registry = look(name)
         if (begun := _journalled(registry)) is not None:
             if (journal := _journal(begun)) is None:
-                tracking.delete_tag(begun, PROMOTING)  # not ours: it says nothing of what was begun
+                versions.delete_tag(begun, PROMOTING)  # not ours: it says nothing of what was begun
             elif begun == registry.at(SERVING):
                 return _complete(begun, journal, tell, root)
             else:
@@ -169,10 +170,10 @@ def _undo(registry: Registry, tell: Tell) -> None:
     if not _still(registry):
         return
     if before:
-        tracking.set_alias(before, SERVING)
+        versions.set_alias(before, SERVING)
         now = f"version {before.number} is in force again"
     else:
-        tracking.delete_alias(registry.name, SERVING)
+        versions.delete_alias(registry.name, SERVING)
         now = "nothing is in force"
     what = f"`serving` was set on version {serving.number} by hand; {now}"
     message = f"{registry.name}: {what}. Only a promotion sets that alias: set `champion`"
@@ -187,7 +188,7 @@ def _promoted_last(registry: Registry) -> Version | None:
 
 
 def _last_promotion(registry: Registry) -> Promotion | None:
-    return next(iter(promotions(tracking.model_description(registry.name))), None)
+    return next(iter(promotions(versions.model_description(registry.name))), None)
 
 
 def _put_back(registry: Registry, tell: Tell) -> Outcome | None:
@@ -195,7 +196,7 @@ def _put_back(registry: Registry, tell: Tell) -> Outcome | None:
     assert serving is not None  # no champion, and that differs from what is in force
     if not _still(registry):
         return None
-    tracking.set_alias(serving, CHAMPION)
+    versions.set_alias(serving, CHAMPION)
     what = f"`champion` was taken off; it is on version {serving.number} again, which is in force"
     outcome = Outcome("put back", f"{registry.name}: {what}. To change that, set it on another version", serving.number)
     tell(outcome)
@@ -257,14 +258,14 @@ def _still(registry: Registry) -> bool:
 def _refuse(registry: Registry, champion: Version, reason: str, tell: Tell) -> Outcome | None:
     serving = registry.at(SERVING)
     # The reason first: a champion that went back without one would be a riddle.
-    tracking.set_tags(champion, {REFUSED: f"{_now()} {reason}"})
+    versions.set_tags(champion, {REFUSED: f"{_now()} {reason}"})
     if not _still(registry):
         return None
     if serving:
-        tracking.set_alias(serving, CHAMPION)
+        versions.set_alias(serving, CHAMPION)
         now = f"version {serving.number} stays in force, and is `champion` again"
     else:
-        tracking.delete_alias(registry.name, CHAMPION)
+        versions.delete_alias(registry.name, CHAMPION)
         now = "nothing is in force"
     message = f"{registry.name}: version {champion.number} is refused: {reason}; {now}"
     outcome = Outcome("refused", message, champion.number)
@@ -279,7 +280,7 @@ def _promote(registry: Registry, champion: Version, verdict: str, tell: Tell, ro
         if not _still(registry):
             return None  # the next look finds the journal and takes it back
         if version:
-            tracking.set_alias(version, alias)
+            versions.set_alias(version, alias)
     return _complete(champion, journal, tell, root)
 
 
@@ -292,7 +293,7 @@ def _begin(version: Version, serving: Version | None, previous: Version | None, 
         by=_approver(version),
         verdict=verdict,
     )
-    tracking.set_tags(version, {PROMOTING: json.dumps(asdict(journal))})
+    versions.set_tags(version, {PROMOTING: json.dumps(asdict(journal))})
     return journal
 
 
@@ -307,7 +308,7 @@ def _journal(version: Version) -> _Journal | None:
 def _approver(version: Version) -> str:
     """The tag `approved_by`, unless it is still that of an earlier promotion: MLflow knows not who clicks."""
     by = one_line(version.tags.get(APPROVED_BY, ""))  # as the table has it, to be compared with it
-    earlier = [each for each in promotions(tracking.model_description(version.name)) if each.version == version.number]
+    earlier = [each for each in promotions(versions.model_description(version.name)) if each.version == version.number]
     # The last that was signed: those after it were found not to be, with the same tag.
     last = next((each.by for each in earlier if each.by), "")
     return "" if last == by else by
@@ -323,27 +324,27 @@ def _take_back(registry: Registry, version: Version, journal: _Journal) -> None:
     """Before `serving` was written, `previous` at most was."""
     before = next((each for each in registry.versions if each.number == journal.previous), None)
     if before:
-        tracking.set_alias(before, PREVIOUS)
+        versions.set_alias(before, PREVIOUS)
     elif registry.at(PREVIOUS):
-        tracking.delete_alias(registry.name, PREVIOUS)
-    tracking.delete_tag(version, PROMOTING)
+        versions.delete_alias(registry.name, PREVIOUS)
+    versions.delete_tag(version, PROMOTING)
 
 
 def _complete(version: Version, journal: _Journal, tell: Tell, root: Path) -> Outcome:
     """Everything that follows from `serving`."""
-    tracking.set_tags(version, {PROMOTED: journal.when})
+    versions.set_tags(version, {PROMOTED: journal.when})
     if REFUSED in version.tags:
-        tracking.delete_tag(version, REFUSED)
+        versions.delete_tag(version, REFUSED)
     problem = _tag_commit(version, root)
     entry = Promotion(journal.when, version.number, journal.instead_of, journal.by, journal.verdict)
-    description = tracking.model_description(version.name)
+    description = versions.model_description(version.name)
     if (text := with_promotion(description, version.name, entry)) != description:
-        tracking.describe_model(version.name, text)
+        versions.describe_model(version.name, text)
     instead = f" instead of version {entry.instead_of}" if entry.instead_of else ""
     message = f"{version.name}: version {version.number} is in force{instead} ({entry.verdict}){problem}"
     outcome = Outcome("promoted", message, version.number)
     tell(outcome)
-    tracking.delete_tag(version, PROMOTING)
+    versions.delete_tag(version, PROMOTING)
     return outcome
 
 

@@ -62,7 +62,7 @@ from pipelines.retrain.worktree import (
 )
 from stages.params.all import check_all
 from stages.params.retrain import Retrain
-from stages.registry import tracking
+from stages.registry.client import enabled, is_server, tracking_uri
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256, write_json, write_text
 from stages.runtime.params_file import load_section
@@ -380,7 +380,7 @@ def _end(work: Work) -> None:
 
 def _publish(report: Report) -> None:
     uri = _environment()["MLFLOW_TRACKING_URI"]
-    page = report.page(uri.rstrip("/") if tracking.is_server(uri) else "")
+    page = report.page(uri.rstrip("/") if is_server(uri) else "")
     create_markdown_artifact(key=NAME, markdown=page, description=report.line()[:200])
     get_run_logger().info(report.line())
     if report.worth_telling():
@@ -503,7 +503,7 @@ def _stages() -> tuple[list[str], list[str]]:
 
 def _environment() -> dict[str, str]:
     """That of stages: the tree is no place for a registry or for deliveries, so both are named in full."""
-    uri = tracking.tracking_uri()
+    uri = tracking_uri()
     if uri.startswith("sqlite:///"):
         uri = f"sqlite:///{ROOT / uri.removeprefix('sqlite:///')}"
     own = {"MLFLOW_TRACKING_URI": uri, "SYNSET_INCOMING": str(_incoming()), "SYNSET_UNFINISHED": NAME}
@@ -572,7 +572,7 @@ def _check_place() -> None:
     if Path.cwd().resolve() != ROOT.resolve():
         raise StageError(f"this works on the checkout {ROOT}; run it from there")
     check_root(ROOT)
-    if not tracking.enabled():
+    if not enabled():
         raise StageError("SYNSET_TRACKING=off, and retraining ends in the registry; unset it")
 
 

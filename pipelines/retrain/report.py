@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.registry import tracking
-from stages.registry.tracking import Version
+from stages.registry.links import version_link
+from stages.registry.versions import Version
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Report:
     def _under_review(self, server: str) -> list[str]:
         if self.version is None:
             return []
-        page = tracking.version_link(self.model, self.version.number, server)
+        page = version_link(self.model, self.version.number, server)
         where = f"[model card and registry]({page})" if server else f"`make ui`, then `{page}`"
         rows = {
             "review": where,

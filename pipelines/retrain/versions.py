@@ -9,8 +9,9 @@ from pathlib import Path
 from pipelines.environment import ROOT
 from pipelines.retrain.batch_list import batches
 from pipelines.retrain.worktree import commit_of, text_at
-from stages.registry import tracking
-from stages.registry.tracking import Version
+from stages.registry import artifacts, versions
+from stages.registry.client import reachable
+from stages.registry.versions import Version
 
 RETRACTED = "retracted"
 IN_FORCE = ("serving", "champion")
@@ -18,8 +19,8 @@ IN_FORCE = ("serving", "champion")
 
 def registered(name: str, model_sha256: str) -> Version | None:
     """The version with these weights."""
-    with tracking.reachable():
-        return tracking.find_version(name, model_sha256)
+    with reachable():
+        return versions.find_version(name, model_sha256)
 
 
 def is_of(version: Version, commit: str) -> bool:
@@ -30,50 +31,50 @@ def is_of(version: Version, commit: str) -> bool:
 def name_commit(version: Version, commit: str) -> None:
     """Finishes a version of this retraining; leaves any other as it is."""
     if is_of(version, commit):
-        with tracking.reachable():
-            tracking.commit_version(version, commit)
+        with reachable():
+            versions.commit_version(version, commit)
 
 
 def propose(version: Version, commit: str) -> None:
     """Gives a version of this retraining the alias `challenger`."""
     if is_of(version, commit):
-        with tracking.reachable():
-            tracking.set_alias(version, "challenger")
+        with reachable():
+            versions.set_alias(version, "challenger")
 
 
 def remove_unfinished(name: str) -> list[Version]:
     """Takes the versions that no commit will come for out of the registry; returns them."""
-    with tracking.reachable():
-        left = [version for version in tracking.versions(name) if version.unfinished]
+    with reachable():
+        left = [version for version in versions.list_versions(name) if version.unfinished]
         for version in left:
-            tracking.delete_version(version)
+            versions.delete_version(version)
     return left
 
 
 def drop(version: Version, commit: str) -> None:
     """Takes out the version of a commit that is dropped, unless somebody has promoted it."""
     if is_of(version, commit) and not set(version.aliases) & {*IN_FORCE, "previous"}:
-        with tracking.reachable():
-            tracking.delete_version(version)
+        with reachable():
+            versions.delete_version(version)
 
 
 def mark_retracted(name: str, batch: str) -> list[Version]:
     """Tags every version that was trained on the batch, and none of them stays up for review; returns them, newest
     first."""
-    with tracking.reachable():
-        found = [version for version in tracking.versions(name) if batch in _batches(version)]
+    with reachable():
+        found = [version for version in versions.list_versions(name) if batch in _batches(version)]
         for version in found:
             earlier = [each for each in version.tags.get(RETRACTED, "").split(", ") if each and each != batch]
-            tracking.set_tags(version, {RETRACTED: ", ".join([*earlier, batch])})
+            versions.set_tags(version, {RETRACTED: ", ".join([*earlier, batch])})
             if "challenger" in version.aliases:
-                tracking.delete_alias(name, "challenger")
+                versions.delete_alias(name, "challenger")
     return found
 
 
 def _batches(version: Version, root: Path = ROOT) -> list[str]:
     """The batches that a version was trained on, by the params.yaml of its run, or of its commit where that is gone."""
     with tempfile.TemporaryDirectory() as folder:
-        path = tracking.download(version.run_id, "params.yaml", Path(folder))
+        path = artifacts.download(version.run_id, "params.yaml", Path(folder))
         text = path.read_text(encoding="utf-8") if path else ""
     if not text and version.commit:
         text = text_at(root, commit_of(root, version.commit), "params.yaml")

@@ -12,7 +12,10 @@ import numpy as np
 
 from stages.pages.text import percent, shortened
 from stages.params.gate import Gate
-from stages.registry import model_process, tracking
+from stages.registry import artifacts, model_process, versions
+from stages.registry.client import open_client
+from stages.registry.links import comparison_link
+from stages.registry.versions import Version
 from stages.runtime.command import StageError
 
 if TYPE_CHECKING:
@@ -143,13 +146,13 @@ def own_folder(name: str) -> str:
     return f"registered/{name}"
 
 
-def recorded_predictions(version: tracking.Version) -> "pd.DataFrame | None":
+def recorded_predictions(version: Version) -> "pd.DataFrame | None":
     """The version's reports/predictions.parquet; None where it is gone or cannot be read, which is logged."""
     import pandas as pd
 
     why = "its run holds none, or is gone"
     with tempfile.TemporaryDirectory() as folder:
-        path = tracking.download(version.run_id, PREDICTIONS.as_posix(), Path(folder))
+        path = artifacts.download(version.run_id, PREDICTIONS.as_posix(), Path(folder))
         try:
             if path:
                 return pd.read_parquet(path, columns=["key", "batch", "split", "label", "logits"])
@@ -159,18 +162,18 @@ def recorded_predictions(version: tracking.Version) -> "pd.DataFrame | None":
     return None
 
 
-def recorded_json(version: tracking.Version, path: str) -> dict[str, Any] | None:
+def recorded_json(version: Version, path: str) -> dict[str, Any] | None:
     """A JSON file of the version's run; None where it is gone.
 
     Raises:
         ValueError: it is damaged.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = tracking.download(version.run_id, path, Path(folder))
+        file = artifacts.download(version.run_id, path, Path(folder))
         return json.loads(file.read_text(encoding="utf-8")) if file else None
 
 
-def recorded_figures(version: tracking.Version) -> dict[str, float | None]:
+def recorded_figures(version: Version) -> dict[str, float | None]:
     """`test` of the version's reports/metrics.json, its `latency_ms` and its `size_mb`, as far as they are recorded."""
     from stages.evaluation.gate import SIZE
 
@@ -186,7 +189,7 @@ def recorded_figures(version: tracking.Version) -> dict[str, float | None]:
 
 
 def answers(
-    version: tracking.Version, asked: "pd.DataFrame", classes: Sequence[str], shards: Sequence[Path]
+    version: Version, asked: "pd.DataFrame", classes: Sequence[str], shards: Sequence[Path]
 ) -> "VersionPredictions":
     """What a version says to the images that a candidate was asked; to those it has not seen yet, it is asked now.
 
@@ -219,9 +222,7 @@ def answers(
     )
 
 
-def _scored(
-    version: tracking.Version, keys: Sequence[str], classes: Sequence[str], shards: Sequence[Path]
-) -> "pd.DataFrame":
+def _scored(version: Version, keys: Sequence[str], classes: Sequence[str], shards: Sequence[Path]) -> "pd.DataFrame":
     if not shards:
         raise StageError("the shards with these images are not here")
     scored, its_classes = model_process.score(version.source, keys, shards)
@@ -246,7 +247,7 @@ def review(
     candidate: "VersionPredictions",
     figures: Mapping[str, float | None],
     weights: tuple[int, float | None],
-    against: "tuple[tracking.Version, VersionPredictions] | None",
+    against: "tuple[Version, VersionPredictions] | None",
     classes: Sequence[str],
     gate: Gate,
     run_id: str,
@@ -283,20 +284,20 @@ def review(
 
 def _decisions(name: str, test_set: str) -> int:
     """How many decisions were taken on a test set, those of deleted versions included."""
-    tags = [version.tags for version in tracking.versions(name) if version.tags.get("test.set") == test_set]
-    counted = int(tracking.model_tags(name).get(DECISIONS.format(test_set=test_set), 0))
+    tags = [version.tags for version in versions.list_versions(name) if version.tags.get("test.set") == test_set]
+    counted = int(versions.model_tags(name).get(DECISIONS.format(test_set=test_set), 0))
     # Of the versions too: one that died before it was counted has its number.
     return max([counted, *(int(each.get(DECISION, 1)) for each in tags)])
 
 
 def count_decision(name: str, verdict: "Verdict") -> None:
     """Keeps the number of a verdict with the registered model, where it outlives its version."""
-    tracking.set_model_tag(name, DECISIONS.format(test_set=verdict.test_set), str(verdict.decisions))
+    versions.set_model_tag(name, DECISIONS.format(test_set=verdict.test_set), str(verdict.decisions))
 
 
 def _comparison(*run_ids: str) -> str:
     runs = [run for run_id in run_ids if (run := find_run(run_id))]
-    return tracking.comparison_link(runs) if len(runs) == len(run_ids) else ""
+    return comparison_link(runs) if len(runs) == len(run_ids) else ""
 
 
 def find_run(run_id: str) -> "Run | None":
@@ -304,14 +305,14 @@ def find_run(run_id: str) -> "Run | None":
     from mlflow.exceptions import MlflowException
 
     try:
-        return tracking.open_client().get_run(run_id) if run_id else None
+        return open_client().get_run(run_id) if run_id else None
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
 
 
-def recorded_exports(version: tracking.Version) -> dict[str, Any]:
+def recorded_exports(version: Version) -> dict[str, Any]:
     """By format, what stages.export has recorded with the version; a damaged record is as none, which is logged."""
     try:
         return recorded_json(version, f"{own_folder(version.name)}/{EXPORTS}") or {}

@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.registry import tracking
+from stages.registry import versions
+from stages.registry.client import open_client, reachable, tracking_uri
+from stages.registry.tags import MODEL_SHA256
+from stages.registry.versions import Version
 from stages.runtime.command import StageError, run
 from stages.runtime.files import sha256, write_json
 from stages.runtime.progress import progress, worker_count
@@ -56,7 +59,7 @@ class Said:
 ADDRESS = re.compile(r"models:/(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[\w-]+)|/(?P<number>\d+))")
 
 
-def find(address: str) -> tracking.Version:
+def find(address: str) -> Version:
     """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` is the address of.
 
     Raises:
@@ -66,19 +69,17 @@ def find(address: str) -> tracking.Version:
     if not parts:
         raise StageError(f"{address!r} is no registered model; expected models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = parts["name"], parts["alias"], parts["number"]
-    versions = _versions(name)
-    found = [each for each in versions if alias in each.aliases or str(each.number) == number]
+    known = _versions(name)
+    found = [each for each in known if alias in each.aliases or str(each.number) == number]
     if not found:
         what = f"version {number}" if number else f"version with the alias {alias}"
-        listed = ", ".join(" ".join([str(each.number), *(f"@{one}" for one in each.aliases)]) for each in versions[:10])
-        more = ", ..." if len(versions) > 10 else ""
-        raise StageError(
-            f"{name} has no {what}; it has {listed}{more}. One of them: models:/{name}/{versions[0].number}"
-        )
+        listed = ", ".join(" ".join([str(each.number), *(f"@{one}" for one in each.aliases)]) for each in known[:10])
+        more = ", ..." if len(known) > 10 else ""
+        raise StageError(f"{name} has no {what}; it has {listed}{more}. One of them: models:/{name}/{known[0].number}")
     return found[0]
 
 
-def newest(name: str) -> tracking.Version:
+def newest(name: str) -> Version:
     """The newest version of a model whose registration was finished.
 
     Raises:
@@ -86,25 +87,25 @@ def newest(name: str) -> tracking.Version:
     """
     if found := [each for each in _versions(name) if each.sha256]:
         return found[0]
-    raise StageError(f"no version of {name} was registered to the end (tag {tracking.SHA256}); `make repro` does it")
+    raise StageError(f"no version of {name} was registered to the end (tag {MODEL_SHA256}); `make repro` does it")
 
 
-def _versions(name: str) -> list[tracking.Version]:
-    database = Path(tracking.tracking_uri().removeprefix("sqlite:///"))
-    if tracking.tracking_uri().startswith("sqlite:///") and not database.exists():
+def _versions(name: str) -> list[Version]:
+    database = Path(tracking_uri().removeprefix("sqlite:///"))
+    if tracking_uri().startswith("sqlite:///") and not database.exists():
         raise StageError(f"there is no registry: {database} is missing. `make repro` makes it, in the repository root")
-    with tracking.reachable():
-        versions = tracking.versions(name)
-    if not versions:
-        raise StageError(f"MLflow at {tracking.tracking_uri()} has no version of a model called {name}")
-    return versions
+    with reachable():
+        found = versions.list_versions(name)
+    if not found:
+        raise StageError(f"MLflow at {tracking_uri()} has no version of a model called {name}")
+    return found
 
 
 @contextmanager
 def fresh_process(threads: int = 1) -> Iterator["subprocess.Popen[str]"]:
     """A process that will load one model, on the CPU. It imports what that takes while the caller is still at work."""
     environment = os.environ | {
-        "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
+        "MLFLOW_TRACKING_URI": tracking_uri(),
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "CUDA_VISIBLE_DEVICES": "",  # what is timed is one thread of a CPU, the same everywhere
         "OMP_NUM_THREADS": str(threads),
@@ -184,7 +185,7 @@ def main() -> None:
 
 
 def _answer(source: str, folder: Path, timed: int) -> None:
-    tracking.open_client()
+    open_client()
     import mlflow
     import pandas as pd
     import torchvision  # noqa: F401  what the model will import, while the caller is still logging it

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipelines import backup
-from stages.registry import tracking
+from stages.registry import logged_models, versions
+from stages.registry.client import open_client
 from stages.runtime.command import StageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,13 +31,14 @@ class Echo(mlflow.pyfunc.PythonModel):
 mlflow.models.set_model(Echo())
 """
 ASK = """
-from stages import tracking
-tracking.open_client()
+from stages.registry import artifacts, versions
+from stages.registry.client import open_client
+open_client()
 import mlflow, pandas as pd
 print(mlflow.pyfunc.load_model("models:/bells@serving").predict(pd.DataFrame({"image": [b"x"]}))["name"][0][0])
-version = tracking.versions("bells")[0]
+version = versions.list_versions("bells")[0]
 from pathlib import Path
-print(tracking.download(version.run_id, "reports/note.txt", Path(".")).read_text())
+print(artifacts.download(version.run_id, "reports/note.txt", Path(".")).read_text())
 """
 
 
@@ -50,12 +52,12 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (root / "model").mkdir()
         (root / "model/word").write_text("ding")
         (root / "code.py").write_text(MODEL)
-        client = tracking.open_client()
+        client = open_client()
         run = client.create_run(client.create_experiment("synset/finetune"))
         client.log_text(run.info.run_id, "a note", "reports/note.txt")
-        source = tracking.log_model(run, root / "code.py", root / "model", {"name": "string"}, [], {})
-        version = tracking.create_version("bells", "About", source, run.info.run_id, {}, "Card")
-        tracking.set_alias(version, "serving")
+        source = logged_models.log_model(run, root / "code.py", root / "model", {"name": "string"}, [], {})
+        version = versions.create_version("bells", "About", source, run.info.run_id, {}, "Card")
+        versions.set_alias(version, "serving")
         yield root
 
 

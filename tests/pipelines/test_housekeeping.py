@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipelines import housekeeping
-from stages.registry import tracking
+from stages.registry import versions
+from stages.registry.client import open_client
+from stages.registry.versions import Version
 from stages.runtime.command import StageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,16 +62,16 @@ def make(text: str) -> None:
     dvc("repro")
 
 
-def register(of: str, model_name: str = NAME) -> tracking.Version:
+def register(of: str, model_name: str = NAME) -> Version:
     """A version of that commit, with the files that a registration logs as they lie here."""
-    client = tracking.open_client()
+    client = open_client()
     found = client.get_experiment_by_name("e")
     run = client.create_run(found.experiment_id if found else client.create_experiment("e"))
     for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
         client.log_artifact(run.info.run_id, name)
     model = client.create_logged_model(run.info.experiment_id, "model", source_run_id=run.info.run_id)
     tags = {"git.commit": of} if of else {}
-    return tracking.create_version(model_name, "About", f"models:/{model.model_id}", run.info.run_id, tags, "Card")
+    return versions.create_version(model_name, "About", f"models:/{model.model_id}", run.info.run_id, tags, "Card")
 
 
 def in_cache() -> set[str]:
@@ -115,7 +117,7 @@ def test_what_versions_branches_tags_and_workspaces_name_stays_and_the_rest_goes
     git("branch", "-q", "-f", "main-before", "HEAD")
     git("reset", "-q", "--soft", "HEAD~1")  # so that nothing but the version names its data
     git("branch", "-q", "-D", "main-before")
-    tracking.delete_version(deleted)
+    versions.delete_version(deleted)
     tags = housekeeping.keep_versions(NAME, project)
     assert f"model/{NAME}/4" not in git("tag", "--list").split()
     assert dirty.commit == before_lock
@@ -160,9 +162,9 @@ def apart(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_what_versions_of_other_models_were_made_from_is_kept_too(apart: Path) -> None:
     """`cp presets/X.yaml params.yaml` registers under another name, with data in the same cache."""
     for of in (git("rev-parse", "HEAD"), "0" * 40):  # the second is another project's
-        tracking.finish_version(register(of, "other"), "sha")
+        versions.finish_version(register(of, "other"), "sha")
     assert housekeeping.keep_versions(NAME, apart) == ["model/other/1"]
-    tracking.delete_version(tracking.versions("other")[-1])
+    versions.delete_version(versions.list_versions("other")[-1])
     assert housekeeping.keep_versions(NAME, apart) == []
     assert "model/other/1" not in git("tag", "--list").split()
 

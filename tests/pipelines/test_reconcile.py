@@ -11,10 +11,10 @@ from pipelines import reconcile
 from pipelines.environment import ROOT
 from pipelines.promotion.examination import Examination, examine
 from pipelines.promotion.promotion import Outcome
-from stages.registry import tracking
+from stages.registry.versions import Version
 from stages.runtime.command import StageError
 
-VERSION = tracking.Version("bells", 7, "", "", {}, (), "", 0)
+VERSION = Version("bells", 7, "", "", {}, (), "", 0)
 
 
 @pytest.fixture

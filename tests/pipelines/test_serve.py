@@ -24,7 +24,9 @@ from pipelines import serve
 from pipelines.environment import settings
 from pipelines.processes.servers import free_port
 from pipelines.serve import Backend, Front, InForce
-from stages.registry import tracking
+from stages.registry import logged_models, versions
+from stages.registry.client import open_client
+from stages.registry.versions import Version
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
 
@@ -41,17 +43,17 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def registered(answer: str) -> tracking.Version:
+def registered(answer: str) -> Version:
     """A version that answers this."""
-    client = tracking.open_client()
+    client = open_client()
     experiment = client.get_experiment_by_name("tiny")
     run = client.create_run(experiment.experiment_id if experiment else client.create_experiment("tiny"))
     Path("model").mkdir(exist_ok=True)
     Path("model/answer.txt").write_text(answer)
-    source = tracking.log_model(
+    source = logged_models.log_model(
         run, Path(__file__).with_name("tiny_model.py"), Path("model"), {"name": "string"}, [], {}
     )
-    return tracking.create_version(NAME, "tiny", source, run.info.run_id, {}, "")
+    return versions.create_version(NAME, "tiny", source, run.info.run_id, {}, "")
 
 
 def test_what_was_known_holds_while_the_registry_is_gone(
@@ -64,10 +66,10 @@ def test_what_was_known_holds_while_the_registry_is_gone(
     assert in_force.version is None
     assert "promote one" in in_force.said
 
-    client = tracking.open_client()
+    client = open_client()
     client.create_registered_model(NAME)
     client.create_model_version(NAME, str(registry))
-    tracking.set_alias(tracking.versions(NAME)[0], "serving")
+    versions.set_alias(versions.list_versions(NAME)[0], "serving")
     in_force.ask()
     assert in_force.version
     assert in_force.version.number == 1
@@ -81,7 +83,7 @@ def test_what_was_known_holds_while_the_registry_is_gone(
     assert "does not answer" in caplog.text
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{registry}/mlflow.db")
-    tracking.delete_alias(NAME, "serving")
+    versions.delete_alias(NAME, "serving")
     in_force.ask()
     assert in_force.version.number == 1
     assert "no version of tiny is in force any more" in in_force.said
@@ -100,7 +102,7 @@ def test_whatever_keeps_a_version_from_starting_it_is_tried_again(
 
     async def follow() -> None:
         front = Front(NAME, 1, tmp_path)
-        front.in_force.version = tracking.Version(NAME, 1, "", "", {}, (), "", 0)
+        front.in_force.version = Version(NAME, 1, "", "", {}, (), "", 0)
         following = asyncio.create_task(front._follow())
         until = time.monotonic() + 20
         while tries < 2 and not following.done() and time.monotonic() < until:
@@ -152,8 +154,8 @@ def test_a_damaged_copy_of_a_model_is_downloaded_again(registry: Path) -> None:
     weights = Path("model/model.safetensors")
     weights.write_bytes(b"weights" * 100)
     version = registered("one")
-    tracking.finish_version(version, sha256(weights))
-    version = tracking.versions(NAME)[0]
+    versions.finish_version(version, sha256(weights))
+    version = versions.list_versions(NAME)[0]
     model = serve.fetch(version, registry / "store")
     (copy,) = model.rglob("model.safetensors")
     with copy.open("r+b") as content:
@@ -308,18 +310,18 @@ def test_no_request_is_lost_whatever_happens_behind_the_front(served: Served) ->
     assert served.ask().status_code == 503
     assert "promote one" in served.ask().json()["error"]
 
-    tracking.set_alias(one, "serving")
+    versions.set_alias(one, "serving")
     served.wait_for("version 1 of tiny answers")
     with Clients(served) as clients:
-        tracking.set_alias(two, "serving")  # a swap
+        versions.set_alias(two, "serving")  # a swap
         served.wait_for("the process of version 1 has answered all it was asked, and ended")
 
-        tracking.set_alias(broken, "serving")  # one that does not start
+        versions.set_alias(broken, "serving")  # one that does not start
         served.wait_for("version 3 does not start: ValueError: these weights are none; version 2 is served on")
 
         served.kill_model()  # while another is in force that does not start
         served.wait_for("version 2 of tiny answers", times=2)
-        tracking.set_alias(two, "serving")
+        versions.set_alias(two, "serving")
 
         assert served.ask({"top_k": 666}).status_code == 502  # a request that kills whoever answers it
         served.wait_for("version 2 of tiny answers", times=5)

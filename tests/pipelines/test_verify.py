@@ -16,7 +16,9 @@ from pipelines.processes.stage_process import Stop, run_streamed
 from pipelines.reproduce import last_error
 from pipelines.retrain.worktree import git, open_tree, record
 from pipelines.verify import Finding, choose, different_figures
-from stages.registry import tracking
+from stages.registry import logged_models, versions
+from stages.registry.client import open_client
+from stages.registry.versions import Version
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
 from tests.workspace import Workspace
@@ -49,7 +51,7 @@ def test_somebody_is_told_of_what_differs_and_of_a_failure(
         return came_of_it
 
     sent: list[tuple[str, str]] = []
-    chosen = tracking.Version("bells", 7, "", "", {}, (), "", 0)
+    chosen = Version("bells", 7, "", "", {}, (), "", 0)
     for name, instead in {
         "_derive": derive,
         "choose": lambda *_: chosen,
@@ -88,7 +90,7 @@ def test_what_differs_counts_only_where_machine_and_packages_are_the_same(
     (tmp_path / verify.METRICS).write_text(json.dumps({"test": {"top1": 0.8 if made == "other figures" else 0.9}}))
     (tmp_path / "recorded.json").write_text(json.dumps({"test": {"top1": 0.9}}))
     tags = {"model.sha256": registered, "machine": "cpu A float32", "git.commit": "0" * 40}
-    version = tracking.Version("bells", 7, "", "", tags, (), "", 0)
+    version = Version("bells", 7, "", "", tags, (), "", 0)
     recorded = {verify.METRICS.as_posix(): tmp_path / "recorded.json"}
     found = verify._compared(version, tmp_path, recorded, lambda: ["a line", json.dumps([machine, installed])])
     assert found.result == result
@@ -107,15 +109,15 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        client = tracking.open_client()
+        client = open_client()
         experiment = client.create_experiment("synset/finetune")
         wrong = [{}, {"git.dirty": "true"}, {"git.commit": ""}, {"unfinished": "retrain"}, {"git.commit": "0" * 40}]
         for number, tags in enumerate(wrong, start=1):
             run = client.create_run(experiment)
             model = client.create_logged_model(experiment, "model", source_run_id=run.info.run_id)
             source = f"models:/{model.model_id}"
-            version = tracking.create_version(NAME, "About", source, run.info.run_id, here | tags, "Card")
-            tracking.finish_version(version, f"sha-{number}")
+            version = versions.create_version(NAME, "About", source, run.info.run_id, here | tags, "Card")
+            versions.finish_version(version, f"sha-{number}")
         yield here["git.commit"]
 
 
@@ -138,28 +140,28 @@ def test_a_version_that_no_commit_gives_again_is_refused(registry: str, number: 
 def test_without_a_number_it_is_the_one_in_force_else_the_newest(registry: str) -> None:
     with pytest.raises(StageError, match="version 5"):
         choose(NAME, None, Path.cwd())
-    tracking.set_alias(choose(NAME, 1, Path.cwd()), "serving")
+    versions.set_alias(choose(NAME, 1, Path.cwd()), "serving")
     assert choose(NAME, None, Path.cwd()).commit == registry
     with pytest.raises(StageError, match=r"nothing-of-this-name has no version .it has: none."):
         choose("nothing-of-this-name", None, Path.cwd())
 
 
 @pytest.fixture
-def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[tracking.Version, Path]:
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Version, Path]:
     """A version without recorded images, of a model that loads nowhere, and its weights in the registry."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").write_bytes(b"weights")
-    client = tracking.open_client()
+    client = open_client()
     run = client.create_run(client.create_experiment("synset/finetune"))
-    source = tracking.log_model(
+    source = logged_models.log_model(
         run, Path(__file__).with_name("tiny_model.py"), Path("model"), {"name": "string"}, [], {}
     )
-    created = tracking.create_version(NAME, "About", source, run.info.run_id, {"git.commit": "0" * 40}, "Card")
-    tracking.finish_version(created, sha256(tmp_path / "model/model.safetensors"))
+    created = versions.create_version(NAME, "About", source, run.info.run_id, {"git.commit": "0" * 40}, "Card")
+    versions.finish_version(created, sha256(tmp_path / "model/model.safetensors"))
     (weights,) = (tmp_path / "mlartifacts").rglob("model.safetensors")
-    return tracking.versions(NAME)[0], weights
+    return versions.list_versions(NAME)[0], weights
 
 
 def nothing(*_: object, **__: object) -> list[str]:
@@ -172,7 +174,7 @@ class DerivedError(Exception):
 
 
 def test_only_other_weights_in_the_registry_are_a_difference(
-    stored: tuple[tracking.Version, Path], monkeypatch: pytest.MonkeyPatch
+    stored: tuple[Version, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begin(*_: object) -> None:
         raise DerivedError
@@ -188,7 +190,7 @@ def test_only_other_weights_in_the_registry_are_a_difference(
     assert f"its weights have sha256 {sha256(weights)}, by its tag {version.sha256}" in found.detail
 
 
-def test_weights_that_cannot_be_had_are_no_difference(stored: tuple[tracking.Version, Path]) -> None:
+def test_weights_that_cannot_be_had_are_no_difference(stored: tuple[Version, Path]) -> None:
     version, weights = stored
     weights.unlink()
     with pytest.raises(StageError, match="version 1 cannot be verified: the registry holds no weights of it"):
@@ -284,9 +286,9 @@ def commit(workspace: Workspace, message: str) -> None:
         subprocess.run(["git", *command], cwd=workspace.root, check=True)
 
 
-def version(number: int) -> tracking.Version:
+def version(number: int) -> Version:
     """A version as it is now."""
-    return next(each for each in tracking.versions(NAME) if each.number == number)
+    return next(each for each in versions.list_versions(NAME) if each.number == number)
 
 
 def flow(workspace: Workspace, *command: str) -> tuple[int, str]:
@@ -314,7 +316,7 @@ def damaged(trained: Workspace) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_a_damaged_model_is_neither_promoted_nor_reproduced(trained: Workspace, damaged: Path) -> None:
-    tracking.set_alias(version(1), "champion")
+    versions.set_alias(version(1), "champion")
     code, output = flow(trained, "pipelines.reconcile")
     assert code == 0, output
     assert "version 1 is refused: its weights are not those registered" in output
@@ -327,7 +329,7 @@ def test_a_damaged_model_is_neither_promoted_nor_reproduced(trained: Workspace, 
 
 @pytest.mark.slow
 def test_a_version_of_two_commits_ago_comes_into_force_and_is_reproduced(trained: Workspace) -> None:
-    tracking.set_alias(version(1), "champion")
+    versions.set_alias(version(1), "champion")
     code, output = flow(trained, "pipelines.reconcile")
     assert code == 0, output
     assert f"{NAME}: version 1 is in force (passed)" in output
@@ -363,7 +365,7 @@ def test_a_version_of_another_seed_is_refused_as_dirty_and_differs_where_it_clai
     assert code == 1
     assert "uncommitted changes" in output
     assert "verify" not in version(2).tags
-    tracking.delete_tag(version(2), "git.dirty")
+    versions.delete_tag(version(2), "git.dirty")
     trained.run("git", "checkout", "params.yaml", "dvc.lock")
     code, output = flow(trained, "pipelines.verify", "2")
     assert code == 1, output

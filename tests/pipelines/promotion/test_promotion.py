@@ -11,7 +11,9 @@ import pytest
 from pipelines.promotion import promotion
 from pipelines.promotion.history import promotions
 from pipelines.promotion.promotion import Examination, Outcome, Registry, settle
-from stages.registry import tracking
+from stages.registry import versions
+from stages.registry.client import open_client
+from stages.registry.versions import Version
 from stages.runtime.command import StageError
 
 NAME = "bells"
@@ -27,7 +29,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.chdir(root)
-        client = tracking.open_client()
+        client = open_client()
         experiment = client.create_experiment("synset/finetune")
         for number in (1, 2, 3):
             subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", str(number)], cwd=root, check=True)
@@ -35,8 +37,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model = client.create_logged_model(experiment, "model", source_run_id=run.info.run_id)
             tags = {**PASSED, "git.commit": commit(root)}
             source = f"models:/{model.model_id}"
-            version = tracking.create_version(NAME, "About bells.", source, run.info.run_id, tags, "Card")
-            tracking.finish_version(version, f"sha-{number}")
+            version = versions.create_version(NAME, "About bells.", source, run.info.run_id, tags, "Card")
+            versions.finish_version(version, f"sha-{number}")
     return root
 
 
@@ -56,19 +58,19 @@ def commit(root: Path, name: str = "HEAD") -> str:
     ).stdout.strip()
 
 
-def version(number: int) -> tracking.Version:
+def version(number: int) -> Version:
     """A version as it is now."""
-    return next(each for each in tracking.versions(NAME) if each.number == number)
+    return next(each for each in versions.list_versions(NAME) if each.number == number)
 
 
 def aliases() -> dict[str, int]:
     """What each alias points at."""
-    return {alias: each.number for each in tracking.versions(NAME) for alias in each.aliases}
+    return {alias: each.number for each in versions.list_versions(NAME) for alias in each.aliases}
 
 
 def table() -> list[tuple[int, int | None, str, str]]:
     """The promotions table, newest first, without times."""
-    found = promotions(tracking.model_description(NAME))
+    found = promotions(versions.model_description(NAME))
     return [(each.version, each.instead_of, each.by, each.verdict) for each in found]
 
 
@@ -79,7 +81,7 @@ class Examiner:
         self.asked: list[tuple[int, str]] = []
         self.gate, self.sound, self.meanwhile = gate, sound, meanwhile
 
-    def __call__(self, asked: tracking.Version, against: str) -> Examination:
+    def __call__(self, asked: Version, against: str) -> Examination:
         self.asked.append((asked.number, against))
         if self.meanwhile:
             self.meanwhile()
@@ -94,8 +96,8 @@ def tick(root: Path, examine: Examiner | None = None, told: list[Outcome] | None
 
 def wish(number: int, **tags: str) -> None:
     """What a person does in the UI."""
-    tracking.set_tags(version(number), tags)
-    tracking.set_alias(version(number), "champion")
+    versions.set_tags(version(number), tags)
+    versions.set_alias(version(number), "champion")
 
 
 def test_nothing_to_do_is_said(root: Path) -> None:
@@ -111,7 +113,7 @@ def test_the_first_champion_comes_into_force(root: Path) -> None:
     assert examine.asked == [(1, "none")]
     assert aliases() == {"champion": 1, "serving": 1}
     assert table() == [(1, None, "Ana", "passed")]
-    assert tracking.model_description(NAME).startswith("About bells.\n\n## Promotions")
+    assert versions.model_description(NAME).startswith("About bells.\n\n## Promotions")
     assert commit(root, "refs/tags/champion") == version(1).commit
     assert version(1).tags["promoted"][:4].isdigit()
     assert promotion.PROMOTING not in version(1).tags
@@ -233,7 +235,7 @@ def test_a_gate_taken_against_another_version_is_taken_again(root: Path) -> None
 def test_an_alias_that_was_taken_off_comes_back(root: Path) -> None:
     wish(1)
     tick(root)
-    tracking.delete_alias(NAME, "champion")
+    versions.delete_alias(NAME, "champion")
     told: list[Outcome] = []
     assert tick(root, told=told).kind == "put back"
     assert len(told) == 1
@@ -243,27 +245,27 @@ def test_an_alias_that_was_taken_off_comes_back(root: Path) -> None:
 def test_the_version_in_force_deleted_is_an_error_until_another_is_wished_for(root: Path) -> None:
     wish(1)
     tick(root)
-    tracking.delete_version(version(1))
+    versions.delete_version(version(1))
     assert aliases() == {}
     with pytest.raises(StageError, match="version 1, which was in force, was deleted"):
         tick(root)
     wish(2)
     assert tick(root).kind == "promoted"
-    tracking.delete_alias(NAME, "serving")
-    tracking.delete_alias(NAME, "champion")
+    versions.delete_alias(NAME, "serving")
+    versions.delete_alias(NAME, "champion")
     assert tick(root).kind == "unchanged"  # somebody wants nothing to be in force, and nothing is lost
 
 
 def both_by_hand(number: int, **tags: str) -> None:
     """What a person does who takes `serving` for the alias to set."""
     wish(number, **tags)
-    tracking.set_alias(version(number), "serving")
+    versions.set_alias(version(number), "serving")
 
 
 def test_serving_set_by_hand_is_undone(root: Path) -> None:
     wish(1)
     tick(root)
-    tracking.set_alias(version(2), "serving")
+    versions.set_alias(version(2), "serving")
     told: list[Outcome] = []
     assert tick(root, told=told).kind == "unchanged"
     assert [each.message for each in told] == [
@@ -271,8 +273,8 @@ def test_serving_set_by_hand_is_undone(root: Path) -> None:
         "set `champion`"
     ]
     assert aliases() == {"champion": 1, "serving": 1}
-    tracking.delete_alias(NAME, "champion")
-    tracking.set_alias(version(2), "serving")
+    versions.delete_alias(NAME, "champion")
+    versions.set_alias(version(2), "serving")
     tick(root)
     assert aliases() == {"champion": 1, "serving": 1}
 
@@ -325,7 +327,7 @@ def test_by_hand_after_the_version_in_force_was_deleted_it_is_the_previous_one_t
     for number in (1, 2):
         wish(number)
         tick(root)
-    tracking.delete_version(version(2))
+    versions.delete_version(version(2))
     both_by_hand(3)
     examine = Examiner("failed")
     assert tick(root, examine).kind == "refused"
@@ -337,7 +339,7 @@ def test_by_hand_after_the_version_in_force_was_deleted_it_is_the_previous_one_t
 def test_of_a_description_that_takes_no_line_the_tag_says_what_was_promoted(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "describe_model", lambda *_: None)
+    monkeypatch.setattr(versions, "describe_model", lambda *_: None)
     wish(1)
     tick(root)
     assert (tick(root).kind, table()) == ("unchanged", [])
@@ -362,13 +364,13 @@ def test_a_wish_withdrawn_or_retracted_during_the_examination_is_none(root: Path
     assert tick(root, Examiner(meanwhile=lambda: wish(1))).kind == "unchanged"
     wish(2)
     batch = {"retracted": "d-1"}
-    assert tick(root, Examiner(meanwhile=lambda: tracking.set_tags(version(2), batch))).kind == "refused"
+    assert tick(root, Examiner(meanwhile=lambda: versions.set_tags(version(2), batch))).kind == "refused"
     assert aliases() == {"champion": 1, "serving": 1}
 
 
 def test_somebody_who_signs_during_the_examination_is_named(root: Path) -> None:
     wish(1)
-    tick(root, Examiner(meanwhile=lambda: tracking.set_tags(version(1), {"approved_by": "Ana"})))
+    tick(root, Examiner(meanwhile=lambda: versions.set_tags(version(1), {"approved_by": "Ana"})))
     assert table() == [(1, None, "Ana", "passed")]
 
 
@@ -382,11 +384,11 @@ def test_aliases_that_never_rest_end_with_a_message(root: Path) -> None:
 def test_a_version_without_a_known_commit_has_no_git_tag(root: Path) -> None:
     wish(1)
     tick(root)
-    tracking.set_tags(version(2), {"git.commit": "0" * 40})
+    versions.set_tags(version(2), {"git.commit": "0" * 40})
     wish(2)
     assert "this clone lacks its commit 000" in tick(root).message
     assert commit(root, "refs/tags/champion") == ""
-    tracking.delete_tag(version(3), "git.commit")
+    versions.delete_tag(version(3), "git.commit")
     wish(3)
     assert "it names no commit" in tick(root).message
 
@@ -403,7 +405,7 @@ def test_nothing_in_force_any_more_has_no_git_tag(root: Path) -> None:
     wish(1)
     tick(root)
     for alias in ("serving", "champion"):
-        tracking.delete_alias(NAME, alias)
+        versions.delete_alias(NAME, alias)
     assert tick(root).kind == "unchanged"
     assert commit(root, "refs/tags/champion") == ""
 
@@ -413,7 +415,7 @@ def test_nothing_in_force_any_more_has_no_git_tag(root: Path) -> None:
 def test_a_journal_that_is_none_of_ours_is_removed(root: Path, journal: str, number: int) -> None:
     wish(1)
     tick(root)
-    tracking.set_tags(version(number), {promotion.PROMOTING: journal})
+    versions.set_tags(version(number), {promotion.PROMOTING: journal})
     assert tick(root).kind == "unchanged"
     assert promotion.PROMOTING not in version(number).tags
     assert aliases() == {"champion": 1, "serving": 1}
@@ -455,7 +457,7 @@ def run_until_killed(root: Path, after: int, examine: Examiner) -> bool:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in WRITES:
-            patch.setattr(tracking, name, dying(getattr(tracking, name)))
+            patch.setattr(versions, name, dying(getattr(versions, name)))
         patch.setattr(promotion, "git", dying(promotion.git))
         try:
             tick(root, examine)
@@ -466,7 +468,7 @@ def run_until_killed(root: Path, after: int, examine: Examiner) -> bool:
 
 def state(root: Path) -> tuple[Any, ...]:
     """Everything that reconcile writes, without times."""
-    tags = {each.number: sorted(each.tags) for each in tracking.versions(NAME)}
+    tags = {each.number: sorted(each.tags) for each in versions.list_versions(NAME)}
     return aliases(), tags, table(), commit(root, "refs/tags/champion")
 
 
@@ -482,7 +484,7 @@ def begin(case: str) -> Examiner:
         both_by_hand(2)
         return Examiner()
     if case == "removed":
-        tracking.delete_alias(NAME, "champion")
+        versions.delete_alias(NAME, "champion")
         return Examiner()
     wish(2, approved_by="Grace", **{"promotion.refused": "an earlier try"})
     return Examiner()
@@ -526,7 +528,7 @@ def test_death_after_any_write_ends_in_the_state_before_or_the_state_after(
             wish(1)
             tick(root)
             assert (aliases(), table(), commit(root, "refs/tags/champion")) == (before[0], before[2], before[3])
-            assert promotion.PROMOTING not in {tag for each in tracking.versions(NAME) for tag in each.tags}
+            assert promotion.PROMOTING not in {tag for each in versions.list_versions(NAME) for tag in each.tags}
         else:
             tick(root, examine)
             assert state(root) == expected, f"killed after write {deaths}"

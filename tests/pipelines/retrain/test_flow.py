@@ -27,8 +27,7 @@ from pipelines.retrain.due import drifted, due, new_images, not_due
 from pipelines.retrain.report import Report
 from pipelines.retrain.worktree import commit_of, git, text_at
 from stages.params.retrain import Retrain
-from stages.registry import tracking
-from stages.registry.tracking import Version
+from stages.registry.versions import Version
 from tests.closure import ROOT
 
 # ------------------------------------------------------------------------------------------------ without any process
@@ -90,9 +89,9 @@ def test_what_was_trained_on_a_batch_taken_back_is_tagged_and_under_review_no_mo
     told: list[object] = []
     both = [version(2, "challenger", retracted="d-0"), version(1, "serving")]
     monkeypatch.setattr(versions, "_batches", lambda each: ["d-1"] if each.number == 2 else ["target"])
-    monkeypatch.setattr(tracking, "versions", lambda name: both)
-    monkeypatch.setattr(tracking, "set_tags", lambda each, tags: told.append((each.number, tags)))
-    monkeypatch.setattr(tracking, "delete_alias", lambda *which: told.append(which))
+    monkeypatch.setattr(versions.versions, "list_versions", lambda name: both)
+    monkeypatch.setattr(versions.versions, "set_tags", lambda each, tags: told.append((each.number, tags)))
+    monkeypatch.setattr(versions.versions, "delete_alias", lambda *which: told.append(which))
     assert versions.mark_retracted("pets", "d-1") == both[:1]
     assert told == [(2, {"retracted": "d-0, d-1"}), ("pets", "challenger")]
 
@@ -114,7 +113,7 @@ def test_a_delivery_may_be_called_as_an_option_is(tmp_path: Path, monkeypatch: p
 
 
 def test_a_version_whose_run_is_gone_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "download", lambda *_: None)
+    monkeypatch.setattr(versions.artifacts, "download", lambda *_: None)
     (tmp_path / "params.yaml").write_text("batches:\n  d-1: {role: finetune}\n")
     for command in (
         ["init", "-q"],
@@ -140,7 +139,8 @@ TINY = """
 import hashlib, json, shutil, sys
 from pathlib import Path
 import yaml
-from stages import tracking
+from stages.registry import versions
+from stages.registry.client import open_client
 from stages.data.raw.tars import members, raw_tars
 
 params = yaml.safe_load(Path("params.yaml").read_text())
@@ -174,8 +174,8 @@ def register():
     sha = hashlib.sha256(Path("models/finetuned/model.safetensors").read_bytes()).hexdigest()
     name = params["register"]["name"]
     assert os.environ["SYNSET_UNFINISHED"] == "retrain"
-    client = tracking.open_client()
-    if not tracking.find_version(name, sha):
+    client = open_client()
+    if not versions.find_version(name, sha):
         if not client.search_registered_models():
             client.create_registered_model(name)
         run = client.create_run(client.create_experiment("e") if not client.get_experiment_by_name("e") else client.get_experiment_by_name("e").experiment_id)
@@ -293,8 +293,8 @@ class Project:
     def registry(self) -> list[dict[str, Any]]:
         """All versions, newest first."""
         code = (
-            "import json; from stages.registry.tracking import versions\n"
-            "rows = [[v.number, v.aliases, v.tags, v.description, v.sha256] for v in versions('synset-sample')]\n"
+            "import json; from stages.registry.versions import list_versions\n"
+            "rows = [[v.number, v.aliases, v.tags, v.description, v.sha256] for v in list_versions('synset-sample')]\n"
             "print(json.dumps(rows))"
         )
         done = subprocess.run(
@@ -310,8 +310,8 @@ class Project:
 
     def alias(self, number: int, name: str) -> None:
         """Sets an alias, as a person would."""
-        chosen = f"[each for each in t.versions('synset-sample') if each.number == {number}][0]"
-        code = f"from stages import tracking as t; t.set_alias({chosen}, {name!r})"
+        chosen = f"[each for each in t.list_versions('synset-sample') if each.number == {number}][0]"
+        code = f"from stages.registry import versions as t; t.set_alias({chosen}, {name!r})"
         subprocess.run([sys.executable, "-c", code], cwd=self.root, env=self.environment, check=True)
 
     def tip(self) -> str:
@@ -368,7 +368,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty registry: making one takes seconds."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    code = "from stages import tracking; tracking.versions('x')"
+    code = "from stages.registry import versions; versions.list_versions('x')"
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{path}"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     return path

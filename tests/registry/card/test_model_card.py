@@ -21,7 +21,7 @@ from stages.registry.card.model_card import (
     with_verdict,
 )
 from stages.registry.gate_review import BatchCounts, Candidate, Review
-from stages.registry.tracking import COMMIT_TO_COME
+from stages.registry.versions import COMMIT_TO_COME
 
 COMPARE = "/#/compare-runs?runs=1,2"
 LINKS = {"run": "/#/runs/1", "evaluation report": "/#/runs/1/artifacts/report.html"}
