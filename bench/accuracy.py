@@ -17,13 +17,16 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.prepared import written_shards
-from stages.data.shards.loading.loading import Samples, epoch_order, evaluation_batches, read_samples, training_batches
+from stages.data.shards.loading.order import epoch_order
+from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
+from stages.data.shards.loading.samples.index import Samples, read_samples
+from stages.data.shards.loading.train_loading import TrainLoader
 
 if TYPE_CHECKING:
     import torch
 
 BATCH_SIZE, MIN_CROP_AREA, LR, THREADS = 64, 0.35, 0.1, 2
-Batches = Callable[..., Iterator[tuple["torch.Tensor", "torch.Tensor"]]]
+Batches = Callable[[Samples, int, int, int], Iterator[tuple["torch.Tensor", "torch.Tensor"]]]
 
 
 class Result(NamedTuple):
@@ -52,7 +55,7 @@ def main() -> int:
         shards = written_shards(options.images.resolve(), options.side, Path(work))
         train, val = (read_samples([shards], split) for split in ("train", "val"))
         for seed in range(1, options.seeds + 1):
-            ours.append(_train(train, val, training_batches, seed, options.epochs, options.size))
+            ours.append(_train(train, val, _our_batches, seed, options.epochs, options.size))
             theirs.append(_train(train, val, _torchvision_batches, seed, options.epochs, options.size))
             print(
                 f"seed {seed}: Synset {ours[-1].top1:.1%}, loss {ours[-1].loss:.3f}; "
@@ -80,10 +83,7 @@ def _train(train: Samples, val: Samples, batches: Batches, seed: int, epochs: in
     optimiser = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = OneCycleLR(optimiser, LR, total_steps=epochs * -(-len(train) // BATCH_SIZE), pct_start=0.25)
     for epoch in range(1, epochs + 1):
-        for images, labels in batches(
-            train, image_size=size, batch_size=BATCH_SIZE, min_crop_area=MIN_CROP_AREA, seed=seed, epoch=epoch,
-            threads=THREADS, device="cpu",
-        ):  # fmt: skip
+        for images, labels in batches(train, seed, epoch, size):
             loss = functional.cross_entropy(model(_scaled(images)), labels, label_smoothing=0.1)
             optimiser.zero_grad()
             loss.backward()
@@ -126,16 +126,22 @@ def _network(classes: int) -> "torch.nn.Module":
     return model.to(memory_format=torch.channels_last)
 
 
-def _torchvision_batches(
-    samples: Samples, *, image_size: int, batch_size: int, min_crop_area: float, seed: int, epoch: int, **_: object
+def _our_batches(
+    samples: Samples, seed: int, epoch: int, image_size: int
 ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
-    """As `training_batches`, by PIL and torchvision's transforms."""
+    return TrainLoader(samples, BATCH_SIZE, MIN_CROP_AREA, seed, THREADS, "cpu").batches(epoch, 0, image_size)
+
+
+def _torchvision_batches(
+    samples: Samples, seed: int, epoch: int, image_size: int
+) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+    """The same by PIL and torchvision's transforms."""
     import torch
     from PIL import Image
     from torchvision import transforms
 
     transform = transforms.Compose([
-        transforms.RandomResizedCrop(image_size, scale=(min_crop_area, 1.0)), transforms.RandomHorizontalFlip(),
+        transforms.RandomResizedCrop(image_size, scale=(MIN_CROP_AREA, 1.0)), transforms.RandomHorizontalFlip(),
         transforms.PILToTensor(),
     ])  # fmt: skip
 
@@ -147,7 +153,7 @@ def _torchvision_batches(
             return transform(image), int(samples.label[index])
 
     order = epoch_order(samples, seed, epoch)
-    batches = [part.tolist() for part in torch.as_tensor(order).tensor_split(-(-len(order) // batch_size))]
+    batches = [part.tolist() for part in torch.as_tensor(order).tensor_split(-(-len(order) // BATCH_SIZE))]
     generator = torch.Generator().manual_seed(1000 * seed + epoch)
     for images, labels in torch.utils.data.DataLoader(
         Images(), batch_sampler=batches, num_workers=THREADS, generator=generator

@@ -14,13 +14,12 @@ def main() -> None:
     """Loads one batch as the trainer does."""
     torch.set_num_threads(2)
     began = time.perf_counter()
-    from stages.data.shards.loading.loading import read_samples, training_batches
+    from stages.data.shards.loading.samples.index import read_samples
+    from stages.data.shards.loading.train_loading import TrainLoader
 
     samples = read_samples([Path(sys.argv[1])], "train")
-    batches = training_batches(
-        samples, image_size=224, batch_size=64, min_crop_area=0.08, seed=1, epoch=1, threads=2, device="cpu"
-    )
-    images, _ = next(iter(batches))
+    loader = TrainLoader(samples, batch_size=64, min_crop_area=0.08, seed=1, threads=2, device="cpu")
+    images, _ = next(loader.batches(epoch=1, start=0, image_size=224))
     assert images.shape[1:] == (3, 224, 224)
     print(time.perf_counter() - began)
 

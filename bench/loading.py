@@ -19,7 +19,8 @@ from bench.peers.protocol import MEAN, STD, labelled_images, timed_epoch
 from bench.prepared import written_shards
 from bench.rounds import ROOT, Bound, Candidate, Goal, Peer, Table, arguments, machine, measured, report, versions
 from pipelines.environment import settings
-from stages.data.shards.loading.loading import Samples, read_samples, training_batches
+from stages.data.shards.loading.samples.index import Samples, read_samples
+from stages.data.shards.loading.train_loading import TrainLoader
 
 SIZE, BATCH, THREADS = 224, 64, 2
 KINDS = {"full size": 4096, "256 px": 256}
@@ -92,10 +93,8 @@ def _rate(batches: Callable[[], Iterator[Any]], images: int) -> float:
 
 
 def _ours(samples: Samples, epoch: int) -> Iterator[Any]:
-    return training_batches(
-        samples, image_size=SIZE, batch_size=BATCH, min_crop_area=0.08, seed=1, epoch=epoch, threads=THREADS,
-        device="cpu",
-    )  # fmt: skip
+    loader = TrainLoader(samples, batch_size=BATCH, min_crop_area=0.08, seed=1, threads=THREADS, device="cpu")
+    return loader.batches(epoch, start=0, image_size=SIZE)
 
 
 def _dali(shard_set: Path, count: int) -> Iterator[Any]:

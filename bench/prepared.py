@@ -13,7 +13,7 @@ from stages.data.raw.facts import ACCEPTED, read_table, write_table
 from tests.workspace import Workspace
 
 if TYPE_CHECKING:
-    from stages.data.shards.loading.loading import Samples
+    from stages.data.shards.loading.samples.index import Samples
 
 
 def written_shards(images: Path, side: int, work: Path) -> Path:
@@ -90,7 +90,7 @@ class Trials:
 
     def test(self) -> "Samples":
         """The target's test images."""
-        from stages.data.shards.loading.loading import read_samples
+        from stages.data.shards.loading.samples.index import read_samples
 
         indexes = sorted((self.workspace.root / "data/shards/finetune").glob("*/index.json"))
         return read_samples([index.parent for index in indexes], "test")

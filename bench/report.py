@@ -21,7 +21,7 @@ import pandas as pd
 from bench.rounds import machine
 from stages import evaluate
 from stages.data.raw.facts import ACCEPTED, QUARANTINE, write_table
-from stages.data.shards.loading.loading import Samples
+from stages.data.shards.loading.samples.index import Samples
 from stages.evaluation.evaluators.cam import overlaid
 from stages.evaluation.evaluators.galleries import Galleries, Neighbour, Picture, Suspect, choose
 from stages.evaluation.evaluators.training_images import TrainingImages

@@ -20,7 +20,7 @@ from bench.rounds import Candidate, Goal, arguments, machine, measured, report, 
 if TYPE_CHECKING:
     import torch
 
-    from stages.data.shards.loading.loading import Samples
+    from stages.data.shards.loading.samples.index import Samples
     from stages.training.networks.devices import Compute
 
 BARE, MEMORY, SHARDS = "bare loop, tensors", "Synset, tensors", "Synset, shards"
@@ -71,7 +71,7 @@ def _samples(shards: Path, options: argparse.Namespace) -> "Samples":
     """As many as a round needs, again and again where there are fewer."""
     import numpy as np
 
-    from stages.data.shards.loading.loading import read_samples
+    from stages.data.shards.loading.samples.index import read_samples
 
     samples = read_samples([shards], "train")
     wanted = np.resize(np.arange(len(samples)), options.steps * options.batch_size)
@@ -83,11 +83,11 @@ class _Task:
 
     def __init__(self, options: argparse.Namespace, samples: "Samples", compute: "Compute", work: Path) -> None:
         from stages.params.training.recipe import Recipe
-        from stages.training.loop.train_batches import crops
+        from stages.training.loop.train_batches import train_batches
 
         self.options, self.compute, self.work = options, compute, work
         self.recipe = Recipe(epochs=1, batch_size=options.batch_size, lr=0.01)
-        self.from_shards = crops(samples, self.recipe, compute).batches
+        self.from_shards = train_batches(samples, self.recipe, compute).batches
         self.tensors: list[Batch] = [
             (images.clone(), labels % CLASSES) for images, labels in self.from_shards(1, 0, options.size)
         ]

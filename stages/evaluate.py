@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from stages.data.shards.loading.loading import Samples, read_samples
+from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.loading.samples.shard_sets import shard_sets
 from stages.evaluation import metrics
 from stages.evaluation.evaluators import galleries, slices

@@ -32,7 +32,7 @@ from stages.runtime.progress import progress, worker_count
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from stages.data.shards.loading.loading import Samples
+    from stages.data.shards.loading.samples.index import Samples
     from stages.evaluation.exporting import Difference, Pixels
     from stages.training.networks.models import Classifier
 
@@ -89,7 +89,7 @@ def export(version: Version, form: str, out: Path, threads: int) -> dict[str, An
 
 
 def _test_images() -> "Samples":
-    from stages.data.shards.loading.loading import read_samples
+    from stages.data.shards.loading.samples.index import read_samples
     from stages.data.shards.loading.samples.shard_sets import shard_sets
 
     samples = read_samples(shard_sets("finetune"), "test")
@@ -183,7 +183,7 @@ def _pixels(samples: "Samples", config: dict[str, Any]) -> "Iterator[Pixels]":
     """As the evaluation sees them, (n, 3, S, S)."""
     import numpy as np
 
-    from stages.data.shards.loading.loading import evaluation_batches
+    from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
 
     batches = evaluation_batches(
         samples, image_size=config["image_size"], resize=config["resize"], batch_size=BATCH,

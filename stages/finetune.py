@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.data.shards.loading.loading import read_samples
+from stages.data.shards.loading.samples.index import read_samples
 from stages.data.shards.loading.samples.shard_sets import check_resize, read_index, shard_sets
 from stages.params.finetune import Finetune
 from stages.params.training.model import Model
@@ -135,7 +135,7 @@ class _Task:
         from stages.training.loop.loop import fit
         from stages.training.loop.objectives import Looking, Supervised, evaluated_at_once
         from stages.training.loop.processes import is_first
-        from stages.training.loop.train_batches import crops
+        from stages.training.loop.train_batches import train_batches
         from stages.training.networks.layer_groups import trainable
         from stages.training.networks.models import save_classifier
 
@@ -153,7 +153,7 @@ class _Task:
         log({"trainable_parameters": count, "trainable_share": share}, 0)
         looking = Looking(self.val, self.model.image_size, self.config["resize"], evaluated_at_once(self.finetune))
         objective = Supervised(start, self.finetune, looking, self.compute)
-        feed = crops(self.train, self.finetune, self.compute)
+        feed = train_batches(self.train, self.finetune, self.compute)
         curve = fit(
             start,
             groups,

@@ -25,7 +25,7 @@ from stages.runtime.progress import progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.data.shards.loading.loading import Samples
+    from stages.data.shards.loading.samples.index import Samples
     from stages.evaluation.active_learning import Candidates
     from stages.training.networks.devices import Compute
 
@@ -96,7 +96,7 @@ def unlabelled(batch: str) -> Pool:
     """
     import numpy as np
 
-    from stages.data.shards.loading.loading import read_samples
+    from stages.data.shards.loading.samples.index import read_samples
     from stages.data.shards.loading.samples.shard_sets import read_index, shard_sets
 
     sets = [each for role in ROLES for each in shard_sets(role)]
@@ -119,7 +119,7 @@ def unlabelled(batch: str) -> Pool:
 
 
 def _images(pool: Pool, config: dict[str, Any], batch_size: int, compute: "Compute") -> Iterator["Tensor"]:
-    from stages.data.shards.loading.loading import evaluation_batches
+    from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
 
     batches = (
         images

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.data.shards.loading.loading import Samples, read_samples
+from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.loading.samples.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
 from stages.params.pretrain import Pretrain
 from stages.params.training.model import Model
@@ -129,7 +129,7 @@ def _task(
 ) -> "tuple[Feed, Objective]":  # fmt: skip
     """What is learned from, and what is minimised."""
     from stages.training.loop.objectives import Looking, Supervised, evaluated_at_once
-    from stages.training.loop.train_batches import crops
+    from stages.training.loop.train_batches import train_batches
     from stages.training.methods.self_supervision import SelfSupervision
 
     every, val = read_samples(sets, "train"), read_samples(sets, "val").labelled()
@@ -137,12 +137,12 @@ def _task(
     if pretrain.method == "supervised":
         train = every.labelled()
         logger.info("pretrain: %s", _counted(train, len(every) - len(train), val))
-        return crops(train, pretrain, compute), Supervised(backbone, pretrain, looking, compute)
+        return train_batches(train, pretrain, compute), Supervised(backbone, pretrain, looking, compute)
     logger.info(
         "pretrain: %s without labels, %d images, %d labelled ones for val", pretrain.method, len(every), len(val)
     )
     objective = SelfSupervision(backbone, pretrain, every.labelled(), looking, compute)
-    return crops(every, pretrain, compute, pretrain.self_supervised), objective
+    return train_batches(every, pretrain, compute, pretrain.self_supervised), objective
 
 
 def _counted(train: Samples, unlabelled: int, val: Samples) -> str:

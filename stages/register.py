@@ -170,7 +170,7 @@ def _test_images() -> tuple[list[str], list[bytes], Any]:
     """Keys of test images spread over the split, the images, and what the evaluation said: (N, classes)."""
     import numpy as np
 
-    from stages.data.shards.loading.loading import read_samples
+    from stages.data.shards.loading.samples.index import read_samples
     from stages.data.shards.loading.samples.shard_sets import shard_sets
     from stages.evaluation.metrics import log_probabilities
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from stages import register
 from stages.data.raw.facts import QUARANTINE, write_table
-from stages.data.shards.loading.loading import Samples, read_samples
+from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.writing import write_shard_set
 from stages.params.shard import Shard
 from stages.registry import model_process

@@ -187,7 +187,7 @@ def test_a_damaged_shard(folder: Path) -> None:
     code = """
 from pathlib import Path
 from stages.runtime.command import run
-from stages.data.shards.loading.loading import read_samples
+from stages.data.shards.loading.samples.index import read_samples
 run(lambda: read_samples([Path("data/shards/finetune/mine")], "train"))
 """
     message = run(folder, code=code)

@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from stages import evaluate
 from stages.data.raw.facts import ACCEPTED, QUARANTINE, write_table
-from stages.data.shards.loading.loading import read_samples
+from stages.data.shards.loading.samples.index import read_samples
 from stages.data.shards.writing import write_shard_set
 from stages.evaluation.predictions import check_complete
 from stages.params.shard import Shard

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from stages import label_queue
-from stages.data.shards.loading.loading import read_samples
+from stages.data.shards.loading.samples.index import read_samples
 from stages.data.shards.writing import write_shard_set
 from stages.data.sources.sample import SampleFile, draw
 from stages.evaluation.active_learning import CANDIDATES, diverse, most_unsure

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stages.data.shards.loading.loading import Samples, evaluation_batches
+from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
+from stages.data.shards.loading.samples.index import Samples
 from stages.runtime.command import StageError
 from stages.training.networks.devices import Compute
 from stages.training.networks.models import Classifier

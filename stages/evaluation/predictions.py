@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.data.raw.facts import write_table
-from stages.data.shards.loading.loading import Samples, read_samples
+from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.loading.samples.shard_sets import shard_sets
 from stages.evaluation.metrics import Bools, Floats, Int64, predicted_classes
 from stages.runtime.command import StageError

@@ -256,7 +256,7 @@ def _score_shards(model: Any, keys: set[str], shards: Sequence[Path], folder: Pa
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from stages.data.shards.loading.loading import read_samples
+    from stages.data.shards.loading.samples.index import read_samples
 
     classes: list[str] = []
     schema = pa.schema([("key", pa.string()), ("logits", pa.list_(pa.float32()))])

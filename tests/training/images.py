@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from stages.data.scanning import scan_tar
-from stages.data.shards.loading.loading import Samples, read_samples
+from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.writing import write_shard_set
 from stages.data.sources.dispatch import Group, SourceFile
 from stages.data.sources.ingesting import write_tar

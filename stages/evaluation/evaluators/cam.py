@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.data.shards.loading.loading import Samples, evaluation_batches
+from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
+from stages.data.shards.loading.samples.index import Samples
 from stages.training.networks.layer_groups import members, of_a_head
 
 if TYPE_CHECKING:

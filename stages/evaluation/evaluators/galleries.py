@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.data.shards.loading.loading import Samples
+from stages.data.shards.loading.samples.index import Samples
 from stages.evaluation.metrics import Float64, Floats, Int64, confidences, predicted_classes
 from stages.pages.images import jpeg_thumbnail, thumbnail
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import pad, rotate
 
-from stages.data.shards.loading.loading import Samples, evaluation_batches
+from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
+from stages.data.shards.loading.samples.index import Samples
 from stages.evaluation.evaluators.corruptions import corrupted
 from stages.evaluation.metrics import Bools, Float64, Int64
 from stages.evaluation.statistics.bootstrap import mean_interval

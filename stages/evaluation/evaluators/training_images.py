@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stages.data.shards.loading.loading import Samples
+from stages.data.shards.loading.samples.index import Samples
 from stages.evaluation.inference import Floats32, Int64, add_directions, answers, unit
 from stages.evaluation.metrics import log_probabilities
 from stages.runtime.progress import progress

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.data.shards.loading.loading import Samples, evaluation_batches
+from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
+from stages.data.shards.loading.samples.index import Samples
 from stages.params.training.recipe import Adversarial, Recipe
 from stages.training.loop.adversarial import Guard, attacked, robust_hits
 from stages.training.loop.mixing import Mixer

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.data.shards.loading.loading import Samples
+from stages.data.shards.loading.samples.index import Samples
 from stages.params.pretrain import Pretrain
 from stages.training.loop.objectives import Looking, Metrics
 from stages.training.loop.processes import gathered

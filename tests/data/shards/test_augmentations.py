@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from stages.data.shards.loading import augmentations
-from stages.data.shards.loading.augmentations import Augmentation, draws, needed, throw_dice
-from stages.data.shards.loading.loading import evaluation_batches, read_samples, training_batches
+from stages.data.shards.loading.augmentations import Augmentation, choices, needed, random_draws
+from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
+from stages.data.shards.loading.samples.index import read_samples
+from stages.data.shards.loading.train_loading import TrainLoader
 from tests.training.images import dark_and_light
 
 EVERYTHING = Augmentation(policy="rand", rotation=20, jitter=0.5, grey=0.3, blur=0.5, erasing=0.5)
@@ -31,11 +33,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def epoch(shards: Path, **options: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The batches of one epoch, of 10 or 11 images each."""
-    settings: dict[str, Any] = {
-        "image_size": 24, "batch_size": 11, "min_crop_area": 0.5, "seed": 1, "epoch": 1, "threads": 2, "device": "cpu",
-    }  # fmt: skip
-    batches = training_batches(read_samples([shards], "train"), **settings | options)
-    return [(images.clone(), labels) for images, labels in batches]
+    settings: dict[str, Any] = {"batch_size": 11, "min_crop_area": 0.5, "seed": 1, "threads": 2, "device": "cpu"}
+    number, start = options.pop("epoch", 1), options.pop("start", 0)
+    loader = TrainLoader(read_samples([shards], "train"), **settings | options)
+    return [(images.clone(), labels) for images, labels in loader.batches(number, start, image_size=24)]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -68,7 +69,7 @@ def test_an_operation_without_magnitude_changes_hardly_anything(shards: Path) ->
     """RandAugment's operations at magnitude 0; equalise and auto-contrast know none, so about two of fourteen do."""
     plain, same = (
         torch.cat([images for images, _ in epoch(shards, augmentation=each)]).float()
-        for each in (None, Augmentation(policy="rand", operations=1, magnitude=0))
+        for each in (Augmentation(), Augmentation(policy="rand", operations=1, magnitude=0))
     )
     unchanged = (plain - same).abs().mean(dim=(1, 2, 3)) < 2
     assert unchanged.float().mean() > 0.6
@@ -90,7 +91,7 @@ def test_without_flips_only_the_mirrored_crops_differ(shards: Path) -> None:
 
 
 def test_so_many_are_drawn_as_asked_for() -> None:
-    found = draws(throw_dice(np.random.default_rng(1), 20_000), EVERYTHING)
+    found = choices(random_draws(np.random.default_rng(1), 20_000), EVERYTHING)
     assert np.bincount(found.operation.ravel()).min() > 0.9 * 2 * 20_000 / augmentations.OPERATIONS
     assert len(np.bincount(found.operation.ravel())) == augmentations.OPERATIONS
     assert set(found.magnitude.ravel()) == {9} and abs(found.sign.mean() - 0.5) < 0.02
@@ -102,7 +103,7 @@ def test_so_many_are_drawn_as_asked_for() -> None:
     assert abs((area > 0).mean() - 0.5) < 0.02
     assert area.max() <= augmentations.ERASED_AREA[1] + 1e-6
     assert (found.erased[:, :2] + found.erased[:, 2:]).max() <= 1 + 1e-6
-    trivial = draws(throw_dice(np.random.default_rng(1), 20_000), Augmentation(policy="trivial"))
+    trivial = choices(random_draws(np.random.default_rng(1), 20_000), Augmentation(policy="trivial"))
     assert set(trivial.magnitude.ravel()) == set(range(augmentations.BINS))
 
 

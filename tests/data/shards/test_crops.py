@@ -7,12 +7,12 @@ from PIL import Image, ImageFilter
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from stages.data.shards.loading.crops import resize, throw_dice, windows
+from stages.data.shards.loading.crops import random_draws, resize, windows
 
 
 def drawn(count: int, height: int, width: int, min_area: float = 0.08) -> np.ndarray:
     """(count, 4): row, column, height and width of windows in images of one size."""
-    found = windows(throw_dice(np.random.default_rng(1), count, min_area), np.full((count, 2), (height, width)))
+    found = windows(random_draws(np.random.default_rng(1), count, min_area), np.full((count, 2), (height, width)))
     return np.concatenate([found.anchor, found.shape], axis=1)
 
 
@@ -40,7 +40,7 @@ def test_windows_lie_inside_and_a_strip_gives_its_largest_middle() -> None:
 
 
 def test_half_of_the_images_are_mirrored() -> None:
-    found = windows(throw_dice(np.random.default_rng(1), 10_000, 0.5), np.full((10_000, 2), 64))
+    found = windows(random_draws(np.random.default_rng(1), 10_000, 0.5), np.full((10_000, 2), 64))
     assert 0.48 < found.mirrored.mean() < 0.52
 
 

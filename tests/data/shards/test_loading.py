@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from stages.data.scanning import scan_tar
-from stages.data.shards.loading import loading
-from stages.data.shards.loading.crops import throw_dice, windows
-from stages.data.shards.loading.loading import Samples, epoch_order, evaluation_batches, read_samples, training_batches
+from stages.data.shards.loading.crops import random_draws, windows
+from stages.data.shards.loading.order import epoch_order
+from stages.data.shards.loading.samples.dali import settings
+from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
+from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.loading.samples.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
+from stages.data.shards.loading.train_loading import TrainLoader
 from stages.data.shards.writing import write_shard_set
 from stages.data.sources.dispatch import Group, SourceFile
 from stages.data.sources.ingesting import write_tar
@@ -136,21 +140,26 @@ def test_evaluation_sees_every_image_once_and_as_pil_does(shards: Path) -> None:
 @pytest.mark.gpu
 def test_the_gpu_sees_what_the_cpu_sees(shards: Path) -> None:
     test, train = (read_samples([shards], split) for split in ("test", "train"))
-    crops = partial(training_batches, train, image_size=32, batch_size=7, min_crop_area=0.3, seed=3, epoch=1, threads=2)
+    loader = partial(TrainLoader, train, batch_size=7, min_crop_area=0.3, seed=3, threads=2)
+
+    def crops(device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return loader(device=device).batches(epoch=1, start=0, image_size=32)
+
     whole = partial(evaluation_batches, test, image_size=32, resize=40, batch_size=4, threads=2)
     for batches in (crops, whole):
         cpu, gpu = (torch.cat([images.cpu() for images, _ in batches(device=each)]) for each in ("cpu", "cuda"))
         assert (cpu.float() - gpu.float()).abs().mean() < 3
 
 
-def epoch(shards: Path, number: int, threads: int = 2, batch_size: int = 7, **part: Any) -> list[tuple[Any, Any]]:
+def epoch(shards: Path, number: int, threads: int = 2, start: int = 0, **part: Any) -> list[tuple[Any, Any]]:
     """Images and labels of the batches of one epoch of training."""
-    samples = read_samples([shards], "train")
-    batches = training_batches(
-        samples, image_size=32, batch_size=batch_size, min_crop_area=0.5, seed=3, epoch=number, threads=threads,
-        device="cpu", **part,
-    )  # fmt: skip
-    return [(images.clone(), labels) for images, labels in batches]
+    loader = loader_of(read_samples([shards], "train"), threads=threads, **part)
+    return [(images.clone(), labels) for images, labels in loader.batches(number, start, image_size=32)]
+
+
+def loader_of(samples: Samples, threads: int = 2, **part: Any) -> TrainLoader:
+    """Batches of 6 or 7 images."""
+    return TrainLoader(samples, batch_size=7, min_crop_area=0.5, seed=3, threads=threads, device="cpu", **part)
 
 
 def joined(batches: list[tuple[Any, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,15 +211,13 @@ def test_a_shard_that_changes_while_it_is_read_is_named(shards: Path, tmp_path: 
         samples.jpeg(last)
     shard.unlink()
     with pytest.raises(StageError, match=r"cannot be read \(No such file"):
-        list(training_batches(
-            samples, image_size=32, batch_size=7, min_crop_area=0.5, seed=3, epoch=1, threads=2, device="cpu",
-        ))  # fmt: skip
+        list(loader_of(samples).batches(epoch=1, start=0, image_size=32))
 
 
 def test_several_gpus_decode_each_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert loading._settings(7, 2, "cuda")["device_id"] == 3
-    assert loading._settings(7, 2, "cpu")["device_id"] is None
+    assert settings(7, 2, "cuda")["device_id"] == 3
+    assert settings(7, 2, "cpu")["device_id"] is None
 
 
 def test_more_processes_than_images_of_a_batch_are_refused(shards: Path) -> None:
@@ -264,9 +271,9 @@ def test_every_training_image_is_its_window_and_has_its_label(shards: Path) -> N
     batches = epoch(shards, 2)
     order = np.array_split(epoch_order(samples, seed=3, epoch=2), len(batches))
     for number, ((images, labels), members) in enumerate(zip(batches, order, strict=True)):
-        dice = throw_dice(np.random.default_rng([3, 2, 1, number]), len(members), 0.5)
+        drawn = random_draws(np.random.default_rng([3, 2, 1, number]), len(members), 0.5)
         pictures = [Image.open(io.BytesIO(samples.jpeg(member))) for member in members]
-        found = windows(dice, np.array([(each.height, each.width) for each in pictures]))
+        found = windows(drawn, np.array([(each.height, each.width) for each in pictures]))
         assert labels.tolist() == samples.label[members].tolist()
         for place, picture in enumerate(pictures):
             (row, column), (high, wide) = found.anchor[place].tolist(), found.shape[place].tolist()

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stages.data.shards.loading.loading import Samples, evaluation_batches, read_samples
+from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
+from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.writing import write_shard_set
 from stages.evaluation.evaluators import robustness
 from stages.evaluation.evaluators.corruptions import CORRUPTIONS

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.data.shards.loading.loading import Samples
+from stages.data.shards.loading.samples.index import Samples
 from stages.params.finetune import Finetune
 from stages.params.training.recipe import Adversarial, Recipe
 from stages.params.training.training import Training
@@ -23,7 +23,7 @@ from stages.training.loop import loop
 from stages.training.loop.checkpoints.file import load_checkpoint
 from stages.training.loop.loop import fit, size_in, sizes
 from stages.training.loop.objectives import Looking, Metrics, Supervised, supervised_metrics
-from stages.training.loop.train_batches import Feed, crops
+from stages.training.loop.train_batches import Feed, train_batches
 from stages.training.networks.devices import Compute, set_up
 from stages.training.networks.models import Classifier, build
 from stages.training.networks.regularisation import regularise
@@ -89,7 +89,7 @@ def train(
     model = network(recipe)
     objective = Supervised(model, recipe, Looking(data[1], image_size, 36, 8), compute)
     groups = [(list(model.parameters()), recipe.lr)]
-    feed = change(crops(data[0], recipe, compute))
+    feed = change(train_batches(data[0], recipe, compute))
     curve = fit(model, groups, feed, objective, recipe, image_size, compute, work, lambda *_: None, "test")
     return model, curve
 
@@ -242,7 +242,7 @@ def test_the_first_steps_are_those_of_a_plain_loop(
     sgd = torch.optim.SGD(groups, recipe.lr, momentum=0.9, nesterov=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 4)
     total = 0.0
-    for images, labels in crops(data[0], recipe, compute).batches(1, 0, 32):
+    for images, labels in train_batches(data[0], recipe, compute).batches(1, 0, 32):
         loss = torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
         sgd.zero_grad()
         loss.backward()
@@ -291,7 +291,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(compute: Compute, data: tuple[Samp
                 module.requires_grad_(False)
         objective = Supervised(model, recipe, Looking(data[1], 32, 36, 8), compute)
         groups = [(list(model.parameters()), recipe.lr)]
-        feed = crops(data[0], recipe, compute)
+        feed = train_batches(data[0], recipe, compute)
         work = tmp_path / str(parts)
         curves.append(fit(model, groups, feed, objective, recipe, 32, compute, work, lambda *_: None, "t"))
     assert curves[0][0]["train_loss"] == pytest.approx(curves[1][0]["train_loss"], rel=1e-4)
@@ -317,7 +317,18 @@ def test_a_frozen_norm_keeps_its_statistics_and_the_head_alone_changes(
     recipe = Finetune(epochs=1, batch_size=8, lr=0.1, strategy="head")
     groups = STRATEGIES["head"](model, recipe)
     objective = Supervised(model, recipe, Looking(data[1], 32, 36, 8), compute)
-    fit(model, groups, crops(data[0], recipe, compute), objective, recipe, 32, compute, tmp_path, lambda *_: None, "t")
+    fit(
+        model,
+        groups,
+        train_batches(data[0], recipe, compute),
+        objective,
+        recipe,
+        32,
+        compute,
+        tmp_path,
+        lambda *_: None,
+        "t",
+    )
     changed = {name for name, value in model.net.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"fc.weight", "fc.bias"}
 

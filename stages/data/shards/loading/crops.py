@@ -1,67 +1,68 @@
 """RandomResizedCrop (Szegedy et al. 2015, "Going Deeper with Convolutions"): which window of an image, and its pixels.
 
 Windows are drawn here and not inside DALI, so that they depend on nothing but (seed, epoch, place in the epoch): any
-batch of any epoch is had without those before it, on any number of processes. On the CPU the window is brought to size
-by OpenCV: DALI's own resizing costs twice as much as all decoding (docs/performance.md).
+batch of any epoch can be made without those before it, on any number of processes. On the CPU, OpenCV resizes the
+window: DALI's own resizing costs twice as much as all decoding (docs/performance.md).
 """
 
 from typing import Any, NamedTuple, cast
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
 ASPECT = (3 / 4, 4 / 3)
 ATTEMPTS = 10
 LARGEST_SMOOTHED = 3.0
-"""Ratio of window to target from which area averaging is cheaper than smoothing, and as good."""
+"""Above this ratio of window to target, area averaging is cheaper than smoothing, and as good."""
 LEAST_SMOOTHED = 1.2
-"""Below it a neighbour's weight would be less than 1 in 500."""
-SMOOTHING = 5  # pixels; holds 98 % of the widest Gaussian that is asked for
+"""Below this ratio a neighbour's weight would be less than 1 in 500."""
+SMOOTHING = 5  # pixels; holds 98 % of the widest Gaussian that is used
 
 
 class Windows(NamedTuple):
-    """One a image: `anchor` (n, 2) and `shape` (n, 2), int32, in pixels, rows first; `mirrored` (n,) bool."""
+    """One window an image: `anchor` and `shape` (n, 2) int32 in pixels, rows first; `mirrored` (n,) bool."""
 
     anchor: npt.NDArray[np.int32]
     shape: npt.NDArray[np.int32]
     mirrored: npt.NDArray[np.bool_]
 
 
-def throw_dice(generator: np.random.Generator, count: int, min_area: float) -> npt.NDArray[np.float64]:
-    """What `count` windows are drawn from, (count, 23): ten shares of the area in [min_area, 1), and in [0, 1) ten
-    aspects, row, column and flip.
+def random_draws(generator: np.random.Generator, count: int, min_area: float) -> npt.NDArray[np.float64]:
+    """The random numbers that decide `count` windows, (count, 23): ten shares of the area in [min_area, 1), then ten
+    aspects, row, column and flip in [0, 1).
 
-    Apart from `windows`, because the dice of a batch are thrown for all processes, and each reads only its own images.
+    Apart from `windows`, because a batch's numbers are drawn for all processes, and each reads only its own images.
     """
-    dice = generator.random((count, 2 * ATTEMPTS + 3))
-    dice[:, :ATTEMPTS] = min_area + (1 - min_area) * dice[:, :ATTEMPTS]
-    return dice
+    drawn = generator.random((count, 2 * ATTEMPTS + 3))
+    drawn[:, :ATTEMPTS] = min_area + (1 - min_area) * drawn[:, :ATTEMPTS]
+    return drawn
 
 
-def windows(dice: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]) -> Windows:
+def windows(drawn: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]) -> Windows:
     """Windows of images: the first of ten tries that fits, else the largest one in the middle, as in torchvision.
 
     Args:
-        dice: (n, 23), of `throw_dice`.
+        drawn: (n, 23), of `random_draws`.
         sizes: (n, 2), height and width of each image in pixels.
     """
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
-    area = height * width * dice[:, :ATTEMPTS]
+    area = height * width * drawn[:, :ATTEMPTS]
     low, high = np.log(ASPECT)
-    aspect = np.exp(low + (high - low) * dice[:, ATTEMPTS : 2 * ATTEMPTS])
+    aspect = np.exp(low + (high - low) * drawn[:, ATTEMPTS : 2 * ATTEMPTS])
     rows, columns = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
     fits = (rows >= 1) & (columns >= 1) & (rows <= height) & (columns <= width)
     each, first = np.arange(len(sizes)), fits.argmax(axis=1)
     shape = np.stack([rows[each, first], columns[each, first]], axis=1)
-    anchor = np.floor(dice[:, -3:-1] * (sizes - shape + 1))
+    anchor = np.floor(drawn[:, -3:-1] * (sizes - shape + 1))
     (none,) = np.nonzero(~fits.any(axis=1))
     shape[none] = _largest(sizes[none])
     anchor[none] = (sizes[none] - shape[none]) // 2
-    return Windows(anchor.astype(np.int32), shape.astype(np.int32), dice[:, -1] < 0.5)
+    return Windows(anchor.astype(np.int32), shape.astype(np.int32), drawn[:, -1] < 0.5)
 
 
 def _largest(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """The largest window of an allowed aspect in an image that is narrower, or wider, than all of these."""
+    """The largest window of an allowed aspect, for images that are narrower or wider than every allowed aspect."""
     height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
     rows = np.minimum(height, np.maximum(1, np.rint(width / ASPECT[0])))
     columns = np.minimum(width, np.maximum(1, np.rint(height * ASPECT[1])))
@@ -69,14 +70,12 @@ def _largest(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
 
 
 def resize(window: npt.NDArray[np.uint8], mirrored: bool, out: npt.NDArray[np.uint8]) -> None:
-    """Writes the window into `out`, (side, side, 3) uint8: antialiased bilinear; left and right change places if asked.
+    """Writes the window into `out`, (side, side, 3) uint8, by antialiased bilinear sampling; mirrored if asked.
 
-    What is made smaller is smoothed first. Sampling with a triangle as wide as the reduction (what PIL and torchvision
-    do) is close to a Gaussian followed by bilinear sampling; a triangle of half width r has the variance r²/6, so the
-    Gaussian's is (r² - 1)/6. On ImageNet the result is within 40 to 50 dB of PIL's, at half of area averaging's cost.
+    A window is smoothed before it is made smaller. Sampling with a triangle as wide as the reduction (what PIL and
+    torchvision do) is close to a Gaussian followed by bilinear sampling; a triangle of half width r has the variance
+    r²/6, so the Gaussian's is (r² - 1)/6. On ImageNet the result is within 40 to 50 dB of PIL's, at half of area averaging's cost.
     """
-    import cv2
-
     side = out.shape[0]
     ratios = [max(length / side, 1.0) for length in window.shape[1::-1]]
     pixels, method = cast(Any, window), cv2.INTER_LINEAR
