@@ -95,17 +95,19 @@ GAINS = ("top1", "top5", "macro_f1", "nll", "brier")
 
 def _figures(logits: Floats, labels: Int64) -> dict[str, float]:
     """Of a whole population, without intervals."""
-    said = metrics.answers(logits, labels)
-    confusion = metrics.confusion_matrix(labels, said.predicted, logits.shape[1])
-    kept = metrics.selective_curve(said.confidence, said.correct)
+    scores = metrics.image_scores(logits, labels)
+    confusion = metrics.confusion_matrix(labels, scores.predicted, logits.shape[1])
+    kept = metrics.selective_curve(scores.confidence, scores.correct)
     return {
-        "top1": float((said.rank < 1).mean()),
-        "top5": float((said.rank < 5).mean()),
+        "top1": float((scores.rank < 1).mean()),
+        "top5": float((scores.rank < 5).mean()),
         "macro_f1": metrics.macro_f1(confusion),
         "balanced_accuracy": metrics.balanced_accuracy(confusion),
-        "nll": float(said.loss.mean()),
-        "brier": float(said.brier.mean()),
-        "ece": metrics.calibration_error(metrics.binned(said.confidence, said.correct, Evaluate().calibration_bins)),
+        "nll": float(scores.loss.mean()),
+        "brier": float(scores.brier.mean()),
+        "ece": metrics.calibration_error(
+            metrics.reliability_curve(scores.confidence, scores.correct, Evaluate().calibration_bins)
+        ),
         "aurc": metrics.risk_coverage_area(kept),
         "selective_top1_80": metrics.accuracy_at(kept, intervals.COVERAGE),
     }

@@ -236,15 +236,15 @@ def _findings(
 ) -> page.Findings:
     test = found.test
     predicted, labels = metrics.predicted_classes(test.finetuned), test.samples.label
-    bins = settings.calibration_bins
+    bins, scores = settings.calibration_bins, metrics.image_scores(test.finetuned, labels)
     noise = intervals.calibration_noise(test.finetuned, bins, settings.bootstrap, settings.seed)
     quarantine = pd.read_parquet(QUARANTINE, columns=["batch", "reason"])
     return page.Findings(
         classes=config["classes"],
         metrics=figures,
         confusion=metrics.confusion_matrix(labels, predicted, len(config["classes"])),
-        reliability=metrics.reliability(test.finetuned, labels, bins),
-        selective=metrics.selective_accuracy(test.finetuned, labels),
+        reliability=metrics.reliability_curve(scores.confidence, scores.correct, bins),
+        selective=metrics.selective_curve(scores.confidence, scores.correct),
         calibrated_ece=float(noise.mean()),
         slices=weak,
         galleries=found.galleries,

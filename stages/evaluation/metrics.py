@@ -5,8 +5,8 @@ Conventions that hold throughout:
 - *Ties* between logits go to the lower class index, in top-1 as in top-k, as `np.argmax` has it.
 - *What is not defined is NaN*, never 0: the recall of a class without images, the precision of a class that is never
   predicted, every figure of no images at all. Means over classes leave NaN out (scikit-learn's `zero_division=nan`).
-- *Logits are finite.* What is worked out of them is float64, some thousand images at a time, so that 50,000 images of
-  1,000 classes need no second copy of their logits.
+- *Logits are finite.* Figures are computed in float64, some thousand images at a time, so that 50,000 images of 1,000
+  classes need no second copy of their logits.
 """
 
 import math
@@ -42,8 +42,8 @@ def confidences(logits: Floats) -> Float64:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model said to each image, and how right it was: (N,) each, all that the figures need to know."""
+class ImageScores:
+    """Prediction and errors of each image, (N,) each: all that the figures need."""
 
     predicted: Int64
     rank: Int64
@@ -58,18 +58,18 @@ class Answers:
         """Whether the prediction is right."""
         return self.rank == 0
 
-    def first(self, images: int) -> "Answers":
-        """Those to so many images."""
-        return Answers(*(getattr(self, field.name)[:images] for field in fields(self)))
+    def first(self, images: int) -> "ImageScores":
+        """Those of the first `images` images."""
+        return ImageScores(*(getattr(self, field.name)[:images] for field in fields(self)))
 
 
-def answers(logits: Floats, labels: Int64) -> Answers:
-    """Everything of each image in one pass over (N, C) logits, which is what costs time with 1,000 classes."""
-    parts = [_answers(logits[rows], labels[rows]) for rows in _rows(logits)]
-    return Answers(*map(np.concatenate, zip(*parts, strict=True)))
+def image_scores(logits: Floats, labels: Int64) -> ImageScores:
+    """All scores in one pass over (N, C) logits: with 1,000 classes the passes are what takes the time."""
+    parts = [_scores(logits[rows], labels[rows]) for rows in _rows(logits)]
+    return ImageScores(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _answers(logits: Floats, labels: Int64) -> tuple[Int64, Int64, Float64, Float64, Float64]:
+def _scores(logits: Floats, labels: Int64) -> tuple[Int64, Int64, Float64, Float64, Float64]:
     powers = _exponentials(logits)
     total = powers.sum(axis=1)
     own = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0].astype(np.float64)
@@ -100,16 +100,6 @@ def label_ranks(logits: Floats, labels: Int64) -> Int64:
     return ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
 
 
-def top_k_correct(logits: Floats, labels: Int64, k: int) -> Bools:
-    """Whether the true class is among the k most likely, (N,) bool. With k at or above C it always is."""
-    return label_ranks(logits, labels) < k
-
-
-def top_k_accuracy(logits: Floats, labels: Int64, k: int) -> float:
-    """Share of images whose true class is among the k most likely; NaN of no images."""
-    return _mean(top_k_correct(logits, labels, k))
-
-
 def confusion_matrix(labels: Int64, predicted: Int64, classes: int) -> Int64:
     """(C, C) counts: a row per true class, a column per predicted one."""
     cells = np.bincount(labels * classes + predicted, minlength=classes * classes)
@@ -129,19 +119,19 @@ class PerClass:
 
 def per_class(confusion: Int64) -> PerClass:
     """Precision, recall and F1 of each class of a confusion matrix."""
-    hits, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    correct, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     return PerClass(
         support=support,
         predicted=predicted,
-        precision=_ratio(hits, predicted),
-        recall=_ratio(hits, support),
-        f1=f1_scores(hits, support, predicted),
+        precision=_ratio(correct, predicted),
+        recall=_ratio(correct, support),
+        f1=f1_scores(correct, support, predicted),
     )
 
 
-def f1_scores(hits: Int64, support: Int64, predicted: Int64) -> Float64:
-    """2 TP / (2 TP + FP + FN) of any shape: 0 without a hit, NaN for a class with neither images nor predictions."""
-    return _ratio(2 * hits, support + predicted)
+def f1_scores(correct: Int64, support: Int64, predicted: Int64) -> Float64:
+    """2 TP / (2 TP + FP + FN) of any shape: 0 if none is right, NaN for a class with neither images nor predictions."""
+    return _ratio(2 * correct, support + predicted)
 
 
 def macro_f1(confusion: Int64) -> float:
@@ -160,30 +150,6 @@ def worst_class(confusion: Int64) -> int | None:
     return None if np.isnan(recall).all() else int(np.nanargmin(recall))
 
 
-def losses(logits: Floats, labels: Int64) -> Float64:
-    """Negative log-likelihood of each image's label in nats, (N,). Not clipped: a certain mistake may cost infinity."""
-    return answers(logits, labels).loss
-
-
-def negative_log_likelihood(logits: Floats, labels: Int64) -> float:
-    """Mean over the images, in nats; NaN of no images. scikit-learn's `log_loss`."""
-    return _mean(losses(logits, labels))
-
-
-def brier_scores(logits: Floats, labels: Int64) -> Float64:
-    """Squared distance of the probabilities from the truth, (N,): summed over all classes, so 0 to 2 (Brier 1950)."""
-    return answers(logits, labels).brier
-
-
-def brier(logits: Floats, labels: Int64) -> float:
-    """Mean over the images, 0 (certain and right) to 2 (certain and wrong); NaN of no images.
-
-    scikit-learn's `brier_score_loss` with `scale_by_half=False`. With two classes it is twice what is given for the
-    second class alone.
-    """
-    return _mean(brier_scores(logits, labels))
-
-
 @dataclass(frozen=True)
 class Reliability:
     """A row per bin of confidence, (B,) each; NaN in an empty bin."""
@@ -200,13 +166,12 @@ def bin_indices(confidence: Float64, bins: int) -> Int64:
     return np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")
 
 
-def reliability(logits: Floats, labels: Int64, bins: int) -> Reliability:
-    """Accuracy against confidence: where the two are equal, a model that says 0.8 is right eight times in ten."""
-    return binned(confidences(logits), predicted_classes(logits) == labels, bins)
+def reliability_curve(confidence: Float64, correct: Bools, bins: int) -> Reliability:
+    """Accuracy against confidence: where the two are equal, a model that says 0.8 is right eight times in ten.
 
-
-def binned(confidence: Float64, correct: Bools, bins: int) -> Reliability:
-    """The curve of images whose confidence is known, and whether they were right: (N,) each."""
+    Args:
+        confidence, correct: (N,) the confidence in each prediction, and whether it is right.
+    """
     index = bin_indices(confidence, bins)
     count = np.bincount(index, minlength=bins)
     edges = np.linspace(0, 1, bins + 1)
@@ -219,39 +184,28 @@ def binned(confidence: Float64, correct: Bools, bins: int) -> Reliability:
     )
 
 
-def expected_calibration_error(logits: Floats, labels: Int64, bins: int) -> float:
-    """ECE: mean distance of accuracy from confidence over equal-width bins, weighted by their images; NaN of no images.
-
-    Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3. It is never below 0, and so too high on
-    few images even for a perfectly calibrated model.
-    """
-    return calibration_error(reliability(logits, labels, bins))
-
-
 def calibration_error(curve: Reliability) -> float:
-    """ECE of a curve that is drawn already."""
-    gaps = np.abs(curve.accuracy - curve.confidence)
-    return _weighted(gaps, curve.count)
+    """ECE: mean distance of accuracy from confidence over the bins, weighted by their images; NaN of no images.
 
-
-def debiased_ece(logits: Floats, labels: Int64, bins: int) -> float:
-    """ECE less what the noise of few images adds to it, after Kumar, Liang and Ma 2019; NaN of no images.
-
-    "Verified Uncertainty Calibration": the accuracy of a bin is normal about its own mean, so drawing it once more
-    shows how far |accuracy - confidence| is pushed up, and 2 ECE - E[ECE of the draws] takes that off. Their program
-    draws 1,000 times (`normal_debiased_ce`); here it is the mean of a folded normal, without chance. Of the published
-    estimators it alone stays in the units of ECE: their unbiased one is of the *squared* error, and the sweep of
-    Roelofs et al. 2022 chooses other bins, so that neither could stand beside `ece`.
-
-    It is not cut off at 0, which would be a bias again: below 0 it says that nothing is left but noise. A bin whose
-    images are all right or all wrong, as one image is, has no noise to take off. It takes off about two fifths of the
-    bias of a perfectly calibrated model, and most of it where a model is far from it.
+    Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3. It is never below 0, so on few images it is
+    too high even for a perfectly calibrated model.
     """
-    return debiased_calibration_error(reliability(logits, labels, bins))
+    return _weighted(np.abs(curve.accuracy - curve.confidence), curve.count)
 
 
 def debiased_calibration_error(curve: Reliability) -> float:
-    """`debiased_ece` of a curve that is drawn already."""
+    """ECE less what the noise of few images adds to it, after Kumar, Liang and Ma 2019; NaN of no images.
+
+    "Verified Uncertainty Calibration": the accuracy of a bin is normal about its own mean. Drawing it once more shows
+    how far |accuracy - confidence| is pushed up, and 2 ECE - E[ECE of the draws] takes that off. Their program draws
+    1,000 times (`normal_debiased_ce`); this is the mean of a folded normal, without chance. It is the only published
+    estimator in the units of ECE: their unbiased one is of the *squared* error, and the sweep of Roelofs et al. 2022
+    chooses other bins, so neither could stand beside `ece`.
+
+    It is not cut off at 0, which would be a bias again: below 0, only noise is left. A bin whose images are all right
+    or all wrong, such as a bin of one image, has no noise to take off. It removes about two fifths of the bias of a
+    perfectly calibrated model, and most of the bias of a model that is far from calibrated.
+    """
     gaps = np.abs(curve.accuracy - curve.confidence)
     spread = np.sqrt(_ratio(curve.accuracy * (1 - curve.accuracy), curve.count))
     # Mean of |X| for a normal X with mean `gaps`; in a bin without spread it is the gap.
@@ -262,37 +216,33 @@ def debiased_calibration_error(curve: Reliability) -> float:
 
 @dataclass(frozen=True)
 class Selective:
-    """Accuracy where a model may keep silent: (N,) each, the k-th entry of the k images that it is surest of."""
+    """Accuracy of a model that may abstain: (N,) each, the k-th entry of its k most confident images."""
 
     coverage: Float64
     """k / N."""
     accuracy: Float64
     confidence: Float64
-    """The least of the k: who answers from there on answers these."""
-
-
-def selective_accuracy(logits: Floats, labels: Int64) -> Selective:
-    """Accuracy against coverage when the least confident images are left out (El-Yaniv and Wiener 2010).
-
-    *Images of equal confidence* leave one at a time in an order that nobody knows, so each counts with the accuracy of
-    them all: what a random order gives on average, whatever the order of the files. Where the confidence is the same
-    everywhere, so is the accuracy. At coverage 1 it is top-1. scikit-learn's `accuracy_score` of the images kept, those
-    of the last confidence weighted.
-    """
-    found = answers(logits, labels)
-    return selective_curve(found.confidence, found.correct)
+    """The lowest of the k: the threshold that keeps these images."""
 
 
 def selective_curve(confidence: Float64, correct: Bools) -> Selective:
-    """The curve of images whose confidence is known, and whether they were right: (N,) each."""
+    """Accuracy against coverage when the least confident images are left out (El-Yaniv and Wiener 2010).
+
+    *Images of equal confidence* have no order, so each counts with the mean accuracy of all of them: the average over
+    random orders, independent of the order of the files. At coverage 1 it is top-1. The same as scikit-learn's
+    `accuracy_score` of the images kept, with those of the last confidence weighted.
+
+    Args:
+        confidence, correct: (N,) the confidence in each prediction, and whether it is right.
+    """
     order = np.argsort(-confidence, kind="stable")
     starts = tie_starts(confidence[order])
     sizes = np.diff(starts, append=len(order))
-    hits = np.add.reduceat(correct[order].astype(np.float64), starts) if len(order) else np.empty(0)
+    right = np.add.reduceat(correct[order].astype(np.float64), starts) if len(order) else np.empty(0)
     kept = np.arange(1, len(order) + 1)
     return Selective(
         coverage=kept / max(len(order), 1),
-        accuracy=np.cumsum(np.repeat(hits / sizes, sizes)) / kept,
+        accuracy=np.cumsum(np.repeat(right / sizes, sizes)) / kept,
         confidence=confidence[order],
     )
 
@@ -311,11 +261,6 @@ def accuracy_at(curve: Selective, coverage: float) -> float:
 def risk_coverage_area(curve: Selective) -> float:
     """AURC: mean error over every number of images kept, 0 (no error) to 1; NaN of no images (Geifman et al. 2019)."""
     return _mean(1 - curve.accuracy)
-
-
-def aurc(logits: Floats, labels: Int64) -> float:
-    """Area under the risk-coverage curve of `selective_accuracy`: the lower, the better errors are known in advance."""
-    return risk_coverage_area(selective_accuracy(logits, labels))
 
 
 def _weighted(values: Float64, counts: Int64) -> float:

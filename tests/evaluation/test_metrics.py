@@ -11,6 +11,7 @@ from sklearn import metrics as reference
 from sklearn.calibration import calibration_curve
 
 from stages.evaluation import metrics
+from tests.evaluation import figures
 
 
 def _made(seed: int, n: int, classes: int, used: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -50,7 +51,7 @@ def test_top_k(case: tuple[np.ndarray, np.ndarray], k: int) -> None:
     logits, labels = case
     classes = logits.shape[1]
     if k >= classes:
-        assert metrics.top_k_accuracy(logits, labels, k) == 1
+        assert figures.top_k_accuracy(logits, labels, k) == 1
         return
     # scikit-learn gives ties to the *higher* index, so it is asked with the classes in reverse.
     flipped = (classes - 1 - labels, logits[:, ::-1])
@@ -60,14 +61,14 @@ def test_top_k(case: tuple[np.ndarray, np.ndarray], k: int) -> None:
         if classes == 2
         else reference.top_k_accuracy_score(*flipped, k=k, labels=range(classes))
     )
-    assert metrics.top_k_accuracy(logits, labels, k) == _near(expected)
+    assert figures.top_k_accuracy(logits, labels, k) == _near(expected)
 
 
 def test_ties_go_to_the_lower_index() -> None:
     logits = np.array([[1, 1, 0]], np.float32)
     assert metrics.predicted_classes(logits) == [0]
-    assert [metrics.top_k_accuracy(logits, np.array([label]), 1) for label in (0, 1)] == [1, 0]
-    assert metrics.top_k_accuracy(logits, np.array([1]), 2) == 1
+    assert [figures.top_k_accuracy(logits, np.array([label]), 1) for label in (0, 1)] == [1, 0]
+    assert figures.top_k_accuracy(logits, np.array([1]), 2) == 1
 
 
 def test_confusion_matrix(case: tuple[np.ndarray, np.ndarray]) -> None:
@@ -113,28 +114,28 @@ def test_negative_log_likelihood(case: tuple[np.ndarray, np.ndarray]) -> None:
     probabilities = np.exp(metrics.log_probabilities(logits))
     assert probabilities.sum(axis=1) == _near(np.ones(len(labels)))
     expected = reference.log_loss(labels, probabilities, labels=range(logits.shape[1]))
-    assert metrics.negative_log_likelihood(logits, labels) == _near(expected)
+    assert figures.negative_log_likelihood(logits, labels) == _near(expected)
 
 
 def test_negative_log_likelihood_of_extreme_logits_is_not_clipped() -> None:
-    assert metrics.negative_log_likelihood(np.array([[1000.0, 0.0]]), np.array([1])) == pytest.approx(1000)
+    assert figures.negative_log_likelihood(np.array([[1000.0, 0.0]]), np.array([1])) == pytest.approx(1000)
 
 
 def test_brier(case: tuple[np.ndarray, np.ndarray]) -> None:
     logits, labels = case
     probabilities, classes = np.exp(metrics.log_probabilities(logits)), logits.shape[1]
     expected = reference.brier_score_loss(labels, probabilities, labels=range(classes), scale_by_half=False)
-    assert metrics.brier(logits, labels) == _near(expected)
+    assert figures.brier(logits, labels) == _near(expected)
     truth = np.eye(classes)[labels]
-    assert metrics.brier_scores(logits, labels) == _near(((probabilities - truth) ** 2).sum(axis=1))
+    assert metrics.image_scores(logits, labels).brier == _near(((probabilities - truth) ** 2).sum(axis=1))
 
 
 def test_brier_of_two_classes_is_twice_that_of_the_second() -> None:
     logits, labels = CASES["two classes"]
     second = np.exp(metrics.log_probabilities(logits))[:, 1]
-    assert metrics.brier(logits, labels) == _near(2 * reference.brier_score_loss(labels, second))
+    assert figures.brier(logits, labels) == _near(2 * reference.brier_score_loss(labels, second))
     certain = np.array([[1e4, -1e4]])
-    assert [metrics.brier(certain, np.array([label])) for label in (0, 1)] == [0, 2]
+    assert [figures.brier(certain, np.array([label])) for label in (0, 1)] == [0, 2]
 
 
 def test_answers_are_those_of_each_metric_whatever_the_chunk(
@@ -142,7 +143,7 @@ def test_answers_are_those_of_each_metric_whatever_the_chunk(
 ) -> None:
     logits, labels = case
     monkeypatch.setattr(metrics, "CHUNK", 7 * logits.shape[1])
-    found = metrics.answers(logits, labels)
+    found = metrics.image_scores(logits, labels)
     assert (found.predicted == metrics.predicted_classes(logits)).all()
     assert (found.rank == metrics.label_ranks(logits, labels)).all()
     assert (found.correct == (found.predicted == labels)).all()
@@ -155,14 +156,14 @@ def test_answers_are_those_of_each_metric_whatever_the_chunk(
 def test_calibration(case: tuple[np.ndarray, np.ndarray], bins: int) -> None:
     logits, labels = case
     confidence, correct = metrics.confidences(logits), metrics.predicted_classes(logits) == labels
-    found = metrics.reliability(logits, labels, bins)
+    found = figures.reliability(logits, labels, bins)
     used = found.count > 0
     accuracy, stated = calibration_curve(correct, confidence.clip(0, 1), n_bins=bins, strategy="uniform")
     assert found.accuracy[used] == _near(accuracy)
     assert found.confidence[used] == _near(stated)
     assert np.isnan(found.accuracy[~used]).all()
     expected = (found.count[used] / len(labels) * abs(accuracy - stated)).sum()
-    assert metrics.expected_calibration_error(logits, labels, bins) == _near(expected)
+    assert figures.expected_calibration_error(logits, labels, bins) == _near(expected)
 
 
 def test_calibration_error_as_guo_et_al_wrote_it(case: tuple[np.ndarray, np.ndarray]) -> None:
@@ -174,7 +175,7 @@ def test_calibration_error_as_guo_et_al_wrote_it(case: tuple[np.ndarray, np.ndar
         inside = (confidence > low) & (confidence <= high)
         if inside.any():
             error += abs(correct[inside].mean() - confidence[inside].mean()) * inside.mean()
-    assert metrics.expected_calibration_error(logits, labels, 15) == _near(error)
+    assert figures.expected_calibration_error(logits, labels, 15) == _near(error)
 
 
 @pytest.mark.parametrize("bins", [2, 10, 15])
@@ -186,7 +187,7 @@ def test_calibration_error_is_that_of_torchmetrics(case: tuple[np.ndarray, np.nd
     logits, labels = case
     probabilities = torch.from_numpy(np.exp(metrics.log_probabilities(logits)))
     expected = multiclass_calibration_error(probabilities, torch.from_numpy(labels), logits.shape[1], bins)
-    assert metrics.expected_calibration_error(logits, labels, bins) == _near(float(expected))
+    assert figures.expected_calibration_error(logits, labels, bins) == _near(float(expected))
 
 
 def test_debiased_calibration_error_as_kumar_et_al_draw_it(case: tuple[np.ndarray, np.ndarray]) -> None:
@@ -208,7 +209,7 @@ def test_debiased_calibration_error_as_kumar_et_al_draw_it(case: tuple[np.ndarra
             else abs(accuracy - stated)
         )
         error += (2 * abs(accuracy - stated) - mean) * inside.mean()
-    assert metrics.debiased_ece(logits, labels, 15) == _near(error)
+    assert figures.debiased_ece(logits, labels, 15) == _near(error)
 
 
 def test_debiased_calibration_error_is_nearer_the_truth() -> None:
@@ -221,7 +222,7 @@ def test_debiased_calibration_error_is_nearer_the_truth() -> None:
             labels = (chances > rng.random((400, 1))).argmax(axis=1)
             scaled = sharper * logits
             errors.append(
-                (metrics.expected_calibration_error(scaled, labels, 15), metrics.debiased_ece(scaled, labels, 15))
+                (figures.expected_calibration_error(scaled, labels, 15), figures.debiased_ece(scaled, labels, 15))
             )
     plain, debiased = np.mean(found[1.0], axis=0)  # of which nothing is true
     assert 0 < debiased < 0.7 * plain
@@ -229,7 +230,7 @@ def test_debiased_calibration_error_is_nearer_the_truth() -> None:
     logits = rng.normal(size=(400_000, 6)) * 2
     chances = np.exp(metrics.log_probabilities(logits)).cumsum(axis=1)
     labels = (chances > rng.random((400_000, 1))).argmax(axis=1)
-    truth = metrics.expected_calibration_error(1.6 * logits, labels, 15)
+    truth = figures.expected_calibration_error(1.6 * logits, labels, 15)
     assert abs(debiased - truth) < 0.6 * (plain - truth)
 
 
@@ -237,7 +238,7 @@ def test_selective_accuracy(case: tuple[np.ndarray, np.ndarray]) -> None:
     """Against accuracy_score of the k surest; of those that tie at the end each counts in part."""
     logits, labels = case
     confidence, predicted = metrics.confidences(logits), metrics.predicted_classes(logits)
-    found = metrics.selective_accuracy(logits, labels)
+    found = figures.selective_accuracy(logits, labels)
     assert found.coverage == _near(np.arange(1, len(labels) + 1) / len(labels))
     expected = []
     for kept in range(1, len(labels) + 1):
@@ -247,11 +248,11 @@ def test_selective_accuracy(case: tuple[np.ndarray, np.ndarray]) -> None:
         expected.append(reference.accuracy_score(labels, predicted, sample_weight=weight))
         assert found.confidence[kept - 1] == least
     assert found.accuracy == _near(np.array(expected))
-    assert found.accuracy[-1] == _near(metrics.top_k_accuracy(logits, labels, 1))
-    assert metrics.aurc(logits, labels) == _near(1 - np.mean(expected))
+    assert found.accuracy[-1] == _near(figures.top_k_accuracy(logits, labels, 1))
+    assert figures.aurc(logits, labels) == _near(1 - np.mean(expected))
     assert metrics.accuracy_at(found, 1.0) == found.accuracy[-1]
     order = np.random.default_rng(1).permutation(len(labels))
-    again = metrics.selective_accuracy(logits[order], labels[order])
+    again = figures.selective_accuracy(logits[order], labels[order])
     assert again.accuracy == pytest.approx(found.accuracy, abs=1e-12)
 
 
@@ -266,16 +267,16 @@ def test_accuracy_at_a_coverage() -> None:
 def test_figures_of_no_images_are_not_defined() -> None:
     logits, labels = np.empty((0, 3), np.float32), np.empty(0, np.int64)
     confusion = metrics.confusion_matrix(labels, labels, 3)
-    figures = [
-        metrics.top_k_accuracy(logits, labels, 1),
+    values = [
+        figures.top_k_accuracy(logits, labels, 1),
         metrics.macro_f1(confusion),
         metrics.balanced_accuracy(confusion),
-        metrics.negative_log_likelihood(logits, labels),
-        metrics.brier(logits, labels),
-        metrics.expected_calibration_error(logits, labels, 15),
-        metrics.debiased_ece(logits, labels, 15),
-        metrics.aurc(logits, labels),
-        metrics.accuracy_at(metrics.selective_accuracy(logits, labels), 0.8),
+        figures.negative_log_likelihood(logits, labels),
+        figures.brier(logits, labels),
+        figures.expected_calibration_error(logits, labels, 15),
+        figures.debiased_ece(logits, labels, 15),
+        figures.aurc(logits, labels),
+        metrics.accuracy_at(figures.selective_accuracy(logits, labels), 0.8),
     ]
-    assert np.isnan(figures).all()
+    assert np.isnan(values).all()
     assert metrics.worst_class(confusion) is None

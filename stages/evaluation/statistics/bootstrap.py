@@ -1,7 +1,7 @@
-"""Intervals of what has no closed form: images are drawn again, with replacement, and the figure is worked out anew.
+"""Bootstrap intervals of figures without a closed form: images are drawn with replacement, the figure computed again.
 
-A resample is how often each image came up in it. So one product of matrices gives the means of many, the confusion
-matrix of a resample is a sum over its columns, and nothing is ever larger than CHUNK numbers.
+A resample is stored as counts: how often each image was drawn. One matrix product then gives the means of many
+resamples, a sum over columns their confusion matrices, and no array is larger than CHUNK numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ CHUNK = 4_000_000
 
 
 class Interval(NamedTuple):
-    """Both ends belong to it; NaN where there is nothing to tell from."""
+    """Both ends belong to it; NaN without images."""
 
     low: float
     high: float
@@ -36,7 +36,7 @@ NOTHING = Interval(float("nan"), float("nan"))
 
 
 def mean_interval(values: Float64, draws: int, seed: int, confidence: float) -> Interval:
-    """BCa bootstrap of a mean over images: NLL or Brier, which a few images that cost much make skewed.
+    """BCa bootstrap of a mean over images, such as NLL or Brier, which a few images of high loss make skewed.
 
     Args:
         values: (N,), one of each image, finite.
@@ -57,12 +57,12 @@ def mean_intervals(values: Float64, draws: int, seed: int, confidence: float) ->
 def bca(draws: Float64, estimate: float, influence: Float64, confidence: float) -> Interval:
     """Bias-corrected and accelerated bootstrap interval (Efron 1987).
 
-    Percentiles of the draws, moved by how far their median is from the estimate (z0), and by how the figure's spread
-    changes with its value (a sixth of the skewness of the influences, his equation 7.3).
+    Percentiles of the draws, corrected for the distance of their median from the estimate (z0), and for how the spread
+    of the figure changes with its value (a sixth of the skewness of the influences, his equation 7.3).
 
     Args:
         draws: (R,) the figure in each resample.
-        influence: (N,) what a little more weight for an image does to the figure; up to a factor.
+        influence: (N,) derivative of the figure with respect to the weight of each image; up to a factor.
     """
     if np.ptp(influence) == 0 and np.ptp(draws) < 1e-12:
         return Interval(estimate, estimate)  # all images alike: percentiles would miss it by rounding
@@ -79,8 +79,8 @@ def bca(draws: Float64, estimate: float, influence: Float64, confidence: float) 
 def difference_intervals(values: Float64, draws: int, seed: int, confidence: float) -> list[Interval]:
     """Symmetric studentised bootstrap (Hall 1988) of (N, M) differences that are paired image by image: M intervals.
 
-    Differences of losses are mostly about 0, with long tails to both sides. Their skewness, on which BCa leans, is then
-    chance: on 500 images and at 97.7 % top-1 it held the truth in 90 % of 1,200 test sets, this in 94 %.
+    Differences of losses are mostly about 0, with long tails on both sides. Their skewness, which BCa uses, is then
+    chance: on 500 images and at 97.7 % top-1 BCa covered the truth in 90 % of 1,200 test sets, this in 94 %.
     """
     if not len(values):
         return [NOTHING] * values.shape[1]
@@ -91,7 +91,7 @@ def difference_intervals(values: Float64, draws: int, seed: int, confidence: flo
     off, variance = moments[:, :columns], moments[:, columns:] - moments[:, :columns] ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.abs(off) / np.sqrt(np.maximum(variance, 0))
-    # A resample of images that are all alike has no spread, and none to say where all images are.
+    # A resample of equal values has no spread, and neither have all values if they are equal.
     largest = np.quantile(np.nan_to_num(errors, nan=0.0, posinf=np.finfo(float).max), confidence, axis=0)
     half = np.where(away.any(axis=0), largest * values.std(axis=0), 0.0)
     half[half > 1e100] = np.nan
@@ -101,8 +101,8 @@ def difference_intervals(values: Float64, draws: int, seed: int, confidence: flo
 def macro_f1_interval(confusion: Int64, draws: int, seed: int, confidence: float) -> Interval:
     """Reverse percentile bootstrap of macro-F1: 2 estimate - quantile.
 
-    With few images a class, macro-F1 comes out too low, and in a resample of them once more. Measured coverage of 95 %:
-    94 % at 100 images a class, 96 % at 20 and 94 % at 5; of the plain percentile bootstrap 95, 86 and 47 %.
+    With few images per class macro-F1 is too low, and in a resample once more. Measured coverage of 95 %: 94 % at 100
+    images per class, 96 % at 20 and 94 % at 5; of the plain percentile bootstrap 95, 86 and 47 %.
 
     Args:
         confusion: (C, C) counts.
@@ -120,7 +120,7 @@ def macro_f1_interval(confusion: Int64, draws: int, seed: int, confidence: float
 def macro_f1_difference_interval(
     labels: Int64, one: Int64, other: Int64, classes: int, draws: int, seed: int, confidence: float
 ) -> Interval:
-    """Of macro-F1(one) - macro-F1(other) on the same images: reverse percentile bootstrap of both at once.
+    """Of macro-F1(one) - macro-F1(other) on the same images: reverse percentile bootstrap of the pair.
 
     Args:
         labels, one, other: (N,) true classes and those that the two models predict.
@@ -149,11 +149,11 @@ def selective_draws(confident: Float64, correct: Bools, coverage: float, draws: 
     harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, n + 1))])
 
     def both(counts: Float64) -> Float64:
-        # A group of equal confidence takes part with its mean error; without ties each image is a group.
+        # A group of equal confidence counts with its mean error; without ties each image is a group.
         sizes, errors = np.add.reduceat(counts, starts, axis=1), np.add.reduceat(counts * wrong, starts, axis=1)
         share, last = _share(errors, sizes), np.cumsum(sizes, axis=1)
         first = last - sizes
-        # The errors among the k surest, over k, summed over the k that end in the group.
+        # Errors among the k most confident, divided by k, summed over all k that end in the group.
         steps = harmonic[last.astype(np.intp)] - harmonic[first.astype(np.intp)]
         area = ((np.cumsum(errors, axis=1) - errors - first * share) * steps + errors).sum(axis=1) / n
         kept = np.clip(coverage * n - first, 0, sizes)
@@ -163,9 +163,9 @@ def selective_draws(confident: Float64, correct: Bools, coverage: float, draws: 
 
 
 def risk_coverage_influence(confident: Float64, correct: Bools) -> Float64:
-    """What a little more weight for an image does to AURC, (N,): the derivative of mean(error x -log(rank / N)).
+    """(N,) derivative of AURC, as mean(error x -log(rank / N)), with respect to the weight of each image.
 
-    Its own error, and a rank more for all that are less sure; images of equal confidence as they come.
+    Two parts: the image's own error, and one rank more for all less confident images. Ties in the order they come.
     """
     wrong, rank = (~correct[np.argsort(-confident, kind="stable")]).astype(np.float64), np.arange(1, len(correct) + 1)
     influence = wrong * -np.log(rank / len(wrong)) - np.cumsum((wrong / rank)[::-1])[::-1]
@@ -176,8 +176,8 @@ def resampled(n: int, draws: int, seed: int, statistic: Callable[[Float64], Floa
     """A statistic of every resample of n images: (draws, M).
 
     Args:
-        statistic: of (R, n) counts, how often each image is in each of some resamples; gives (R, M).
-        columns: arrays as large as its counts that it makes, for which it gets fewer at a time.
+        statistic: maps counts (R, n), how often each image is in each of R resamples, to (R, M).
+        columns: how many arrays of the counts' size `statistic` makes; the more, the smaller R is.
     """
     rng, parts = np.random.default_rng(seed), []
     for rows in chunks(draws, n * columns):
@@ -191,7 +191,7 @@ def resampled(n: int, draws: int, seed: int, statistic: Callable[[Float64], Floa
 def cell_draws(counts: Int64, draws: int, seed: int, statistic: Callable[[NDArray], Float64]) -> Float64:
     """A statistic of every resample of images that differ only in their cell: (draws,).
 
-    A multinomial draw over few cells is far cheaper than one image after the other; over many cells it is dearer.
+    Few cells are drawn from a multinomial, which is far cheaper than drawing images; many cells would cost more.
 
     Args:
         counts: (K,) images in each cell, at least 1.
@@ -208,29 +208,29 @@ def cell_draws(counts: Int64, draws: int, seed: int, statistic: Callable[[NDArra
 
 
 def percentiles(draws: Float64, confidence: float) -> Interval:
-    """The middle share of the draws."""
+    """The interval that holds the middle `confidence` of the draws."""
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
 
 
 def chunks(draws: int, width: int) -> Iterator[int]:
-    """`draws` in pieces, each of which holds about CHUNK numbers in rows of `width`."""
+    """`draws` split into parts of about CHUNK numbers, in rows of `width`."""
     rows = max(1, CHUNK // width)
     for start in range(0, draws, rows):
         yield min(rows, draws - start)
 
 
 def _reversed(estimate: float, draws: Float64, confidence: float, least: float) -> Interval:
-    """Reverse percentiles, cut off at what the figure can be: `least` to 1."""
+    """Reverse percentiles, cut to the range of the figure: `least` to 1."""
     low, high = percentiles(draws, confidence)
     return Interval(max(least, 2 * estimate - high), min(1.0, 2 * estimate - low))
 
 
 def _macro_f1(drawn: NDArray, actual: Int64, predicted: Int64, classes: int) -> Float64:
-    """Of each of (R, K) counts in cells with these true and predicted classes (K,): (R,)."""
+    """Macro-F1 (R,) of counts (R, K) in cells with these true and predicted classes (K,)."""
     right = actual == predicted
-    hits = _sums(drawn[:, right], actual[right], classes)
-    return nan_mean(f1_scores(hits, _sums(drawn, actual, classes), _sums(drawn, predicted, classes)))
+    correct = _sums(drawn[:, right], actual[right], classes)
+    return nan_mean(f1_scores(correct, _sums(drawn, actual, classes), _sums(drawn, predicted, classes)))
 
 
 def _sums(values: NDArray, groups: Int64, count: int) -> NDArray:

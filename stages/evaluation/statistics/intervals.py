@@ -1,34 +1,34 @@
 """How far a figure can be trusted: intervals, and exact tests between two models on the same images.
 
-The right kind for each: Wilson for proportions, a bootstrap over images for what has no closed form, and *paired*
-differences where two models answered the same images, since most of their errors are shared.
+Wilson for proportions, a bootstrap over images for what has no closed form, and *paired* differences where two models
+predicted the same images, since they share most of their errors.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import bdtr, betainc, betaincinv, ndtri
+from scipy.special import bdtr, betaincinv, ndtri
+from scipy.stats import binom
 
 from stages.evaluation.metrics import (
-    Answers,
     Bools,
     Float64,
     Floats,
+    ImageScores,
     Int64,
     accuracy_at,
-    answers,
     balanced_accuracy,
     bin_indices,
-    binned,
     calibration_error,
     confidences,
     confusion_matrix,
     debiased_calibration_error,
+    image_scores,
     macro_f1,
     per_class,
+    reliability_curve,
     risk_coverage_area,
     selective_curve,
     worst_class,
@@ -44,16 +44,15 @@ COVERAGE = 0.8
 def figures(logits: Floats, labels: Int64, settings: Evaluate, calibrated: bool = True) -> dict[str, float]:
     """Every figure of one model on one set of images, with the ends of its interval: as reports/metrics.json has them.
 
-    `ece_debiased` has no ends of its own: those of `ece` are of what both of them estimate.
+    `ece_debiased` has no ends of its own: both estimate the same value, and the ends of `ece` are of that value.
 
     Args:
-        calibrated: the logits claim probabilities; without it NLL, Brier and ECE are NaN, and so is what the
-            confidence decides: selective accuracy and AURC.
+        calibrated: the logits claim probabilities; if not, NLL, Brier, ECE, selective accuracy and AURC are NaN.
     """
     n, confidence = len(labels), settings.confidence
-    said = answers(logits, labels)
-    confusion = confusion_matrix(labels, said.predicted, logits.shape[1])
-    top1, top5 = (int((said.rank < k).sum()) for k in (1, 5))
+    scores = image_scores(logits, labels)
+    confusion = confusion_matrix(labels, scores.predicted, logits.shape[1])
+    top1, top5 = (int((scores.rank < k).sum()) for k in (1, 5))
     macro = bootstrap.macro_f1_interval(confusion, settings.bootstrap, settings.seed, confidence)
     return {
         "count": n,
@@ -65,19 +64,19 @@ def figures(logits: Floats, labels: Int64, settings: Evaluate, calibrated: bool 
         ),
         **_worst_class(confusion, confidence),
         # Of no images nothing is defined.
-        **_of_probabilities(said if calibrated else said.first(0), settings),
+        **_of_probabilities(scores if calibrated else scores.first(0), settings),
     }
 
 
-def _of_probabilities(said: Answers, settings: Evaluate) -> dict[str, float]:
-    sure, correct, bins = said.confidence, said.correct, settings.calibration_bins
+def _of_probabilities(scores: ImageScores, settings: Evaluate) -> dict[str, float]:
+    sure, correct, bins = scores.confidence, scores.correct, settings.calibration_bins
     how = settings.bootstrap, settings.seed, settings.confidence
-    nll, brier = bootstrap.mean_intervals(np.stack([said.loss, said.brier], axis=1), *how)
+    nll, brier = bootstrap.mean_intervals(np.stack([scores.loss, scores.brier], axis=1), *how)
     aurc, selective = selective_intervals(sure, correct, COVERAGE, *how)
-    curve, kept = binned(sure, correct, bins), selective_curve(sure, correct)
+    curve, kept = reliability_curve(sure, correct, bins), selective_curve(sure, correct)
     return {
-        **_with_ends("nll", _mean(said.loss), nll),
-        **_with_ends("brier", _mean(said.brier), brier),
+        **_with_ends("nll", _mean(scores.loss), nll),
+        **_with_ends("brier", _mean(scores.brier), brier),
         **_with_ends("ece", calibration_error(curve), calibration_interval(sure, correct, bins, *how)),
         "ece_debiased": debiased_calibration_error(curve),
         **_with_ends("aurc", risk_coverage_area(kept), aurc),
@@ -86,17 +85,17 @@ def _of_probabilities(said: Answers, settings: Evaluate) -> dict[str, float]:
 
 
 def gain(one: Floats, other: Floats, labels: Int64, settings: Evaluate, calibrated: bool = True) -> dict[str, float]:
-    """What `one` is better than `other` on the same images: differences with their ends, and McNemar's p of top-1.
+    """How much better `one` is than `other` on the same images: differences with their ends, McNemar's p of top-1.
 
-    *Above 0 `one` is better*, in every figure: NLL and Brier, where less is better, are the other's less its own.
-    Top-1 and top-5 have Tango's interval, which does not vanish where the two hardly ever differ.
+    *Above 0 `one` is better*, in every figure: for NLL and Brier, where less is better, it is other - one. Top-1 and
+    top-5 have Tango's interval, which keeps its width where the two hardly ever differ.
 
     Args:
         one, other: (N, C) logits of the same images in the same order.
         calibrated: both claim probabilities; without it NLL and Brier are NaN.
     """
     how = settings.bootstrap, settings.seed, settings.confidence
-    own, others = answers(one, labels), answers(other, labels)
+    own, others = image_scores(one, labels), image_scores(other, labels)
     saved = np.stack([others.loss - own.loss, others.brier - own.brier], axis=1)[: len(labels) if calibrated else 0]
     nll, brier = bootstrap.difference_intervals(saved, *how)
     classes, first, second = one.shape[1], own.predicted, others.predicted
@@ -108,7 +107,7 @@ def gain(one: Floats, other: Floats, labels: Int64, settings: Evaluate, calibrat
         **_with_ends("macro_f1", f1 - other_f1, f1_ends),
         **_with_ends("nll", _mean(saved[:, 0]), nll),
         **_with_ends("brier", _mean(saved[:, 1]), brier),
-        "p": mcnemar(own.correct, others.correct).two_sided,
+        "p": mcnemar_p(own.correct, others.correct),
     }
 
 
@@ -122,8 +121,8 @@ def _with_ends(name: str, value: float, ends: Interval) -> dict[str, float]:
     return {name: value, f"{name}_low": ends.low, f"{name}_high": ends.high}
 
 
-def _proportion(hits: int, n: int) -> float:
-    return float(hits / n) if n else np.nan
+def _proportion(correct: int, n: int) -> float:
+    return float(correct / n) if n else np.nan
 
 
 def _mean(values: Float64 | Bools) -> float:
@@ -131,36 +130,39 @@ def _mean(values: Float64 | Bools) -> float:
 
 
 def _worst_class(confusion: Int64, confidence: float) -> dict[str, float]:
-    hits, support, worst = confusion.diagonal(), confusion.sum(axis=1), worst_class(confusion)
-    recall = np.nan if worst is None else _proportion(int(hits[worst]), int(support[worst]))
-    return _with_ends("worst_class_recall", recall, worst_interval(hits, support, confidence))
+    correct, support, worst = confusion.diagonal(), confusion.sum(axis=1), worst_class(confusion)
+    recall = np.nan if worst is None else _proportion(int(correct[worst]), int(support[worst]))
+    return _with_ends("worst_class_recall", recall, worst_interval(correct, support, confidence))
 
 
-def wilson(hits: ArrayLike, n: ArrayLike, confidence: float) -> tuple[Float64, Float64]:
-    """Score interval of a proportion (Wilson 1927), lower and upper ends; arrays give arrays. NaN where n is 0."""
-    hits, n = np.asarray(hits, dtype=np.float64), np.asarray(n, dtype=np.float64)
+def wilson(correct: ArrayLike, n: ArrayLike, confidence: float) -> tuple[Float64, Float64]:
+    """Score interval of a proportion (Wilson 1927), lower and upper ends; arrays give arrays. NaN where n is 0.
+
+    `scipy.stats.binomtest` takes single whole numbers; this takes arrays and effective sample sizes.
+    """
+    correct, n = np.asarray(correct, dtype=np.float64), np.asarray(n, dtype=np.float64)
     z = _normal_quantile(confidence)
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = hits / n
+        share = correct / n
         middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    # At 0 and n hits the ends are exactly 0 and 1, which rounding would miss by a hair.
-    low = np.where(hits == 0, 0 * share, middle - half)
-    high = np.where(hits == n, 1 + 0 * share, middle + half)
+    # With 0 or n correct an end is exactly 0 or 1, which rounding would miss by a hair.
+    low = np.where(correct == 0, 0 * share, middle - half)
+    high = np.where(correct == n, 1 + 0 * share, middle + half)
     return low, high
 
 
 def newcombe(
-    hits: ArrayLike, n: ArrayLike, other_hits: ArrayLike, other_n: ArrayLike, confidence: float
+    correct: ArrayLike, n: ArrayLike, other_correct: ArrayLike, other_n: ArrayLike, confidence: float
 ) -> tuple[Float64, Float64]:
     """Of the difference of two proportions of different images (Newcombe 1998, method 10); arrays give arrays.
 
     NaN where there are no images on either side.
     """
-    (low, high), (other_low, other_high) = wilson(hits, n, confidence), wilson(other_hits, other_n, confidence)
+    (low, high), (other_low, other_high) = wilson(correct, n, confidence), wilson(other_correct, other_n, confidence)
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.asarray(hits, dtype=np.float64) / np.asarray(n, dtype=np.float64)
-        other = np.asarray(other_hits, dtype=np.float64) / np.asarray(other_n, dtype=np.float64)
+        share = np.asarray(correct, dtype=np.float64) / np.asarray(n, dtype=np.float64)
+        other = np.asarray(other_correct, dtype=np.float64) / np.asarray(other_n, dtype=np.float64)
     difference = share - other
     return difference - np.hypot(share - low, other_high - other), difference + np.hypot(
         high - share, other - other_low
@@ -168,10 +170,11 @@ def newcombe(
 
 
 def effective_images(share: float, variance: float, images: float) -> float:
-    """So many images would give a plain proportion this variance; at most `images`, and as many where nothing varies.
+    """Effective sample size: how many images would give a plain proportion this variance.
 
-    The effective sample size of surveys (Korn and Graubard 1998; with Wilson's interval Dean and Pagano 2015). So a
-    share that is no plain proportion has an interval that keeps to 0-1 and does not vanish where all are right.
+    At most `images`; `images` where nothing varies. Known from surveys (Korn and Graubard 1998; with Wilson's interval
+    Dean and Pagano 2015). It gives a share that is no plain proportion an interval within 0-1 that keeps its width
+    where all are right.
     """
     return min(images, share * (1 - share) / variance) if variance > 0 and 0 < share < 1 else images
 
@@ -179,8 +182,8 @@ def effective_images(share: float, variance: float, images: float) -> float:
 def balanced_accuracy_interval(confusion: Int64, confidence: float) -> Interval:
     """Of the mean recall of the classes that have images; NaN where none has.
 
-    The recalls are independent proportions, so their variances r (1 - r) / (n - 1) add up. One image tells nothing of
-    the spread in its class, which then counts as the largest that the mean recall allows.
+    The recalls are independent proportions, so their variances r (1 - r) / (n - 1) add up. One image says nothing about
+    the spread of its class; it counts as the largest spread that the mean recall allows.
     """
     support = confusion.sum(axis=1)
     recall = per_class(confusion).recall[support > 0]
@@ -197,8 +200,8 @@ def selective_intervals(
 ) -> tuple[Interval, Interval]:
     """Of AURC, and of the accuracy on the most confident share of the images; NaN of no images.
 
-    AURC: BCa bootstrap. The accuracy: Wilson's interval of the images kept would be too narrow, since it is chance too
-    which they are; so it is Wilson's with the variance that the bootstrap finds.
+    AURC: BCa bootstrap. The accuracy: Wilson's interval with the variance that the bootstrap finds. Wilson's of the
+    images kept would be too narrow: which images are kept is chance too.
 
     Args:
         confident, correct: (N,) the confidence in each prediction, and whether it is right.
@@ -215,22 +218,22 @@ def selective_intervals(
     )
 
 
-def worst_interval(hits: Int64, support: Int64, confidence: float) -> Interval:
-    """Of the true share of the group that was picked for having the lowest one of all: a class or a slice.
+def worst_interval(correct: Int64, support: Int64, confidence: float) -> Interval:
+    """Of the true share of the group (class or slice) that was picked because its observed share is the lowest.
 
-    The lowest of many is low by bad luck too. The upper end allows for it: it is that of a Clopper-Pearson interval
-    which holds for all groups at once (Šidák 1967), so it holds for whichever was picked. The lower end needs no
-    correction: a group is hardly picked as the lowest in a draw that flatters it. Covers at least so often as it says,
-    whatever the shares are; where all groups have as many images, so it does the lowest of all true shares.
+    The lowest of many is low partly by bad luck. The upper end corrects for that: it is of a Clopper-Pearson interval
+    that holds for all groups at once (Šidák 1967), so it holds for whichever group was picked. The lower end needs no
+    correction: a draw that flatters a group hardly makes it the lowest. The coverage is at least `confidence`, whatever
+    the shares are; if all groups have equally many images, the interval covers the lowest true share as well.
 
     Args:
-        hits, support: (G,) counts; groups without images are left out. NaN where none has any.
+        correct, support: (G,) counts; groups without images are left out. NaN where none has any.
     """
     groups = np.flatnonzero(support)
     if not len(groups):
         return NOTHING
-    worst = groups[np.argmin(hits[groups] / support[groups])]
-    right, n = int(hits[worst]), int(support[worst])
+    worst = groups[np.argmin(correct[groups] / support[groups])]
+    right, n = int(correct[worst]), int(support[worst])
     each = -np.expm1(np.log1p(-(1 - confidence) / 2) / len(groups))  # of the upper tail, for every group
     return Interval(clopper_pearson(right, n, confidence).low, clopper_pearson(right, n, 1 - 2 * each).high)
 
@@ -248,17 +251,17 @@ class ClassIntervals:
 
 
 def class_intervals(confusion: Int64, confidence: float) -> ClassIntervals:
-    """Of recall, precision and F1 of every class, each for itself: of C of them some miss.
+    """Of recall, precision and F1 of every class; not joint: some of C intervals miss.
 
-    Recall and precision are proportions: Wilson. F1 is 2 J / (1 + J) with J = TP / (TP + FP + FN), a proportion too
-    once the images are given that are, or are taken for, the class. It grows with J, so its ends are those of J in the
-    same formula ("Wilson indirect", Lam, Gopal and Qian 2023).
+    Recall and precision are proportions: Wilson. F1 is 2 J / (1 + J) with J = TP / (TP + FP + FN), which is a
+    proportion of the images that are, or are predicted as, the class. F1 grows with J, so its ends are the ends of J
+    put into the same formula ("Wilson indirect", Lam, Gopal and Qian 2023).
     """
-    hits, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-    low, high = wilson(hits, support + predicted - hits, confidence)
+    correct, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    low, high = wilson(correct, support + predicted - correct, confidence)
     return ClassIntervals(
-        *wilson(hits, support, confidence),
-        *wilson(hits, predicted, confidence),
+        *wilson(correct, support, confidence),
+        *wilson(correct, predicted, confidence),
         f1_low=2 * low / (1 + low),
         f1_high=2 * high / (1 + high),
     )
@@ -267,12 +270,12 @@ def class_intervals(confusion: Int64, confidence: float) -> ClassIntervals:
 def calibration_interval(
     confident: Float64, correct: Bools, bins: int, draws: int, seed: int, confidence: float
 ) -> Interval:
-    """Of the ECE that the model would show on endless images.
+    """Of the ECE that the model would show on endlessly many images.
 
-    ECE cannot be below 0, so few images push it up, and a resample of them pushes it up once more: the percentile
-    bootstrap covers the truth of a well-calibrated model never (measured: 0 of 400). This is the reverse percentile
-    bootstrap, 2 ECE - quantile, which takes that push off again; and where the data do not contradict a perfectly
-    calibrated model (`calibration_noise`), the interval begins at 0. Measured coverage of 95 %: 87 to 98 %.
+    ECE cannot be below 0, so few images push it up, and a resample pushes it up once more: the percentile bootstrap
+    never covers the truth of a well-calibrated model (measured: 0 of 400). This is the reverse percentile bootstrap,
+    2 ECE - quantile, which removes that push. Where the data do not contradict a perfectly calibrated model
+    (`calibration_noise`), the interval begins at 0. Measured coverage of 95 %: 87 to 98 %.
 
     Args:
         confident, correct: (N,) the confidence in each prediction, and whether it is right.
@@ -289,7 +292,7 @@ def calibration_interval(
 
 
 def calibration_noise(logits: Floats, bins: int, draws: int, seed: int) -> Float64:
-    """ECE of a model that is right exactly as often as it says, drawn again and again on images like these: (draws,).
+    """(draws,) ECEs of a perfectly calibrated model with these confidences, each from new random outcomes.
 
     Consistency resampling (Bröcker and Smith 2007): each prediction is right with the probability that it claims.
     """
@@ -314,42 +317,18 @@ def _one_hot(confident: Float64, bins: int) -> Float64:
     return (bin_indices(confident, bins)[:, None] == np.arange(bins)).astype(np.float64)
 
 
-class McNemar(NamedTuple):
-    """Two models on the same images. `won`: only the first is right; `lost`: only the second."""
-
-    won: int
-    lost: int
-    better: float
-    """One-sided p: how often two equally good models would give at least so many won."""
-    worse: float
-    """One-sided p of the other direction."""
-    two_sided: float
-
-
-def mcnemar(one: Bools, other: Bools) -> McNemar:
-    """Exact McNemar test: where just one of two equal models is right, it is either with probability 1/2.
+def mcnemar_p(one: Bools, other: Bools) -> float:
+    """Two-sided p of the exact McNemar test: where only one of two equal models is right, it is either with chance 1/2.
 
     Args:
         one, other: (N,) correct or not, of the same images in the same order.
     """
-    won, lost = int((one & ~other).sum()), int((other & ~one).sum())
-    better, worse = float(at_least(won, won + lost)), float(at_least(lost, won + lost))
-    return McNemar(won, lost, better, worse, min(1.0, 2 * min(better, worse)))
-
-
-def at_least(heads: ArrayLike, tosses: ArrayLike, chance: ArrayLike = 0.5) -> Float64:
-    """Probability of at least so many heads of a coin; arrays give arrays.
-
-    P(X >= k) of a binomial is the regularised incomplete beta function I_p(k, n - k + 1).
-    """
-    heads, tosses = np.asarray(heads, dtype=np.float64), np.asarray(tosses, dtype=np.float64)
-    inside = np.clip(heads, 1, np.maximum(tosses, 1))
-    chances = betainc(inside, np.maximum(tosses - inside, 0) + 1, chance)
-    return np.where(heads <= 0, 1.0, np.where(heads > tosses, 0.0, chances))
+    won, lost = (one & ~other).sum(), (other & ~one).sum()
+    return min(1.0, 2 * float(binom.sf(max(won, lost) - 1, won + lost, 0.5)))
 
 
 SHARES = 33
-"""Shares of discordant images at which `paired_p` looks for its largest value; 1,001 find less than 1 % more."""
+"""Shares of discordant images that `paired_p` tries to find its largest value; 1,001 find less than 1 % more."""
 
 
 @lru_cache(maxsize=4096)
@@ -359,21 +338,21 @@ def paired_p(won: int, lost: int, images: int, margin: float, level: float) -> f
     The null hypothesis: its accuracy is at most `margin` above the other's. 0 asks for *better*, a negative margin for
     *not worse by more*; with `won` and `lost` exchanged, a positive one asks whether it is *worse by more*.
 
-    With a margin of 0 this is McNemar's test. Otherwise how often the two disagree matters, and nobody knows it. So
-    outcomes are ranked by Tango's score (1998), the chance of one at least as extreme is summed up exactly over
-    (won, lost), and the largest chance counts over all shares of discordant images that are plausible: a
+    With a margin of 0 this is McNemar's test. Otherwise p depends on how often the two disagree, which is unknown. So
+    outcomes are ranked by Tango's score (1998); the chance of an outcome at least as extreme is summed exactly over
+    (won, lost); and p is the largest such chance over all plausible shares of discordant images. Plausible is a
     Clopper-Pearson interval, whose own error is added to p (Berger and Boos 1994). Valid for every number of images.
 
     Args:
         won, lost: images that only the first, and only the other, has right.
         margin: in -1 to 1, both excluded.
-        level: at which p will be judged; a 500th of it is spent on the interval.
+        level: the significance level p will be compared with; 1/500 of it is spent on the interval.
 
     Returns:
-        p in 0-1; 1 where there is nothing to tell from.
+        p in 0-1; 1 without images.
     """
     if margin == 0 or not images:
-        return float(at_least(won, won + lost))
+        return float(binom.sf(won - 1, won + lost, 0.5))
     spent = level / 500
     low, high = clopper_pearson(won + lost, images, 1 - spent)
     low = max(low, abs(margin))  # with fewer, a difference of `margin` is not possible
@@ -389,13 +368,13 @@ def paired_p(won: int, lost: int, images: int, margin: float, level: float) -> f
     row, column = np.nonzero(weights > 1e-16)
     least = _least_won(discordant, images, margin, float(score(won, lost, images, margin)))
     won_by_chance = np.minimum(1, (1 + margin / shares[:, 0]) / 2)
-    chances = at_least(least[column], discordant[column], won_by_chance[row])
+    chances = binom.sf(least[column] - 1, discordant[column], won_by_chance[row])
     totals = np.bincount(row, chances * weights[row, column], minlength=SHARES)
     return float(min(1.0, totals.max() + spent))
 
 
 def _least_won(discordant: Int64, images: int, margin: float, observed: float) -> Int64:
-    """Of each number of discordant images, the least won whose score reaches `observed`; one more where none does."""
+    """For each number of discordant images, the smallest `won` whose score reaches `observed`; number + 1 if none does."""
     below, reached = np.full(len(discordant), -1), discordant + 1
     while (reached - below > 1).any():
         middle = (below + reached) // 2
@@ -405,9 +384,9 @@ def _least_won(discordant: Int64, images: int, margin: float, observed: float) -
 
 
 def score(won: ArrayLike, lost: ArrayLike, images: ArrayLike, difference: ArrayLike) -> Float64:
-    """How many standard errors the accuracies are apart beyond `difference` (Tango 1998); arrays give arrays.
+    """(accuracy difference - `difference`) in standard errors (Tango 1998); arrays give arrays.
 
-    The error is that of two models which differ by just `difference` and resemble the data most otherwise.
+    The standard error is that of the most likely pair of models whose accuracies differ by exactly `difference`.
     """
     won, lost = np.asarray(won, dtype=np.float64), np.asarray(lost, dtype=np.float64)
     images, difference = np.asarray(images, dtype=np.float64), np.asarray(difference, dtype=np.float64)
@@ -420,7 +399,7 @@ def score(won: ArrayLike, lost: ArrayLike, images: ArrayLike, difference: ArrayL
 
 
 def paired_interval(won: ArrayLike, lost: ArrayLike, images: ArrayLike, confidence: float) -> tuple[Float64, Float64]:
-    """Of accuracy(first) - accuracy(other) on the same images: every difference that Tango's score does not rule out.
+    """Of accuracy(first) - accuracy(other) on the same images: all differences that Tango's score does not reject.
 
     Arrays give arrays, lower and upper ends; NaN of no images.
     """
@@ -437,16 +416,19 @@ def paired_interval(won: ArrayLike, lost: ArrayLike, images: ArrayLike, confiden
     return ends[0], ends[1]
 
 
-def clopper_pearson(hits: int, n: int, confidence: float) -> Interval:
-    """Exact interval of a proportion: covers it at least so often, whatever it is. 0 to 1 of nothing."""
+def clopper_pearson(correct: int, n: int, confidence: float) -> Interval:
+    """Exact interval of a proportion: its coverage is at least `confidence`, whatever the proportion. 0 to 1 if n is 0.
+
+    `scipy.stats.binomtest` gives the same within 5e-13, in 3 to 6 ms instead of 0.03; the gate needs one per class.
+    """
     tail = (1 - confidence) / 2
-    low = betaincinv(hits, n - hits + 1, tail) if hits else 0.0
-    high = betaincinv(hits + 1, n - hits, 1 - tail) if hits < n else 1.0
+    low = betaincinv(correct, n - correct + 1, tail) if correct else 0.0
+    high = betaincinv(correct + 1, n - correct, 1 - tail) if correct < n else 1.0
     return Interval(float(low), float(high))
 
 
 def holm(p_values: ArrayLike) -> Float64:
-    """Adjusted p values (Holm 1979): all that are at most α are so with a joint error rate of α."""
+    """Adjusted p values (Holm 1979): calling all at most α significant has a joint error rate of α."""
     p_values = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p_values, kind="stable")
     steps = np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1))

@@ -8,6 +8,7 @@ from sklearn.metrics import f1_score
 from stages.evaluation import metrics
 from stages.evaluation.statistics import bootstrap, intervals
 from stages.params.evaluate import Evaluate
+from tests.evaluation import figures
 
 
 def test_wilson_is_the_score_interval() -> None:
@@ -31,25 +32,26 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
     rng = np.random.default_rng(1)
     for n, share in ((1, 0.5), (20, 0.5), (300, 0.4), (2000, 0.55)):
         one, other = rng.random(n) < 0.8, rng.random(n) < share
-        test = intervals.mcnemar(one, other)
-        assert (test.won, test.lost) == ((one & ~other).sum(), (~one & other).sum())
-        tosses = test.won + test.lost
+        won, lost = int((one & ~other).sum()), int((~one & other).sum())
         expected = [
-            stats.binomtest(test.won, tosses, alternative=side).pvalue if tosses else 1.0
+            stats.binomtest(won, won + lost, alternative=side).pvalue if won + lost else 1.0
             for side in ("greater", "less", "two-sided")
         ]
-        assert (test.better, test.worse, test.two_sided) == pytest.approx(tuple(expected), rel=1e-9)
+        better, worse = (intervals.paired_p(*both, n, 0, 0.05) for both in ((won, lost), (lost, won)))
+        assert (better, worse, intervals.mcnemar_p(one, other)) == pytest.approx(tuple(expected), rel=1e-9)
 
 
 def test_mcnemar_of_identical_models_says_nothing() -> None:
     right = np.array([True, False, True])
-    assert intervals.mcnemar(right, right) == (0, 0, 1, 1, 1)
+    assert intervals.mcnemar_p(right, right) == intervals.paired_p(0, 0, 3, 0, 0.05) == 1
 
 
 def test_mcnemar_errs_at_most_as_often_as_it_says() -> None:
     tosses = np.random.default_rng(2).binomial(700, 0.12, 20_000)
     won = np.random.default_rng(3).binomial(tosses, 0.5)
-    p = intervals.at_least(won, tosses)
+    p = stats.binom.sf(won - 1, tosses, 0.5)  # as paired_p has it with a margin of 0
+    pairs = zip(won[:50].tolist(), tosses[:50].tolist(), strict=True)
+    assert p[:50].tolist() == [intervals.paired_p(w, n - w, 700, 0, 0.05) for w, n in pairs]
     for alpha in (0.01, 0.05, 0.2):
         assert alpha / 3 < (p <= alpha).mean() <= alpha * 1.06
 
@@ -178,7 +180,7 @@ def _calibrated(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarra
 def _calibration_interval(
     logits: np.ndarray, labels: np.ndarray, bins: int, draws: int, seed: int, confidence: float
 ) -> bootstrap.Interval:
-    said = metrics.answers(logits, labels)
+    said = metrics.image_scores(logits, labels)
     return intervals.calibration_interval(said.confidence, said.correct, bins, draws, seed, confidence)
 
 
@@ -188,7 +190,7 @@ def test_coverage_of_the_calibration_error_of_a_calibrated_model() -> None:
     for seed in range(120):
         logits, labels = _calibrated(rng, 500)
         ends.append(_calibration_interval(logits, labels, 15, 200, seed, 0.95))
-        percentile.append(metrics.expected_calibration_error(logits, labels, 15))
+        percentile.append(figures.expected_calibration_error(logits, labels, 15))
     assert _coverage(0.0, ends) >= 0.93
     assert min(percentile) > 0.01  # which no calibrated model has: it is the noise of 500 images
 
@@ -196,7 +198,7 @@ def test_coverage_of_the_calibration_error_of_a_calibrated_model() -> None:
 def test_coverage_of_the_calibration_error_of_an_overconfident_model() -> None:
     rng = np.random.default_rng(7)
     logits, labels = _calibrated(rng, 400_000)
-    truth = metrics.expected_calibration_error(1.6 * logits, labels, 15)
+    truth = figures.expected_calibration_error(1.6 * logits, labels, 15)
     ends = []
     for seed in range(150):
         logits, labels = _calibrated(rng, 600)
@@ -237,17 +239,17 @@ def test_figures_are_those_of_the_metrics() -> None:
     confusion = metrics.confusion_matrix(labels, metrics.predicted_classes(logits), 6)
     recall = metrics.per_class(confusion).recall
     expected = {
-        "top1": metrics.top_k_accuracy(logits, labels, 1),
-        "top5": metrics.top_k_accuracy(logits, labels, 5),
+        "top1": figures.top_k_accuracy(logits, labels, 1),
+        "top5": figures.top_k_accuracy(logits, labels, 5),
         "macro_f1": metrics.macro_f1(confusion),
         "balanced_accuracy": metrics.balanced_accuracy(confusion),
         "worst_class_recall": np.nanmin(recall),
-        "nll": metrics.negative_log_likelihood(2 * logits, labels),
-        "brier": metrics.brier(2 * logits, labels),
-        "ece": metrics.expected_calibration_error(2 * logits, labels, 15),
-        "ece_debiased": metrics.debiased_ece(2 * logits, labels, 15),
-        "aurc": metrics.aurc(2 * logits, labels),
-        "selective_top1_80": metrics.selective_accuracy(2 * logits, labels).accuracy[159],
+        "nll": figures.negative_log_likelihood(2 * logits, labels),
+        "brier": figures.brier(2 * logits, labels),
+        "ece": figures.expected_calibration_error(2 * logits, labels, 15),
+        "ece_debiased": figures.debiased_ece(2 * logits, labels, 15),
+        "aurc": figures.aurc(2 * logits, labels),
+        "selective_top1_80": figures.selective_accuracy(2 * logits, labels).accuracy[159],
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
 
