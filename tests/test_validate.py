@@ -19,7 +19,10 @@ from PIL import Image, ImageFilter
 from stages import validate
 from stages.data.raw.facts import ACCEPTED, FACTS, QUARANTINE, read_table, write_table
 from stages.data.scanning import scan_tar
+from stages.data.validation.judging import ValidationResult, judge
 from stages.data.validation.splits import assign_splits
+from stages.data.validation.summary import summary
+from stages.data.validation.validating import assign, write_outputs
 from stages.params.batches import Batch
 from stages.params.split import Split
 from stages.params.validate import Collapse, Drift, Outliers, Severities, Validate
@@ -62,21 +65,21 @@ def _train_content(count: int) -> list[str]:
 
 def _judge(
     rows: list[dict[str, Any]], batches: dict[str, Batch], limits: Validate = LENIENT, same: bool = True
-) -> validate.Verdict:
+) -> ValidationResult:
     """Judges made-up facts; where hashes match, the pixels say `same`."""
     facts = pd.DataFrame(rows, columns=FACTS.names).astype({"hash": np.uint64})
     facts["role"] = facts["batch"].map({name: batch.role for name, batch in batches.items()})
     facts["arrival"] = facts["batch"].map({name: number for number, name in enumerate(batches)})
-    validate.assign(facts, batches, SPLIT)
+    assign(facts, batches, SPLIT)
 
     def confirmation(rows: pd.DataFrame, raw: object, limits: Validate) -> Any:
         return lambda left, right: np.full(len(left), same)
 
-    return validate.judge(facts, batches, limits, confirmation)
+    return judge(facts, batches, limits, confirmation)
 
 
-def _reasons(verdict: validate.Verdict) -> dict[str, tuple[str, str]]:
-    bad = verdict.images[verdict.images["reason"] != ""]
+def _reasons(result: ValidationResult) -> dict[str, tuple[str, str]]:
+    bad = result.images[result.images["reason"] != ""]
     return {row["key"]: (row["reason"], row["duplicate_of"]) for row in bad.to_dict("records")}
 
 
@@ -87,10 +90,10 @@ def test_of_two_duplicates_the_later_batch_yields_also_across_roles() -> None:
     rows = [*_pool("new"), *_pool("old")]  # names and rows against the order of arrival
     rows += [_image("new", "all", "a", "copy.jpg", "same"), _image("old", "all", "b", "copy.jpg", "same")]
     for roles in ({"old": "finetune", "new": "finetune"}, {"old": "pretrain", "new": "finetune"}):
-        verdict = _judge(rows, _batches(**roles))
-        sides = verdict.images.set_index("key")["split"][["old/all/b/copy.jpg", "new/all/a/copy.jpg"]].tolist()
+        result = _judge(rows, _batches(**roles))
+        sides = result.images.set_index("key")["split"][["old/all/b/copy.jpg", "new/all/a/copy.jpg"]].tolist()
         name = "no_leak_of_test" if sides[0] != "train" and sides[1] == "train" else "no_exact_duplicate"
-        assert _reasons(verdict) == {"new/all/a/copy.jpg": (name, "old/all/b/copy.jpg")}
+        assert _reasons(result) == {"new/all/a/copy.jpg": (name, "old/all/b/copy.jpg")}
 
 
 def test_of_two_near_duplicates_the_later_yields_where_pixels_agree() -> None:
@@ -120,9 +123,9 @@ def test_it_is_our_split_that_counts_not_the_sources() -> None:
     # train and val only: the source's val is our test.
     rows = [*_pool("b", split="train"), *_pool("b", split="val")]
     rows += [_image("b", "train", "a", "x.jpg", "same"), _image("b", "val", "a", "x.jpg", "same")]
-    verdict = _judge(rows, _batches(b="pretrain"))
-    assert _reasons(verdict) == {"b/train/a/x.jpg": ("no_leak_of_test", "b/val/a/x.jpg")}
-    assert set(verdict.accepted.loc[verdict.accepted["source_split"] == "val", "split"]) == {"test"}
+    result = _judge(rows, _batches(b="pretrain"))
+    assert _reasons(result) == {"b/train/a/x.jpg": ("no_leak_of_test", "b/val/a/x.jpg")}
+    assert set(result.accepted.loc[result.accepted["source_split"] == "val", "split"]) == {"test"}
 
 
 def test_within_a_split_the_smaller_key_stays() -> None:
@@ -166,22 +169,22 @@ def test_all_at_once_equals_one_by_one_and_an_old_batch_never_changes(
     severities = Severities(usual_brightness="quarantine")  # resolution is noted
     limits = LENIENT.model_copy(update={"severity": severities, "collapse": Collapse(max_share=0.1)})
 
-    def judged(count: int) -> tuple[validate.Verdict, dict[str, Batch], dict[str, bytes]]:
+    def judged(count: int) -> tuple[ValidationResult, dict[str, Batch], dict[str, bytes]]:
         some = dict(list(roles.items())[:count])
-        verdict = _judge([row for row in rows if row["batch"] in some], _batches(**some), limits)
+        result = _judge([row for row in rows if row["batch"] in some], _batches(**some), limits)
         folder = tmp_path / str(count)
         folder.mkdir()
         monkeypatch.chdir(folder)
-        validate.write_outputs(verdict, _batches(**some))
+        write_outputs(result, _batches(**some))
         written = {f"{path}": path.read_bytes() for path in Path("data").rglob("*.parquet")}
-        return verdict, _batches(**some), written
+        return result, _batches(**some), written
 
     whole, batches, files = judged(len(roles))
     reasons = set(whole.images["reason"])
     assert {"decodes", "no_exact_duplicate", "no_near_duplicate", "no_leak_of_test", "usual_brightness"} <= reasons
     assert whole.noted["usual_resolution"].size == len(roles) and set(whole.collapsed["batch"]) >= {"up"}
     quarantine = read_table(Path("data/quarantine.parquet"))
-    report = validate.summary(whole, batches, limits)
+    report = summary(whole, batches, limits)
     for count in range(1, len(roles)):
         part, some, written = judged(count)
         bad = Path("expected.parquet")
@@ -189,7 +192,7 @@ def test_all_at_once_equals_one_by_one_and_an_old_batch_never_changes(
         assert written.pop("data/quarantine.parquet") == bad.read_bytes()
         assert len(written) == count
         assert written == {path: files[path] for path in written}
-        assert validate.summary(part, some, limits)["batches"] == {name: report["batches"][name] for name in some}
+        assert summary(part, some, limits)["batches"] == {name: report["batches"][name] for name in some}
         kept = whole.collapsed[whole.collapsed["batch"].isin(list(some))].drop(columns="look").reset_index(drop=True)
         pd.testing.assert_frame_equal(part.collapsed.drop(columns="look").reset_index(drop=True), kept)
 
@@ -208,19 +211,19 @@ def test_a_later_finetune_batch_has_fresh_and_the_frozen_test_stays() -> None:
 def test_labels_are_positions_in_an_append_only_list() -> None:
     rows = [*_pool("one", classes="bc"), *_pool("two", classes="ab")]
     limits = LENIENT.model_copy(update={"allow_new_classes": True})
-    verdict = _judge(rows, _batches(one="finetune", two="finetune"), limits)
-    assert verdict.classes == {"pretrain": [], "finetune": ["b", "c", "a"]}
-    names = verdict.accepted.groupby("class_name")["label"].unique()
+    result = _judge(rows, _batches(one="finetune", two="finetune"), limits)
+    assert result.classes == {"pretrain": [], "finetune": ["b", "c", "a"]}
+    names = result.accepted.groupby("class_name")["label"].unique()
     assert {name: list(label) for name, label in names.items()} == {"b": [0], "c": [1], "a": [2]}
-    assert not verdict.stops
+    assert not result.stops
 
 
 def test_an_unlabelled_pretrain_image_is_accepted_with_label_minus_one() -> None:
     rows = [*_pool("up"), _image("up", "all", "", "x.jpg")]
-    verdict = _judge(rows, _batches(up="pretrain"))
-    assert verdict.accepted.set_index("key").loc["up/all//x.jpg", "label"] == -1
-    assert verdict.classes["pretrain"] == ["a", "b"]
-    assert not verdict.stops
+    result = _judge(rows, _batches(up="pretrain"))
+    assert result.accepted.set_index("key").loc["up/all//x.jpg", "label"] == -1
+    assert result.classes["pretrain"] == ["a", "b"]
+    assert not result.stops
 
 
 # ------------------------------------------------------------------------------------------------ more than duplicates
@@ -235,22 +238,22 @@ def test_a_train_image_that_is_a_test_image_is_a_leak_and_counted_as_such(evalua
     for split, content in zip((evaluated, "train"), contents, strict=True):
         rows.append(_image("b", split, "a", "x.jpg", content, **looks))
     rows += [_image("b", "train", name, "twin.jpg", "twin") for name in "ab"]
-    verdict = _judge(rows, _batches(b="pretrain"))
-    assert _reasons(verdict) == {
+    result = _judge(rows, _batches(b="pretrain"))
+    assert _reasons(result) == {
         "b/train/a/x.jpg": ("no_leak_of_test", f"b/{evaluated}/a/x.jpg"),
         "b/train/b/twin.jpg": ("no_exact_duplicate", "b/train/a/twin.jpg"),
     }
-    assert [verdict.failed[name] for name in ("no_leak_of_test", "no_exact_duplicate", "no_near_duplicate")] == [
+    assert [result.failed[name] for name in ("no_leak_of_test", "no_exact_duplicate", "no_near_duplicate")] == [
         1,
         1,
         0,
     ]
-    report = validate.summary(verdict, _batches(b="pretrain"), LENIENT)
+    report = summary(result, _batches(b="pretrain"), LENIENT)
     assert report["batches"]["b"]["quarantined_by"] == {"no_exact_duplicate": 1, "no_leak_of_test": 1}
 
 
-def _noted(verdict: validate.Verdict, name: str) -> list[str]:
-    return verdict.images["key"].iloc[verdict.noted[name]].tolist()
+def _noted(result: ValidationResult, name: str) -> list[str]:
+    return result.images["key"].iloc[result.noted[name]].tolist()
 
 
 def test_outliers_of_a_batch_are_noted_and_stay() -> None:
@@ -263,11 +266,11 @@ def test_outliers_of_a_batch_are_noted_and_stay() -> None:
         _image("b", "all", "b", "tiny.jpg", brightness=120.0, width=20, height=16),
     ]
     batches = _batches(b="finetune")
-    verdict = _judge([*rows, *odd], batches)
-    assert _noted(verdict, "usual_brightness") == ["b/all/a/dark.jpg"]
-    assert sorted(_noted(verdict, "usual_resolution")) == ["b/all/a/huge.jpg", "b/all/b/tiny.jpg"]
-    assert _reasons(verdict) == {}
-    report = validate.summary(verdict, batches, LENIENT)
+    result = _judge([*rows, *odd], batches)
+    assert _noted(result, "usual_brightness") == ["b/all/a/dark.jpg"]
+    assert sorted(_noted(result, "usual_resolution")) == ["b/all/a/huge.jpg", "b/all/b/tiny.jpg"]
+    assert _reasons(result) == {}
+    report = summary(result, batches, LENIENT)
     assert report["noted_by"] == {"usual_resolution": 2, "usual_brightness": 1}
     assert report["batches"]["b"]["noted_by"] == report["noted_by"]
     strict = LENIENT.model_copy(update={"severity": Severities(usual_brightness="quarantine")})
@@ -281,10 +284,10 @@ def test_a_class_that_is_one_picture_is_noted_or_stops_as_told() -> None:
     rows = [*_pool("b", 40), *placeholder, *_pool("b", 10, classes="c")]
     batches = _batches(b="finetune")
     for same in (True, False):  # whether pixels confirm it or hashes alone say so
-        verdict = _judge(rows, batches, same=same)
-        assert verdict.collapsed[["batch", "class_name", "alike", "images"]].to_numpy().tolist() == [["b", "c", 30, 40]]
-        assert "batch `b` (finetune)" in verdict.notes[0] and "c 30 of 40" in verdict.notes[0]
-        assert not verdict.stops
+        result = _judge(rows, batches, same=same)
+        assert result.collapsed[["batch", "class_name", "alike", "images"]].to_numpy().tolist() == [["b", "c", 30, 40]]
+        assert "batch `b` (finetune)" in result.notes[0] and "c 30 of 40" in result.notes[0]
+        assert not result.stops
     strict = LENIENT.model_copy(update={"severity": Severities(varied_class="stop")})
     (message,) = _judge(rows, batches, strict).stops
     assert "c 30 of 40" in message and "validate.collapse.max_share" in message
@@ -297,15 +300,15 @@ def test_a_class_that_is_one_picture_is_noted_or_stops_as_told() -> None:
 def test_a_class_of_copies_of_an_older_image_is_one_picture_too() -> None:
     rows = [*_pool("old"), _image("old", "all", "a", "x.jpg", hash=0xABCDEF0123456789)]
     copies = [_image("new", "all", "b", f"{n}.jpg", hash=0xABCDEF0123456789 ^ 1 << n) for n in range(25)]
-    verdict = _judge([*rows, *_pool("new", classes="a"), *copies], _batches(old="finetune", new="finetune"))
-    assert verdict.collapsed[["batch", "class_name", "alike"]].to_numpy().tolist() == [["new", "b", 25]]
+    result = _judge([*rows, *_pool("new", classes="a"), *copies], _batches(old="finetune", new="finetune"))
+    assert result.collapsed[["batch", "class_name", "alike"]].to_numpy().tolist() == [["new", "b", 25]]
 
 
 def test_a_class_that_others_outnumber_is_noted() -> None:
     rows = [*_pool("b", 400, classes="a"), *_pool("b", 120, classes="b"), *_pool("b", 20, classes="c")]
-    verdict = _judge(rows, _batches(b="finetune"))
-    assert verdict.failed["balanced"] == 1
-    (note,) = verdict.notes
+    result = _judge(rows, _batches(b="finetune"))
+    assert result.failed["balanced"] == 1
+    (note,) = result.notes
     assert note.startswith("finetune: 1 class has so few training images") and "c has" in note
     equal = _judge(_pool("b", 100, classes="abc"), _batches(b="finetune"))
     assert equal.failed["balanced"] == 0 and not equal.notes
@@ -314,8 +317,8 @@ def test_a_class_that_others_outnumber_is_noted() -> None:
 def test_duplicates_that_are_only_noted_stay() -> None:
     rows = [*_pool("b"), _image("b", "all", "a", "y.jpg", "same"), _image("b", "all", "a", "z.jpg", "same")]
     lenient = LENIENT.model_copy(update={"severity": Severities(no_exact_duplicate="note")})
-    verdict = _judge(rows, _batches(b="finetune"), lenient)
-    assert _reasons(verdict) == {} and _noted(verdict, "no_exact_duplicate") == ["b/all/a/z.jpg"]
+    result = _judge(rows, _batches(b="finetune"), lenient)
+    assert _reasons(result) == {} and _noted(result, "no_exact_duplicate") == ["b/all/a/z.jpg"]
 
 
 def test_unlabelled_images_pass_and_are_no_class() -> None:
@@ -324,11 +327,11 @@ def test_unlabelled_images_pass_and_are_no_class() -> None:
     ]
     rows += [_image("up", "all", "", "copy.jpg", rows[0]["sha256"], sha256=rows[0]["sha256"])]
     rows += [_image("up", "all", "", "dark.jpg", brightness=1.0)]
-    verdict = _judge([*rows, *_pool("target")], _batches(up="pretrain", target="finetune"), same=False)
-    assert list(_reasons(verdict)) == [max("up/all//copy.jpg", "up/all//0.jpg")]
-    assert not verdict.stops and not verdict.notes and verdict.collapsed.empty
-    assert _noted(verdict, "usual_brightness") == ["up/all//dark.jpg"]
-    report = validate.summary(verdict, _batches(up="pretrain", target="finetune"), LENIENT)
+    result = _judge([*rows, *_pool("target")], _batches(up="pretrain", target="finetune"), same=False)
+    assert list(_reasons(result)) == [max("up/all//copy.jpg", "up/all//0.jpg")]
+    assert not result.stops and not result.notes and result.collapsed.empty
+    assert _noted(result, "usual_brightness") == ["up/all//dark.jpg"]
+    report = summary(result, _batches(up="pretrain", target="finetune"), LENIENT)
     assert report["classes"]["pretrain"] == {}
 
 
@@ -395,9 +398,9 @@ def test_drift_is_recorded_and_stops_only_where_told_and_unexplained() -> None:
     dark = [row | {"brightness": 30.0} for row in _pool("dark", 60)]
     rows = [*_pool("first", 60), *dark]
     batches = _batches(first="finetune", dark="finetune")
-    verdict = _judge(rows, batches)
-    assert [row.fact for row in verdict.drift["dark"] if row.drifted] == ["brightness"]
-    assert verdict.failed["no_drift"] == 1 and not verdict.stops
+    result = _judge(rows, batches)
+    assert [row.fact for row in result.drift["dark"] if row.drifted] == ["brightness"]
+    assert result.failed["no_drift"] == 1 and not result.stops
     strict = LENIENT.model_copy(update={"drift": Drift(stop=True)})
     (message,) = _judge(rows, batches, strict).stops
     assert "brightness (KS distance 1.000)" in message and "batches.dark.accept_drift" in message

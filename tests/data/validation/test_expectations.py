@@ -9,20 +9,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from stages.data.validation.expectations import (
-    SEVERITIES,
-    duplicate_expectations,
-    expectations,
-    explain,
-    failures,
-    first_failures,
-    image_expectations,
-    outlier_expectations,
-    outlying,
-    printable,
-    table_expectations,
-    with_measures,
-)
+from stages.data.validation.expectations import expectations
+from stages.data.validation.great_expectations import SEVERITIES, failures
+from stages.data.validation.judging import first_failures
+from stages.data.validation.measures import outlying, with_measures
+from stages.data.validation.words import explain, printable
 from stages.params.validate import Drift, Outliers, Severities, Validate
 from stages.runtime.params_file import ParamsError, check
 from tests.workspace import ROOT
@@ -45,16 +36,16 @@ def _facts(*changes: Mapping[str, object]) -> pd.DataFrame:
 
 def test_each_image_expectation_fails_its_own_fault_and_no_other() -> None:
     limits = Validate()
-    expectations = image_expectations(limits)
-    assert [expectation.name for expectation in expectations] == list(BAD)
-    failed = failures(with_measures(_facts({}, *BAD.values())), expectations)
+    table = expectations(limits, "image")
+    assert [expectation.name for expectation in table] == list(BAD)
+    failed = failures(with_measures(_facts({}, *BAD.values())), table)
     for position, name in enumerate(BAD, start=1):
         assert failed[name].tolist() == [position], name
 
 
 def test_at_the_limit_an_image_passes() -> None:
     at_limit = _facts({"height": 16, "width": 160}, {"contrast": 1.0}, {"bytes": 1})
-    failed = failures(with_measures(at_limit), image_expectations(Validate()))
+    failed = failures(with_measures(at_limit), expectations(Validate(), "image"))
     assert not any(len(rows) for rows in failed.values())
 
 
@@ -64,20 +55,20 @@ def test_the_first_failure_in_table_order_gives_the_name() -> None:
     bomb = {"width": 60_000, "height": 60_000, "decodes": False, "contrast": np.nan}
     one_pixel = {"width": 1, "height": 1, "contrast": 0.0}
     facts = _facts({}, empty, text, bomb, one_pixel)
-    expectations = image_expectations(Validate())
-    reason = first_failures(len(facts), expectations, failures(with_measures(facts), expectations))
+    table = expectations(Validate(), "image")
+    reason = first_failures(len(facts), table, failures(with_measures(facts), table))
     assert reason.tolist() == ["", "not_empty", "known_format", "sane_size", "large_enough"]
 
 
 def test_more_failures_than_great_expectations_lists_by_default_are_all_found() -> None:
     facts = _facts(*[{"bytes": 0} if number % 2 else {} for number in range(3000)])
-    failed = failures(with_measures(facts), image_expectations(Validate()))
+    failed = failures(with_measures(facts), expectations(Validate(), "image"))
     assert failed["not_empty"].tolist() == list(range(1, 3000, 2))
 
 
 def test_limits_come_from_params() -> None:
     limits = Validate(formats=("PNG",), min_side=10, max_aspect=2)
-    failed = failures(with_measures(_facts({}, {"height": 12})), image_expectations(limits))
+    failed = failures(with_measures(_facts({}, {"height": 12})), expectations(limits, "image"))
     assert failed["known_format"].tolist() == [0, 1]
     assert failed["sane_aspect"].tolist() == [1]
     assert failed["large_enough"].tolist() == []
@@ -85,7 +76,7 @@ def test_limits_come_from_params() -> None:
 
 def test_duplicates_are_expectations_too() -> None:
     columns = {"leak_of": [None, None, "c"], "duplicate_of": [None, "a", None], "near_duplicate_of": ["b", None, None]}
-    failed = failures(pd.DataFrame(columns, dtype=object), duplicate_expectations(Validate()))
+    failed = failures(pd.DataFrame(columns, dtype=object), expectations(Validate(), "duplicate"))
     assert {name: rows.tolist() for name, rows in failed.items()} == {
         "no_leak_of_test": [2],
         "no_exact_duplicate": [1],
@@ -94,7 +85,7 @@ def test_duplicates_are_expectations_too() -> None:
 
 
 def test_an_empty_table_fails_nothing() -> None:
-    failed = failures(with_measures(_facts({}).iloc[:0]), image_expectations(Validate()))
+    failed = failures(with_measures(_facts({}).iloc[:0]), expectations(Validate(), "image"))
     assert all(len(rows) == 0 for rows in failed.values())
 
 
@@ -131,7 +122,7 @@ def test_severities_come_from_params() -> None:
     assert changed == {"not_flat": "note", "enough_to_train": "note", "varied_class": "stop", "no_drift": "stop"}
     assert {each.name: each.severity for each in expectations(Validate(drift=Drift(stop=True)))}["no_drift"] == "stop"
     grey = _facts({"contrast": 0.1}, {"contrast": 0.1, "bytes": 0})
-    table = image_expectations(Validate(severity=severity))
+    table = expectations(Validate(severity=severity), "image")
     assert first_failures(2, table, failures(with_measures(grey), table)).tolist() == ["", "not_empty"]
 
 
@@ -178,7 +169,7 @@ def test_a_batch_of_one_size_has_no_outlier_a_pixel_away_but_one_eight_times_awa
     rows = _light([100.0] * 60)
     rows.loc[0, ["width", "height"]] = [65, 64]
     rows.loc[1, ["width", "height"]] = [64 * 3, 64 * 3]
-    failed = failures(outlying(rows), outlier_expectations(Validate()))
+    failed = failures(outlying(rows), expectations(Validate(), "outlier"))
     assert failed["usual_resolution"].tolist() == [1] and failed["usual_brightness"].tolist() == []
 
 
@@ -187,7 +178,7 @@ def test_of_a_handful_of_images_none_is_an_outlier() -> None:
 
 
 def test_outliers_may_be_left_alone() -> None:
-    names = [each.name for each in outlier_expectations(Validate(outliers=Outliers(brightness=None)))]
+    names = [each.name for each in expectations(Validate(outliers=Outliers(brightness=None)), "outlier")]
     assert names == ["usual_resolution"]
 
 
@@ -200,7 +191,7 @@ def test_every_stop_has_words() -> None:
     images = pd.DataFrame(
         {"batch": ["b"], "key": ["b/all/cat/1"], "reason": ["decodes"], "error": ["cut"], "duplicate_of": [""]}
     )
-    for expectation in table_expectations(limits):
+    for expectation in expectations(limits, "batch", "batch class", "class", "drift"):
         (message,) = explain(expectation, wrong, images)
         assert "`b`" in message or "finetune" in message
         assert expectation.parameter in message, expectation.name

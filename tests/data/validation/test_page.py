@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages import validate
 from stages.data.validation.expectations import LEAK
+from stages.data.validation.judging import judge
 from stages.data.validation.page import class_chart, remarks, render
+from stages.data.validation.summary import summary
+from stages.data.validation.validating import assign
 from stages.params.batches import Batch
 from stages.params.split import Split
 from stages.params.validate import Validate
@@ -38,10 +40,10 @@ def _facts(classes: int, each: int) -> pd.DataFrame:
 def _page(facts: pd.DataFrame) -> tuple[str, dict[str, Any]]:
     batches = {"b": Batch(role="pretrain", source="somewhere")}
     limits = Validate(min_images_per_class=1, max_quarantined=1)
-    validate.assign(facts, batches, Split())
-    verdict = validate.judge(facts, batches, limits, lambda *_: lambda left, right: np.ones(len(left), dtype=bool))
-    report = validate.summary(verdict, batches, limits)
-    return render(report, verdict.images, Path("nowhere"), verdict.noted, verdict.collapsed), report
+    assign(facts, batches, Split())
+    result = judge(facts, batches, limits, lambda *_: lambda left, right: np.ones(len(left), dtype=bool))
+    report = summary(result, batches, limits)
+    return render(report, result.images, Path("nowhere"), result.noted, result.collapsed), report
 
 
 def test_a_thousand_classes_and_many_faults_make_a_small_page() -> None:
