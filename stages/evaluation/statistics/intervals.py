@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr, betaincinv, ndtri
 from scipy.stats import binom
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from stages.evaluation.metrics import (
     Bools,
@@ -136,20 +138,12 @@ def _worst_class(confusion: Int64, confidence: float) -> dict[str, float]:
 
 
 def wilson(correct: ArrayLike, n: ArrayLike, confidence: float) -> tuple[Float64, Float64]:
-    """Score interval of a proportion (Wilson 1927), lower and upper ends; arrays give arrays. NaN where n is 0.
-
-    `scipy.stats.binomtest` takes single whole numbers; this takes arrays and effective sample sizes.
-    """
+    """Score interval of a proportion (Wilson 1927), lower and upper ends; arrays give arrays. NaN where n is 0."""
     correct, n = np.asarray(correct, dtype=np.float64), np.asarray(n, dtype=np.float64)
-    z = _normal_quantile(confidence)
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = correct / n
-        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+        low, high = proportion_confint(correct, n, 1 - confidence, method="wilson")
     # With 0 or n correct an end is exactly 0 or 1, which rounding would miss by a hair.
-    low = np.where(correct == 0, 0 * share, middle - half)
-    high = np.where(correct == n, 1 + 0 * share, middle + half)
-    return low, high
+    return np.where((correct == 0) & (n > 0), 0.0, low), np.where((correct == n) & (n > 0), 1.0, high)
 
 
 def newcombe(
@@ -159,14 +153,10 @@ def newcombe(
 
     NaN where there are no images on either side.
     """
-    (low, high), (other_low, other_high) = wilson(correct, n, confidence), wilson(other_correct, other_n, confidence)
+    counts = (np.asarray(each, dtype=np.float64) for each in (correct, n, other_correct, other_n))
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.asarray(correct, dtype=np.float64) / np.asarray(n, dtype=np.float64)
-        other = np.asarray(other_correct, dtype=np.float64) / np.asarray(other_n, dtype=np.float64)
-    difference = share - other
-    return difference - np.hypot(share - low, other_high - other), difference + np.hypot(
-        high - share, other - other_low
-    )
+        low, high = confint_proportions_2indep(*counts, method="newcomb", alpha=1 - confidence)
+    return low, high
 
 
 def effective_images(share: float, variance: float, images: float) -> float:
@@ -374,7 +364,10 @@ def paired_p(won: int, lost: int, images: int, margin: float, level: float) -> f
 
 
 def _least_won(discordant: Int64, images: int, margin: float, observed: float) -> Int64:
-    """For each number of discordant images, the smallest `won` whose score reaches `observed`; number + 1 if none does."""
+    """For each number of discordant images, the smallest `won` with a score of at least `observed`.
+
+    Number + 1 where none has.
+    """
     below, reached = np.full(len(discordant), -1), discordant + 1
     while (reached - below > 1).any():
         middle = (below + reached) // 2
@@ -429,12 +422,7 @@ def clopper_pearson(correct: int, n: int, confidence: float) -> Interval:
 
 def holm(p_values: ArrayLike) -> Float64:
     """Adjusted p values (Holm 1979): calling all at most α significant has a joint error rate of α."""
-    p_values = np.asarray(p_values, dtype=np.float64)
-    order = np.argsort(p_values, kind="stable")
-    steps = np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1))
-    adjusted = np.empty_like(p_values)
-    adjusted[order] = np.minimum(1, steps)
-    return adjusted
+    return np.asarray(multipletests(p_values, method="holm")[1], dtype=np.float64)
 
 
 def _normal_quantile(confidence: float) -> float:
