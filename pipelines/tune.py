@@ -31,6 +31,7 @@ from stages.params.tune import SEARCHED, Distribution, Tune
 from stages.registry.runs import PARENT, TrainingRun, search_run
 from stages.runtime.command import StageError, run
 from stages.runtime.files import sha256, write_text
+from stages.runtime.fingerprint import dependencies_of
 from stages.runtime.params_file import ParamsError, check, load_section, params_path, read_params
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ def _check_space(params: dict[str, Any], space: Mapping[str, Distribution]) -> N
 def _check_metric(params: dict[str, Any], tune: Tune) -> None:
     """Every trial will measure what it is judged by."""
     indexes = [
-        json.loads(path.read_text(encoding="utf-8")) for path in _files_of_finetune() if path.name == "index.json"
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in dependencies_of("finetune")
+        if path.name == "index.json"
     ]
     if not any(index["splits"].get("val", {}).get("count") for index in indexes):
         raise StageError(
@@ -163,21 +166,8 @@ def _fingerprint(params: dict[str, Any], tune: Tune) -> str:
     fixed = _with(params, dict.fromkeys(tune.space))
     parts: dict[str, Any] = {name: fixed[name] for name in SEARCHED}
     parts |= {"space": tune.model_dump()["space"], "metric": tune.metric, "seed": tune.seed, "prune": tune.prune_after}
-    parts |= {"files": {path.as_posix(): sha256(path) for path in _files_of_finetune()}}
+    parts |= {"files": {path.as_posix(): sha256(path) for path in dependencies_of("finetune")}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _files_of_finetune() -> list[Path]:
-    """What the stage `finetune` depends on, by dvc.yaml; of shards the indexes, which hold their checksums."""
-    dependencies = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]["finetune"]["deps"]
-    files: list[Path] = []
-    for path in map(Path, dependencies):
-        indexes = "*/index.json" if path.as_posix().startswith("data/shards/") else "*.*"
-        found = [path] if path.is_file() else sorted(path.rglob(indexes))
-        if not found:
-            raise StageError(f"{path} is missing; `dvc repro pretrain shard` makes what a trial starts from")
-        files += found
-    return files
 
 
 def _ask(study: "Study", tune: Tune) -> "Trial":

@@ -25,6 +25,7 @@ def folder(tmp_path: Path) -> Path:
     """A working directory with params.yaml of the small sample."""
     write_params(tmp_path, {})
     shutil.copy(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
+    (tmp_path / "stages").symlink_to(ROOT / "stages")
     return tmp_path
 
 

@@ -25,6 +25,7 @@ def test_validate_quarantines_exactly_what_was_planted(tmp_path: Path) -> None:
         assert batch["source"] == f"sample:{name}?seed=1"
         batch["source"] = f"sample:{name}?seed={SEED}"
     shutil.copy(ROOT / "dvc.yaml", tmp_path)  # work in progress is known by what a stage depends on
+    (tmp_path / "stages").symlink_to(ROOT / "stages")
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     steps = ["ingest upstream", "ingest target", "scan upstream", "scan target", "validate"]

@@ -305,7 +305,7 @@ def test_other_data_and_other_code_are_another_study(place: Path) -> None:
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(place: Path) -> None:
     (place / "models/backbone/config.json").unlink()
-    with pytest.raises(StageError, match=r"models/backbone is missing; `dvc repro pretrain shard`"):
+    with pytest.raises(StageError, match=r"models/backbone, which is missing; `dvc repro`"):
         search(tune())
 
 
