@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.stats import ks_2samp
 
 from stages.params.validate import Drift
 
@@ -30,8 +31,6 @@ def compare(batch: pd.DataFrame, reference: pd.DataFrame, limits: Drift) -> list
     """
     if batch.empty or reference.empty:
         return []
-    from scipy.stats import ks_2samp  # about a second to import, and most runs have no second batch
-
     rows = []
     for fact in FACTS:
         new, old = (side[fact].to_numpy(np.float64) for side in (batch, reference))

@@ -1,29 +1,28 @@
-"""Exact and near-duplicates without comparing all pairs: by sha256, and by perceptual hash, confirmed on pixels
-(same_picture.py)."""
+"""Exact duplicates by sha256, near-duplicates by perceptual hash (hamming_pairs.py), confirmed by pixel_match.py."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, combinations
-from math import comb
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
+from stages.data.validation.hamming_pairs import BITS, MAX_CANDIDATES, TooManyCandidatesError, pairs_within
 from stages.params.validate import Validate
 from stages.runtime.command import StageError
 from stages.runtime.progress import worker_count
 
-BITS = 64
-# Brightness in the facts is of another scale of the image than the thumbnails are: it may differ by so much more.
 SCALING_SLACK = 2.0
-# A hash is plain with at most so many odd bits; two plain images must agree more closely in brightness and contrast.
+"""Levels by which brightness may differ more than thumbnails do: the facts have it at another scale of the image."""
 PLAIN_BITS = 8
-PLAIN_BRIGHTNESS = 6.0
-PLAIN_CONTRAST = 2.0
-# Budgets: beyond these, hashes do not tell the images apart at all. ImageNet needs a hundredth.
+"""A hash with at most this many bits unlike the others is plain."""
+PLAIN_BRIGHTNESS, PLAIN_CONTRAST = 6.0, 2.0
+"""How closely two plain images must agree, in levels of luminance."""
+# Beyond these budgets hashes do not tell the images apart at all. ImageNet needs a hundredth.
 MAX_PAIRS = 20_000_000  # to confirm on pixels
-MAX_COMPARISONS = 20_000_000_000  # of hashes
+MAX_COMPARISONS = 20_000_000_000  # of plain images
 CHUNK = 2_000_000
 
 SamePicture = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -42,7 +41,7 @@ class Duplicates(NamedTuple):
 
 
 def find_duplicates(rows: pd.DataFrame, limits: Validate, same_picture: SamePicture) -> Duplicates:
-    """Walks down `rows` and lets each image yield to the first one above it that stays and is the same.
+    """From the top down, each image yields to the first one above it that stays and is the same picture.
 
     What happens to a row depends on the rows above it alone, so more rows below never change it.
 
@@ -65,18 +64,15 @@ def find_duplicates(rows: pd.DataFrame, limits: Validate, same_picture: SamePict
 
 
 def look_alikes(rows: pd.DataFrame, same: np.ndarray) -> np.ndarray:
-    """Which images of a class in a batch look like one picture, (N,) int64: the same number, the same look.
+    """Which images of a class in a batch look like one picture, (N,) int64: those with the same number do.
 
-    Alike are images that are the same picture, also by way of others, wherever these are; and images with the same
-    perceptual hash, so that different photographs count too where a class has hardly two that differ.
+    Images look alike if they are the same picture, directly or through other images of any batch; or if they have the
+    same perceptual hash, so that a class of photographs that hardly differ is found too.
 
     Args:
         rows: as given to `find_duplicates`, with the columns arrival and class_name.
-        same: as it answers.
+        same: as `find_duplicates` returns it.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     arrival = rows["arrival"].to_numpy(np.int64)
     class_name, classes = pd.factorize(rows["class_name"])
     group = arrival * max(len(classes), 1) + class_name
@@ -122,10 +118,10 @@ def _near_duplicates(
 def near_pairs(looks: pd.DataFrame, distance: int, difference: float) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of images that may be the same picture, found without comparing all pairs.
 
-    These are all pairs whose hashes are within `distance` bits and whose brightness and contrast agree to `difference`
-    (two images further apart in mean brightness cannot be within a mean absolute difference of it). A hash with almost
-    all bits alike is plain: a small thing on an even ground. Thousands of different images may share it, so two plain
-    ones must agree to `PLAIN_BRIGHTNESS` and `PLAIN_CONTRAST`.
+    These are all pairs whose hashes are within `distance` bits and whose brightness and contrast agree to `difference`:
+    the mean absolute difference of two images is at least the difference of their means. A hash with almost all bits
+    alike is plain: a small object on an even background. Thousands of different images may share it, so two plain ones
+    must agree to `PLAIN_BRIGHTNESS` and `PLAIN_CONTRAST`.
 
     Args:
         looks: columns hash (uint64), brightness, contrast (0-255).
@@ -136,9 +132,9 @@ def near_pairs(looks: pd.DataFrame, distance: int, difference: float) -> tuple[n
         Positions (P,) and (P,), int64, the smaller one first, sorted.
 
     Raises:
-        StageError: more than `MAX_PAIRS`, or as many that have to be looked at to know.
+        StageError: there are more than `MAX_PAIRS`, or too many to compare.
     """
-    look = Looks(*(looks[name].to_numpy(kind) for name, kind in _LOOKS))
+    look = Appearance(*(looks[name].to_numpy(kind) for name, kind in _COLUMNS))
     found = [np.empty((0, 2), np.int64)]
     structured = _structured_pairs(look, distance, difference + SCALING_SLACK)
     for pairs in chain(_plain_pairs(look, distance), structured):
@@ -149,10 +145,10 @@ def near_pairs(looks: pd.DataFrame, distance: int, difference: float) -> tuple[n
     return pairs[:, 0], pairs[:, 1]
 
 
-_LOOKS = (("hash", np.uint64), ("brightness", np.float64), ("contrast", np.float64))
+_COLUMNS = (("hash", np.uint64), ("brightness", np.float64), ("contrast", np.float64))
 
 
-class Looks(NamedTuple):
+class Appearance(NamedTuple):
     """Columns of the facts, (N,) each."""
 
     hash: np.ndarray
@@ -162,10 +158,14 @@ class Looks(NamedTuple):
 
 def _check_budget(count: int, most: int, distance: int) -> None:
     if count > most:
-        raise StageError(
-            f"more than {most:,} pairs of images have almost the same perceptual hash: it does not tell these images "
-            f"apart; set validate.near_duplicate_distance below {distance}, or to null"
-        )
+        raise _too_many(most, distance)
+
+
+def _too_many(most: int, distance: int) -> StageError:
+    return StageError(
+        f"more than {most:,} pairs of images have almost the same perceptual hash: it does not tell these images "
+        f"apart; set validate.near_duplicate_distance below {distance}, or to null"
+    )
 
 
 def is_plain(hashes: np.ndarray) -> np.ndarray:
@@ -174,7 +174,7 @@ def is_plain(hashes: np.ndarray) -> np.ndarray:
     return np.minimum(bits_set, BITS - bits_set) <= PLAIN_BITS
 
 
-def _plain_pairs(look: Looks, distance: int) -> Iterator[np.ndarray]:
+def _plain_pairs(look: Appearance, distance: int) -> Iterator[np.ndarray]:
     """Pairs (P, 2) of rows that are both plain: neighbours in brightness, then checked for contrast and hash."""
     plain = np.flatnonzero(is_plain(look.hash))
     plain = plain[np.argsort(look.brightness[plain], kind="stable")]
@@ -190,8 +190,8 @@ def _plain_pairs(look: Looks, distance: int) -> Iterator[np.ndarray]:
         yield np.stack([one[keep], other[keep]], axis=1)
 
 
-def _structured_pairs(look: Looks, distance: int, tolerance: float) -> Iterator[np.ndarray]:
-    """Pairs (P, 2) of rows of which one at least is not plain: close hashes, then windows in brightness within each."""
+def _structured_pairs(look: Appearance, distance: int, tolerance: float) -> Iterator[np.ndarray]:
+    """Pairs (P, 2) of rows that are not both plain: near hashes, then a window of brightness in each."""
     values, group = np.unique(look.hash, return_inverse=True)
     by_group = np.lexsort((look.brightness, group))
     # One ascending number for (hash, brightness): brightness is below 256, so hashes are 1024 apart.
@@ -199,7 +199,10 @@ def _structured_pairs(look: Looks, distance: int, tolerance: float) -> Iterator[
     starts = np.searchsorted(group[by_group], np.arange(len(values) + 1))
     sizes = np.diff(starts)
     itself = np.flatnonzero((sizes > 1) & ~is_plain(values))
-    near, nearby = _close_values(values, distance)
+    try:
+        near, nearby = pairs_within(values, distance, ignored=is_plain(values), workers=worker_count())
+    except TooManyCandidatesError:
+        raise _too_many(MAX_CANDIDATES, distance) from None
     left, right = np.concatenate([itself, near]), np.concatenate([itself, nearby])
     for some in _chunks(sizes[left]):
         queries, pair = _ranges(starts[left[some]], sizes[left[some]])
@@ -210,7 +213,7 @@ def _structured_pairs(look: Looks, distance: int, tolerance: float) -> Iterator[
             matches, query = _ranges(low[part], (high - low)[part])
             one, other = by_group[queries[part][query]], by_group[matches]
             keep = np.abs(look.contrast[one] - look.contrast[other]) <= tolerance
-            # Within one hash both see each other: keep one of the two, and nobody with itself.
+            # Within one hash each pair comes twice, and each image with itself: keep one.
             keep &= (one < other) | (group[one] != group[other])
             yield np.stack([one[keep], other[keep]], axis=1)
 
@@ -227,103 +230,7 @@ def _chunks(sizes: np.ndarray) -> Iterator[slice]:
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All members of the ranges [start, start + size), and the number of the range that each is from."""
+    """All numbers of the ranges [start, start + size), and for each the number of its range."""
     number = np.repeat(np.arange(len(sizes)), sizes)
     before = np.repeat(np.cumsum(sizes) - sizes, sizes)
     return starts[number] + np.arange(len(number)) - before, number
-
-
-class Held(NamedTuple):
-    """What a table looks at: pairs of hashes that agree on `blocks` (bit masks) and differ in each of `changed`, the
-    other blocks in front of the last of these. So each pair is in one table alone, that of its first intact blocks."""
-
-    blocks: tuple[int, ...]
-    changed: tuple[int, ...]
-
-
-def _close_values(values: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs (i < j) of distinct hashes within `distance` bits, not both plain, by the pigeonhole principle.
-
-    The bits are dealt into `distance + intact` blocks; `distance` changed bits leave at least `intact` blocks alone.
-    So for every choice of `intact` blocks, only hashes that agree on all of these are compared (cf. Norouzi, Punjani &
-    Fleet 2012, "Fast search in Hamming space with multi-index hashing").
-    """
-    count, plain = len(values), is_plain(values)
-    if distance == 0 or count < 2:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-
-    def table(held: Held) -> tuple[np.ndarray, int]:
-        return _close_in_table(values, plain, held, distance)
-
-    tables = list(_tables(distance, _intact_blocks(count, distance)))
-    pairs, compared = [np.empty((0, 2), np.int64)], 0
-    with ThreadPoolExecutor(worker_count()) as pool:  # sorting and comparing let go of the interpreter's lock
-        step = worker_count()  # no more ahead than can run, so that an exceeded budget ends it at once
-        for start in range(0, len(tables), step):
-            for found, looked_at in pool.map(table, tables[start : start + step]):
-                compared += looked_at
-                _check_budget(compared, MAX_COMPARISONS, distance)
-                pairs.append(found)
-    one, other = np.concatenate(pairs).T
-    return np.minimum(one, other), np.maximum(one, other)
-
-
-def _close_in_table(values: np.ndarray, plain: np.ndarray, held: Held, distance: int) -> tuple[np.ndarray, int]:
-    """Pairs (P, 2) of hashes that agree on what is held and are left to this table; how many pairs were looked at."""
-    mask = sum(held.blocks)
-    # A bit that the mask leaves out is turned to the very end: there it puts plain ones first among equal keys.
-    free = (~mask & -~mask).bit_length() - 1
-    key = _rotated_right(values & np.uint64(mask), free)
-    order = np.argsort(np.where(plain, key, key | np.uint64(1)))
-    key, structured, ordered = key[order], ~plain[order], values[order]
-    pairs, compared = [np.empty((0, 2), np.int64)], 0
-    for one, other in _neighbours(key, structured):
-        compared += len(one)
-        _check_budget(compared, MAX_COMPARISONS, distance)
-        changed = ordered[one] ^ ordered[other]
-        near = np.bitwise_count(changed) <= distance
-        one, other, changed = one[near], other[near], changed[near]
-        mine = np.ones(len(one), dtype=bool)
-        for block in held.changed:
-            mine &= (changed & np.uint64(block)) != 0
-        pairs.append(np.stack([order[one[mine]], order[other[mine]]], axis=1))
-    return np.concatenate(pairs), compared
-
-
-def _rotated_right(values: np.ndarray, by: int) -> np.ndarray:
-    return (values >> np.uint64(by)) | (values << np.uint64(BITS - by)) if by else values
-
-
-def _neighbours(key: np.ndarray, structured: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of positions in each run of equal keys of which the second at least is structured: neighbours, then next
-    but one, and so on. In a run the plain ones come first."""
-    alive, step = np.flatnonzero(structured), 1
-    while True:
-        alive = alive[alive >= step]
-        alive = alive[key[alive] == key[alive - step]]
-        if not alive.size:
-            return
-        yield alive - step, alive
-        step += 1
-
-
-def _intact_blocks(count: int, distance: int) -> int:
-    """How many blocks to hold fixed: sorting a table costs `count`, comparing the pairs that share a key by chance.
-
-    Real hashes are not uniform: the pairs are reckoned as if only 0.7 of the bits were free.
-    """
-
-    def cost(intact: int) -> float:
-        tables, bits = comb(distance + intact, intact), 0.7 * BITS * intact / (distance + intact)
-        return tables * (20.0 * count + count * count / 2 / 2**bits)
-
-    return min(range(1, 6), key=cost)
-
-
-def _tables(distance: int, intact: int) -> Iterator[Held]:
-    """Every choice of `intact` blocks. A block is every n-th bit: neighbouring bits are correlated."""
-    blocks = distance + intact
-    masks = [sum(1 << bit for bit in range(block, BITS, blocks)) for block in range(blocks)]
-    for chosen in combinations(range(blocks), intact):
-        changed = (mask for block, mask in enumerate(masks[: chosen[-1]]) if block not in chosen)
-        yield Held(tuple(masks[block] for block in chosen), tuple(changed))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from stages.data.raw.images import decode_strictly, difference_hash, read_header
-from stages.data.validation import near_duplicates, pixel_match
+from stages.data.validation import hamming_pairs, near_duplicates, pixel_match
 from stages.data.validation.near_duplicates import find_duplicates, look_alikes, near_pairs
 from stages.data.validation.pixel_match import pixel_confirmation, same_thumbnails, thumbnails
 from stages.params.validate import Validate
@@ -68,10 +68,10 @@ def test_near_pairs_are_those_that_comparing_all_pairs_finds(distance: int) -> N
     assert list(zip(upper.tolist(), lower.tolist(), strict=True)) == sorted(expected)
 
 
-@pytest.mark.parametrize("intact", [1, 2, 3, 4])
-def test_every_choice_of_blocks_finds_the_same_pairs(intact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("equal", [1, 2, 3, 4])
+def test_every_number_of_equal_substrings_finds_the_same_pairs(equal: int, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = _clustered(800, seed=9)
-    monkeypatch.setattr(near_duplicates, "_intact_blocks", lambda count, distance: intact)
+    monkeypatch.setattr(hamming_pairs, "_equal_substrings", lambda count, distance: equal)
     monkeypatch.setattr(near_duplicates, "CHUNK", 100)
     upper, lower = near_pairs(looks, 6, 12.0)
     assert set(zip(upper.tolist(), lower.tolist(), strict=True)) == _brute_force(looks, 6, 12.0)
@@ -89,6 +89,12 @@ def test_hashes_that_tell_nothing_apart_stop_with_the_parameter_to_change(monkey
     monkeypatch.setattr(near_duplicates, "MAX_PAIRS", 1000)
     with pytest.raises(StageError, match="near_duplicate_distance below 6"):
         near_pairs(_looks([0xF0F0F0F0F0F0F0F0] * 100), 6, 12.0)
+
+
+def test_a_search_that_would_take_hours_stops_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hamming_pairs, "MAX_CANDIDATES", 100)
+    with pytest.raises(StageError, match="near_duplicate_distance below 6"):
+        near_pairs(_clustered(800, seed=9), 6, 12.0)
 
 
 def test_no_images_have_no_pairs() -> None:
