@@ -25,7 +25,7 @@ from stages.data.validation.summary import summary
 from stages.data.validation.validating import assign, write_outputs
 from stages.params.batches import Batch
 from stages.params.split import Split
-from stages.params.validate import Collapse, Drift, Outliers, Severities, Validate
+from stages.params.validate import Collapse, Outliers, Severities, Validate
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
 
@@ -401,7 +401,7 @@ def test_drift_is_recorded_and_stops_only_where_told_and_unexplained() -> None:
     result = _judge(rows, batches)
     assert [row.fact for row in result.drift["dark"] if row.drifted] == ["brightness"]
     assert result.failed["no_drift"] == 1 and not result.stops
-    strict = LENIENT.model_copy(update={"drift": Drift(stop=True)})
+    strict = LENIENT.model_copy(update={"severity": Severities(no_drift="stop")})
     (message,) = _judge(rows, batches, strict).stops
     assert "brightness (KS distance 1.000)" in message and "batches.dark.accept_drift" in message
     batches["dark"] = batches["dark"].model_copy(update={"accept_drift": "night shots are wanted"})

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from stages.params.batches import load_batches
+from stages.params.batches import check_batches
 from stages.params.evaluate import Evaluate
 from stages.params.finetune import Finetune
 from stages.params.gate import Gate
@@ -19,7 +19,7 @@ from stages.params.training.training import Training
 from stages.params.tune import Tune
 from stages.params.validate import Validate
 from stages.runtime.command import run
-from stages.runtime.params_file import ParamsError, Section, load_section, params_path, read_params
+from stages.runtime.params_file import ParamsError, Section, check_section, params_path, read_params
 
 SECTIONS: dict[str, type[Section]] = {
     "split": Split,
@@ -45,17 +45,18 @@ def check_all(path: Path | None = None) -> None:
     Raises:
         ParamsError: naming the first key that is wrong, and the rule.
     """
-    unknown = set(read_params(path)) - set(SECTIONS) - {"batches"}
+    values = read_params(path)
+    unknown = set(values) - set(SECTIONS) - {"batches"}
     if unknown:
         names = ", ".join(sorted(map(str, unknown)))
         raise ParamsError(f"{path or params_path()}: unknown section {names} (known: batches, {', '.join(SECTIONS)})")
-    batches = load_batches(path)
-    sections = {name: load_section(name, model, path) for name, model in SECTIONS.items()}
+    batches = check_batches(values.get("batches"), path)
+    sections = {name: check_section(name, values, model, path) for name, model in SECTIONS.items()}
     _check_together(sections, {batch.role for batch in batches.values()}, path or params_path())
 
 
 def _check_together(sections: dict[str, Any], roles: set[str], where: Path) -> None:
-    """What no section can know alone, found before hours of training are."""
+    """Rules over several sections, checked before hours of training."""
     if "finetune" not in roles:
         raise ParamsError(f"{where}: `batches` has none of the role finetune, so there is no target to train for")
     method = sections["pretrain"].method

@@ -23,13 +23,13 @@ class Batch(Section):
     A relative path resolves against SYNSET_INCOMING. Raw data is made once, so this is all that ingest depends on.
     """
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """What the source held when it was accepted (stages/data/sources/digests.py); ingest refuses any other content."""
+    """Digest of the source when it was accepted (stages/data/sources/digests.py); ingest refuses other content."""
     accept_drift: str | None = None
-    """Why a batch that drifts from the reference is let in all the same."""
+    """Reason to accept this batch although it drifts from the reference."""
 
 
 def load_batches(path: Path | None = None) -> dict[str, Batch]:
-    """All batches, in order of arrival, names and contents checked.
+    """All batches, checked, in order of arrival.
 
     Raises:
         ParamsError: a name that DVC would drop or misread, or a batch that is wrong.

@@ -7,23 +7,35 @@ from pydantic import Field, field_validator
 from stages.runtime.params_file import Section
 
 CORRUPTIONS = (
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
-    "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
-"""Those that can be asked for; stages/evaluation/evaluators/corruptions.py makes them."""
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+)
+"""All that `corruptions` may name; stages/evaluation/evaluators/corruptions.py makes them."""
 
 
 class Robustness(Section):
-    """How the fine-tuned model bears spoilt, attacked and slightly moved images (docs/robustness.md)."""
+    """How the fine-tuned model does on corrupted, attacked and slightly moved images (docs/robustness.md)."""
 
     images: Annotated[int, Field(ge=1)] = 60
-    """Of test, at most; as many of each class as can be."""
+    """Maximum number of test images, as evenly over classes as possible."""
     corruptions: list[str] = Field(default_factory=lambda: list(CORRUPTIONS))
     """Names, or `all`."""
     severities: Annotated[int, Field(ge=1, le=5)] = 5
-    """Each corruption in severities 1 to this."""
+    """Each corruption is applied at severities 1 to this."""
     epsilons: list[Annotated[float, Field(gt=0, le=255)]] = Field(default_factory=lambda: [1.0, 4.0])
-    """The most by which an attack changes a pixel, of 255. None: no attacks."""
+    """Maximum change of a pixel by an attack, of 255; an empty list: no attacks."""
     pgd_steps: Annotated[int, Field(ge=1)] = 20
 
     @field_validator("corruptions", mode="before")
@@ -41,7 +53,7 @@ class Robustness(Section):
     @field_validator("corruptions", "epsilons")
     @classmethod
     def _once(cls, values: list[Any]) -> list[Any]:
-        # By three digits or so, as figures are named after them.
+        # Compared as printed: figures are named after them.
         if len({each if isinstance(each, str) else f"{each:g}" for each in values}) < len(values):
             raise ValueError("each may be there once only")
         return values
@@ -53,11 +65,11 @@ class Evaluate(Section):
     batch_size: Annotated[int, Field(ge=1)] = 128
     calibration_bins: Annotated[int, Field(ge=2)] = 15
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Of every interval."""
+    """Confidence level of every interval."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
-    """Resamples of the intervals that have no closed form."""
+    """Resamples for intervals without a closed form."""
     gallery: Annotated[int, Field(ge=0)] = 200
-    """Test images, at most, that the report shows with what spoke for the answer."""
+    """Maximum number of test images that the report shows, with class activation maps."""
     seed: Annotated[int, Field(ge=0)] = 1
     robustness: Robustness | None = Field(default_factory=Robustness)
     """Null: not measured."""

@@ -17,22 +17,22 @@ class Lora(Section):
 
 
 class Finetune(Recipe):
-    """The recipe also trains the model from scratch that the comparison needs."""
+    """The same recipe trains the model from scratch, for comparison."""
 
     strategy: Literal["head", "last_block", "full", "bias", "lora"] = "full"
-    """What is trained: the new head alone, with it the last block, every weight, biases and norms,
-    or low-rank updates."""
+    """`head`: only the new head; `last_block`: the head and the last block; `full`: every weight; `bias`: the head,
+    biases and norms; `lora`: the head and low-rank updates."""
     epochs: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=4)] = 32
     lr: Positive = 0.05
-    """The peak for the head, and for every weight when training from scratch."""
+    """Peak learning rate of the head, and of every weight when training from scratch."""
     backbone_lr: Positive = 0.01
-    """The peak for whatever else the strategy trains."""
+    """Peak learning rate of all else that the strategy trains."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of `full`: each block's learning rate is that of the block after it, times this."""
+    """For `full`: a block's learning rate is that of the block after it, times this."""
     lora: Lora = Lora()
     scratch: bool = True
-    """Also train the same architecture from random weights, with the same recipe and steps."""
+    """Also train the same architecture from random weights, with the same recipe and number of steps."""
 
     @model_validator(mode="after")
     def _knows_labels(self) -> Self:

@@ -1,4 +1,4 @@
-"""The section `gate`: what a version must show before a person is asked."""
+"""The section `gate`: what a version must show before a person decides on it."""
 
 from typing import Annotated
 
@@ -18,15 +18,15 @@ class Gate(Section):
     """Recall of the worst class."""
     max_ece: Share = 0.2
     max_size_mb: Positive = 500
-    """Of the weights, in units of 1,000,000 bytes."""
+    """Size of the weights, in units of 1,000,000 bytes."""
     max_latency_ms: Positive = 1000
-    """Median of one image on one thread of a CPU."""
+    """Median time of one image on one CPU thread."""
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Of top-1: by this much a version may be worse on `test`, a class or a slice and still count as not inferior."""
+    """Non-inferiority margin: top-1 on `test`, a class or a slice may be worse by this much."""
     alpha_inferior: Annotated[float, Field(gt=0, le=0.5)] = 0.3
-    """How often a version that is worse on `test` by the whole margin may count as not inferior. At 0.05, a thousand
-    test images show it of an equally good version in one case of four; `alpha` holds whatever this is."""
+    """Probability that a version which is worse on `test` by the whole margin still counts as not inferior. At 0.05 and
+    a thousand test images, an equally good version would pass in one case of four; `alpha` holds for any value."""
     min_n: Annotated[int, Field(ge=1)] = 50
-    """Classes and slices of fewer images are shown, not judged."""
+    """Classes and slices with fewer images are shown, but not judged."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
-    """Joint error rate: how often an equally good version may pass."""
+    """Joint error rate: probability that an equally good version passes."""

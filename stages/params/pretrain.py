@@ -1,22 +1,24 @@
 """The section `pretrain`: how the backbone is made."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from stages.params.training.recipe import AtLeastZero, Positive, Recipe
 from stages.runtime.params_file import Section
 
+SelfSupervisedMethod = Literal["simclr", "vicreg"]
+
 
 class SelfSupervised(Section):
-    """Two crops of each image, which are to be told from all others (simclr) or to say the same (vicreg)."""
+    """Two crops of each image, to be told from those of other images (simclr) or to have equal features (vicreg)."""
 
     width: Annotated[int, Field(ge=8)] = 512
-    """Of the projector's layers."""
+    """Of the layers of the projector."""
     outputs: Annotated[int, Field(ge=8)] = 128
-    """Of the projector."""
+    """Dimensions of the projector's output."""
     temperature: Positive = 0.2
-    """Of SimCLR's softmax."""
+    """Of the softmax of SimCLR."""
     invariance: AtLeastZero = 25.0
     variance: AtLeastZero = 25.0
     covariance: AtLeastZero = 1.0
@@ -24,27 +26,27 @@ class SelfSupervised(Section):
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Strength of the colour jitter."""
     grey: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Share of crops that lose their colours."""
+    """Share of crops that become grey."""
     blur: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of crops that are blurred."""
     neighbours: Annotated[int, Field(ge=1)] = 20
-    """That vote in the k-NN accuracy on val, the curve to watch."""
+    """Number of neighbours that vote in the k-NN accuracy on val."""
     neighbour_images: Annotated[int, Field(ge=1)] = 10_000
-    """How many labelled training images they are looked for among, at most."""
+    """Maximum number of labelled training images to search for neighbours."""
 
 
 class Pretrain(Recipe):
-    """`method: none` writes a seeded random backbone, or the one that `weights` names."""
+    """`method: none` writes a random backbone by `seed`, or the one that `weights` names."""
 
-    method: Literal["supervised", "simclr", "vicreg", "none"] = "supervised"
+    method: Literal["supervised", SelfSupervisedMethod, "none"] = "supervised"
     weights: Annotated[str, Field(min_length=1)] | None = None
-    """Weights to start from: `torchvision`, or `torchvision:IMAGENET1K_V1` for those by that name, or the path of a
-    safetensors file with torchvision's names. Null: random ones."""
+    """Weights to start from: `torchvision`, `torchvision:IMAGENET1K_V1` (a named set), or the path of a safetensors
+    file with torchvision's names. Null: random weights."""
     self_supervised: SelfSupervised = SelfSupervised()
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> Self:
-        without_labels = self.method in ("simclr", "vicreg")
+        without_labels = self.method in get_args(SelfSupervisedMethod)
         if without_labels and (self.mixup or self.cutmix or self.adversarial):
             raise ValueError(
                 f"`method: {self.method}` knows no labels: `mixup`, `cutmix` and `adversarial` must be off"

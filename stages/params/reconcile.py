@@ -1,4 +1,4 @@
-"""The section `reconcile`: how promptly a person's wish in the MLflow UI is acted upon."""
+"""The section `reconcile`: how soon a change that a person made in the MLflow UI takes effect."""
 
 from typing import Annotated
 
@@ -11,4 +11,4 @@ class Reconcile(Section):
     """No stage reads this section."""
 
     interval: Annotated[int, Field(ge=5)] = 60
-    """Seconds between two looks at the registry."""
+    """Seconds between two reads of the registry."""

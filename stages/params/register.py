@@ -10,7 +10,7 @@ from stages.runtime.params_file import Section
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 
 
-def _as_git_takes_it(name: str) -> str:
+def _fits_a_git_tag(name: str) -> str:
     """`make gc` keeps versions by git tags `model/<name>/<number>`."""
     if not _NAME.fullmatch(name) or name.endswith(".lock"):
         raise ValueError("expected letters, digits, `-`, `_` and single dots between them, and no `.lock` at the end")
@@ -18,6 +18,6 @@ def _as_git_takes_it(name: str) -> str:
 
 
 class Register(Section):
-    """One name a product; versions are counted by MLflow."""
+    """One name per product; MLflow counts its versions."""
 
-    name: Annotated[str, AfterValidator(_as_git_takes_it)]
+    name: Annotated[str, AfterValidator(_fits_a_git_tag)]

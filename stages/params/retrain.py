@@ -1,4 +1,4 @@
-"""The section `retrain`: when fresh deliveries are looked for, and when they are reason enough to train."""
+"""The section `retrain`: when to look for new deliveries, and when to train on them."""
 
 from typing import Annotated
 
@@ -8,22 +8,22 @@ from stages.runtime.params_file import Section
 
 
 class Retrain(Section):
-    """No stage reads this section: it decides when something runs, never what comes out."""
+    """No stage reads this section: it decides when something runs, not what comes out."""
 
     base: Annotated[str, Field(min_length=1)] = "main"
     """The branch that people work on; merged into `branch` before every retraining."""
     branch: Annotated[str, Field(min_length=1)] = "retrain"
-    """The branch that retraining commits to, and nobody else."""
+    """The branch that only retraining commits to."""
     cron: Annotated[str, Field(min_length=1)] = "0 3 * * *"
-    """When deliveries are looked for, in UTC."""
+    """When to look for deliveries, in UTC."""
     min_images: Annotated[int, Field(ge=1)] = 1
-    """Accepted training images in new batches from which retraining is due."""
+    """Retraining is due from this many accepted training images in new batches."""
     max_age_days: Annotated[float, Field(ge=0)] | None = 7
-    """Anything new is reason enough once the last training is as old as this; null: never."""
+    """Retraining is due for any new image once the last training is this old; null: never for that reason."""
     on_drift: bool = True
-    """A new batch that drifts from the reference is reason enough."""
+    """Retraining is due when a new batch drifts from the reference."""
     retracted: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Batches taken back (`--retract`): a delivery of such a name is left alone, though it still lies there."""
+    """Batches taken back (`--retract`): a delivery of such a name is ignored even if it is still there."""
     notify: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Who is told of verdicts, promotions, refusals and failures: Apprise URLs, or Prefect blocks as
-    `block:TYPE/NAME`; `$NAME` in one stands for that environment variable, so that no secret need be committed."""
+    """Whom to notify of verdicts, promotions, refusals and failures: Apprise URLs, or Prefect blocks as
+    `block:TYPE/NAME`. `$NAME` in one stands for that environment variable, so no secret needs to be committed."""

@@ -1,4 +1,4 @@
-"""The section `serve`: where the version in force answers."""
+"""The section `serve`: the address of the HTTP server for the version in force."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ class Serve(Section):
     """No stage reads this section."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Other than 127.0.0.1, put authentication before it (docs/deployment.md)."""
+    """For any other address, put authentication in front (docs/deployment.md)."""
     port: Annotated[int, Field(ge=1, le=65535)] = 5001
     interval: Annotated[int, Field(ge=1, le=30)] = 10
-    """Seconds between two looks at the alias `serving`."""
+    """Seconds between two reads of the alias `serving`."""

@@ -15,11 +15,11 @@ class Shard(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = 90
     images_per_shard: Annotated[int, Field(ge=1)] = 1000
     seed: Annotated[int, Field(ge=0)] = 1
-    """Of the global shuffle at writing."""
+    """Seed of the global shuffle at writing."""
 
 
 class Shards(Section):
-    """The whole section: a set per role, and where the work is done."""
+    """The whole section: one sub-section per role, and where the work is done."""
 
     cluster: Annotated[str, Field(pattern=r"^(tcp|tls)://\S+:\d+$")] | None = None
     """A Dask scheduler, `tcp://host:8786`; null: the cores of this machine. Never changes bytes."""

@@ -1,4 +1,4 @@
-"""The section `split`: which accepted images are for training, for choosing and for the final word."""
+"""The section `split`: which accepted images are train, val, test and fresh."""
 
 from typing import Annotated
 
@@ -10,11 +10,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Split(Section):
-    """Fractions are of images, chosen by content hash, so that an image stays on its side for ever."""
+    """Shares of images. They are chosen by content hash, so an image never changes its split."""
 
     val_fraction: Fraction = 0.1
-    """Of train, where the source has no val beside a test."""
+    """Share of train that becomes val, if the source has no val besides a test."""
     test_fraction: Fraction = 0.2
-    """Of a source that is one pool of classes (or has train only)."""
+    """Share that becomes test, if the source has no splits or only train."""
     fresh_fraction: Fraction = 0.2
-    """Of a later finetune batch, whatever its own splits: its holdout `fresh`."""
+    """Share of a later finetune batch that becomes its holdout `fresh`, whatever its own splits."""

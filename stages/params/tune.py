@@ -1,4 +1,4 @@
-"""The section `tune`: what `python -m pipelines.tune` searches, how long, and by which figure of val."""
+"""The section `tune`: what `python -m pipelines.tune` searches, for how long, and by which metric on val."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -7,20 +7,20 @@ from pydantic import Field, model_validator
 from stages.runtime.params_file import Section
 
 SEARCHED = ("model", "finetune", "training")
-"""Sections whose keys may be searched: what a trial depends on besides data and backbone."""
+"""Sections whose keys may be searched: a trial depends on these, on the data and on the backbone."""
 OF_BACKBONE = ("model.architecture", "model.stem")
 Number = int | float
 
 
 class Distribution(Section):
-    """Values that a key may have: `choices`, or everything from `low` to `high`."""
+    """The values of a key: `choices`, or a range from `low` to `high`."""
 
     low: Number | None = None
     high: Number | None = None
     log: bool = False
-    """Each order of magnitude as likely as the next; for rates."""
+    """Logarithmic: each order of magnitude is equally likely; for learning rates."""
     step: Annotated[Number, Field(gt=0)] | None = None
-    """Only low, low + step, ...; whole numbers at both ends give whole numbers."""
+    """Only low, low + step, ...; if both ends are whole numbers, so are the values."""
     choices: list[Any] | None = None
 
     @model_validator(mode="after")
@@ -40,22 +40,22 @@ class Distribution(Section):
 
 
 class Tune(Section):
-    """No stage reads this section: the best trial becomes a params file of its own."""
+    """No stage reads this section; a search writes its best trial as a params file."""
 
     trials: Annotated[int, Field(ge=1)] = 20
     metric: Literal["val_loss", "val_top1", "val_robust_top1"] = "val_loss"
-    """Of the weights that a trial keeps: the last epoch's, or under `patience` the best one's. Never one of test."""
+    """Measured on val, of the weights that a trial saves: the last epoch's, or with `patience` the best epoch's."""
     prune_after: Annotated[int, Field(ge=1)] | None = 3
-    """From this epoch on, a trial is stopped whose best epoch so far is worse than the median of three or more others
-    up to the same epoch. Null: all are trained to their end, and so they are where `finetune.epochs` is searched:
-    at one epoch a short training is nearer to its end than a long one."""
+    """Median pruning: from this epoch on, a trial stops if its best epoch so far is worse than the median of at least
+    three others up to the same epoch. Null: no pruning. Never where `finetune.epochs` is searched: at the same epoch a
+    short training is nearer to its end than a long one."""
     seed: Annotated[int, Field(ge=0)] = 1
     space: dict[str, Distribution] = Field(default_factory=dict)
-    """By dotted key: `finetune.lr`."""
+    """Dotted key -> values: `finetune.lr: {low: 0.01, high: 0.1}`."""
 
     @property
     def maximises(self) -> bool:
-        """Whether more of `metric` is better."""
+        """Whether a higher `metric` is better."""
         return self.metric != "val_loss"
 
     @model_validator(mode="after")

@@ -1,15 +1,13 @@
-"""The section `validate`: what an image, a class, a batch and the whole must be like."""
+"""The section `validate`: what an image, a class and a batch must be like, and what follows if one is not."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from stages.runtime.params_file import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
-
-
 Severity = Literal["quarantine", "note", "stop"]
 
 
@@ -29,9 +27,9 @@ OfTables = Annotated[Severity, _tables]
 
 
 class Severities(Section):
-    """What follows where an expectation fails: a key for each in stages/data/validation/expectations.py.
+    """What follows if an expectation fails; a key for each expectation of stages/data/validation/expectations.py.
 
-    `quarantine`: the image stays out. `stop`: nothing is written but why. `note`: counted and shown on the page.
+    `quarantine`: the image stays out. `stop`: only the reason is written. `note`: counted and shown on the page.
     """
 
     not_empty: OfImages = "quarantine"
@@ -59,21 +57,21 @@ class Severities(Section):
 
 
 class Outliers(Section):
-    """How far beyond the middle half of its own batch an image may lie, in widths of that half; null: any distance."""
+    """How far outside the middle half of its batch an image may lie, in widths of that half; null: any distance."""
 
     resolution: Annotated[float, Field(gt=0)] | None = 3.0
-    """Of the logarithm of width times height. The middle half counts as one octave wide at least."""
+    """Of the logarithm of width times height; the middle half counts as at least one octave wide."""
     brightness: Annotated[float, Field(gt=0)] | None = 2.0
-    """Of mean luminance. The middle half counts as 16 of 255 levels wide at least. At 2, about one in a hundred of
-    Imagenette and Tiny ImageNet is noted; at 2.5 hardly anything could be too dark."""
+    """Of mean luminance; the middle half counts as at least 16 of 255 levels wide. At 2, about 1 % of Imagenette and
+    Tiny ImageNet is noted; at 2.5 hardly any image could be too dark."""
 
 
 class Collapse(Section):
-    """When the images of a class look like one picture under one name: a placeholder, a video, a folder mixed up."""
+    """When the images of a class look like one picture: a placeholder, a video, a wrong folder."""
 
     max_share: Share = 0.15
-    """Of the images of a class in a batch: so many may be one picture, or have one perceptual hash. In Imagenette and
-    Tiny ImageNet it is 0.005 at most."""
+    """Maximum share of a class in a batch that is one picture or has one perceptual hash. In Imagenette and Tiny
+    ImageNet it is at most 0.005."""
     min_images: Annotated[int, Field(ge=2)] = 20
     """Smaller classes are not judged."""
 
@@ -83,43 +81,48 @@ class Drift(Section):
 
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.001
     min_effect: Share = 0.1
-    """The KS distance below which a significant difference is not called drift: large batches always differ."""
-    stop: bool = False
-    """The same as `severity.no_drift: stop`: stop on drift, unless the batch has `accept_drift`."""
+    """Below this KS distance even a significant difference is no drift: large batches always differ."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stop_is_a_severity(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "stop" in values:
+            raise ValueError("there is no `stop` any more; set `validate.severity.no_drift` to `stop` or `note`")
+        return values
 
 
 class Validate(Section):
-    """Limits, and what follows where one is not kept."""
+    """Limits, and what follows if one is exceeded."""
 
     formats: Annotated[tuple[Format, ...], Field(min_length=1, strict=False)] = ("JPEG", "PNG", "WEBP", "BMP")
-    """By magic number; what a file is called does not count."""
+    """By magic number; the name of a file does not count."""
     min_side: Annotated[int, Field(ge=1)] = 16
     """Of the shorter side, in pixels."""
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
-    """Width times height: above it a file may be a decompression bomb."""
+    """Maximum of width times height; a larger file may be a decompression bomb."""
     max_aspect: Annotated[float, Field(ge=1)] = 10
     """Longer side over shorter side."""
     min_contrast: Annotated[float, Field(ge=0)] = 1.0
-    """Standard deviation of luminance (0-255): below it the image is one flat colour."""
+    """Minimum standard deviation of luminance (0-255); an image below it is one flat colour."""
     near_duplicate_distance: Annotated[int, Field(ge=0, le=8)] | None = 6
-    """Hamming distance of two 64-bit perceptual hashes up to which two images are compared on pixels; null: none are.
+    """Two images are compared on pixels up to this Hamming distance of their 64-bit perceptual hashes; null: never.
 
-    Beyond 8 unrelated pictures come within reach, and the search for pairs takes hours at a million images.
+    Above 8, unrelated pictures are compared, and the search for pairs takes hours at a million images.
     """
     near_duplicate_difference: Annotated[float, Field(ge=0)] = 12.0
-    """Mean absolute difference (0-255) of 32x32 luminance thumbnails up to which two images can be the same picture."""
+    """Two images are one picture only up to this mean absolute difference (0-255) of 32x32 luminance thumbnails."""
     near_duplicate_correlation: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """Correlation of these thumbnails from which they are. On ImageNet, recoded, resized (to a quarter) and brightened
-    copies lie above 0.96, and the most alike of different pictures below 0.93."""
+    """And only from this correlation of the thumbnails on. On ImageNet, recoded, resized (to a quarter) and brightened
+    copies lie above 0.96, the most similar pair of different pictures below 0.93."""
     max_quarantined: Share = 0.1
-    """Of any batch."""
+    """Maximum share of a batch."""
     min_images_per_class: Annotated[int, Field(ge=1)] = 5
-    """Accepted training images of every class, over all batches of a role."""
+    """Minimum number of accepted training images of every class, over all batches of a role."""
     max_imbalance: Annotated[float, Field(ge=1)] = 10.0
-    """How many times the training images of a class the largest class of its role may have."""
+    """Maximum ratio of training images between the largest class of a role and any other."""
     outliers: Outliers = Outliers()
     collapse: Collapse = Collapse()
     allow_new_classes: bool = False
-    """Let a later finetune batch bring classes that earlier ones did not have."""
+    """A later finetune batch may bring classes that earlier ones did not have."""
     drift: Drift = Drift()
     severity: Severities = Severities()

@@ -1,4 +1,4 @@
-"""Sections of params.yaml as typed, closed models; a mistake becomes one message that names the key and the rule."""
+"""Sections of params.yaml as typed, closed models; a mistake raises one message that names the key and the rule."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ class ParamsError(StageError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes no key twice, of which PyYAML would silently keep the last one."""
+    """Refuses a key that is there twice; PyYAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As its parent.
@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
         seen: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue  # refused by its parent, or meant to be there more than once
+                continue  # refused by its parent, or allowed more than once
             first = seen.setdefault((key.tag, key.value), key)
             if first is not key:
                 raise ConstructorError(
@@ -74,7 +74,11 @@ def load_section(name: str, model: type[S], path: Path | None = None) -> S:
     Raises:
         ParamsError: the section is missing, or a key in it is unknown, of a wrong type or of a bad value.
     """
-    values: Any = read_params(path)
+    return check_section(name, read_params(path), model, path)
+
+
+def check_section(name: str, values: Any, model: type[S], path: Path | None = None) -> S:
+    """One section of the whole file's `values`, as `load_section`."""
     for part in name.split("."):
         if not isinstance(values, dict) or part not in values:
             raise ParamsError(f"{path or params_path()}: the section `{name}` is missing")
@@ -83,7 +87,7 @@ def load_section(name: str, model: type[S], path: Path | None = None) -> S:
 
 
 def check(name: str, values: Any, model: type[S], path: Path | None = None) -> S:
-    """`values` as a `model`; `name` is how messages call them."""
+    """`values` as a `model`; messages call them `name`."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -101,6 +105,6 @@ def _explain(name: str, detail: Any, model: type[BaseModel]) -> str:
     if detail["type"] == "model_type":
         return f"`{key}`: should be keys with their values, or left out, got {detail['input']!r}"
     message = detail["msg"].removeprefix("Value error, ")
-    # What is wrong of several keys together says which; the whole section would only hide it.
+    # A rule over several keys names them; printing the whole section would hide that.
     found = "" if isinstance(detail["input"], dict) else f", got {detail['input']!r}"
     return f"`{key}`: {message[0].lower() + message[1:]}{found}"

@@ -8,8 +8,8 @@ from bench.robustness import without_attacks
 from stages.params.all import check_all
 from stages.params.finetune import Finetune
 from stages.runtime.params_file import check, read_params
+from tests.workspace import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 
 

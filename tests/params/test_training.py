@@ -39,6 +39,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("training", {"world_size": 3, "nodes": 2}, r"`world_size` \(3\) is no multiple of `nodes` \(2\)"),
     ("training", {"precision": "fp8"}, "`training.precision`: input should be 'auto', 'float32', 'bf16' or 'fp16'"),
     ("evaluate", {"robustness": False}, "`evaluate.robustness`: should be keys with their values, or left out"),
+    (
+        "validate",
+        {"drift": {"stop": True}},
+        "`validate.drift`: there is no `stop` any more; set `validate.severity.no_drift` to `stop` or `note`$",
+    ),
     ("tune", {"metric": "test_top1"}, "`tune.metric`: input should be 'val_loss'"),
 ]
 

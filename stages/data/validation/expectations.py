@@ -167,8 +167,8 @@ def expectations(limits: Validate, *steps: Step) -> list[Expectation]:
               reason="The batch looks different from all that came before it in its role.",
               message=Message("batch", "{where}: drifts from the earlier ones in {items}",
                               item="{fact} (KS distance {distance:.3f})",
-                              remedy="; give the reason as batches.{batch}.accept_drift, or let it be noted only: "
-                                     "{parameter}.stop: false and validate.severity.no_drift: note")),
+                              remedy="; give the reason as batches.{batch}.accept_drift, or only note it "
+                                     "(validate.severity.no_drift: note; limits: {parameter})")),
     ]  # fmt: skip
     off = {
         "usual_resolution": limits.outliers.resolution is None,
@@ -180,8 +180,6 @@ def expectations(limits: Validate, *steps: Step) -> list[Expectation]:
 
 def _rows_of(step: Step, limits: Validate) -> Callable[..., Expectation]:
     def row(name: str, *columns: Any, **more: Any) -> Expectation:
-        stops_on_drift = name == "no_drift" and limits.drift.stop
-        severity: Severity = "stop" if stops_on_drift else getattr(limits.severity, name)
-        return Expectation(step, severity, name, *columns, **more)
+        return Expectation(step, getattr(limits.severity, name), name, *columns, **more)
 
     return row

@@ -1,4 +1,4 @@
-"""The section `model`: the architecture and the size of what it sees."""
+"""The section `model`: the architecture and the size of its input."""
 
 from typing import Annotated, Literal
 
@@ -8,14 +8,14 @@ from stages.runtime.params_file import Section
 
 
 class Model(Section):
-    """Shared by backbone, fine-tuned model and the one from scratch."""
+    """Shared by the backbone, the fine-tuned model and the model from scratch."""
 
     architecture: str
-    """A torchvision classification model by name, as in `torchvision.models.list_models`."""
+    """Name of a torchvision classification model, as `torchvision.models.list_models` gives it."""
     image_size: Annotated[int, Field(ge=16, le=1024)]
     """Side in pixels of the square crop for training and evaluation."""
     stem: Literal["standard", "half", "small"] = "standard"
-    """How much is lost before the first block. `standard`: as published, a quarter of the resolution for most. `half`:
-    half of it. `small`: nothing, for images of up to 96 px. GoogLeNet keeps one pool more."""
+    """How much the stem, before the first block, reduces resolution. `standard`: as published, mostly to a quarter.
+    `half`: to a half. `small`: not at all, for images up to 96 px. GoogLeNet keeps one pooling layer more."""
     auxiliary_heads: bool = True
-    """Of googlenet and inception_v3, in training; they need images nearly as large as the published ones."""
+    """Auxiliary heads of googlenet and inception_v3, in training; they need images nearly as large as published."""

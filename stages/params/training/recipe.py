@@ -1,4 +1,4 @@
-"""How a network is trained: the keys that `pretrain` and `finetune` share. Every default is off or harmless."""
+"""How a network is trained: keys that `pretrain` and `finetune` share. Every default is off or harmless."""
 
 from typing import Annotated, Literal, Self
 
@@ -17,93 +17,92 @@ Monitor = Literal["train_loss", "train_top1", "val_loss", "val_top1", "val_robus
 
 
 class Adversarial(Section):
-    """Training on images changed so as to be mistaken (Madry et al. 2018; Wong, Rice & Kolter 2020)."""
+    """Training on attacked images (Madry et al. 2018; Wong, Rice & Kolter 2020)."""
 
     method: Literal["fgsm", "pgd"] = "fgsm"
-    """`fgsm`: one step from a random start, guarded against catastrophic overfitting. `pgd`: `steps` of them."""
+    """`fgsm`: one step from a random start, guarded against catastrophic overfitting. `pgd`: `steps` steps."""
     epsilon: Annotated[float, Field(gt=0, le=255)] = 4.0
-    """The most by which a pixel is changed, of 255."""
+    """Maximum change of a pixel, of 255."""
     step_size: Positive | None = None
     """Of 255. Null: 1.25 epsilon for fgsm, 2.5 epsilon / steps for pgd."""
     steps: Count = 7
-    """Of pgd in training."""
+    """Steps of `pgd` in training."""
     val_steps: Count = 10
-    """Of the PGD that measures robust top-1 on val after each epoch."""
+    """Steps of the PGD attack that measures robust top-1 on val after each epoch."""
     val_images: Count = 500
-    """How many images of val it is measured on, at most."""
+    """Maximum number of val images that it is measured on."""
 
 
 class Recipe(Section):
-    """One run of training, whatever it minimises."""
+    """One training run, for any objective."""
 
     epochs: Count = 10
     batch_size: Annotated[int, Field(ge=4)] = 64
-    """Images a step, over all processes."""
+    """Images per step, over all processes."""
     accumulate: Count = 1
-    """In so many parts, one after the other, each batch is computed, to fit into memory. Batch norms see a part, and
-    so do the losses of self-supervision, which compare images of a batch."""
+    """Gradient accumulation: each batch is split into this many parts, to fit into memory. Batch norm sees one part,
+    and so do the losses of self-supervision, which compare the images of a batch."""
     optimiser: Literal["sgd", "adamw", "muon"] = "sgd"
-    """`sgd` with Nesterov momentum; `adamw`; `muon`: matrices and convolutions by Muon, the rest by SGD."""
+    """`sgd`: with Nesterov momentum; `adamw`; `muon`: Muon for matrices and convolutions, SGD for the rest."""
     lr: Positive = 0.1
     """The peak of the schedule."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of SGD and Muon; AdamW's first beta."""
+    """Momentum of SGD and Muon; the first beta of AdamW."""
     muon_scale: Positive = 1.0
-    """Muon's matrices learn at so many times the rate of the norms and biases beside them: in fine-tuning
-    `backbone_lr`, else `lr`. The head is never Muon's."""
+    """Learning rate of Muon's matrices, as a multiple of the rate of norms and biases (`backbone_lr` in fine-tuning,
+    else `lr`). Muon never trains the head."""
     weight_decay: AtLeastZero = 5e-4
-    """Never of norms and biases."""
+    """Not applied to norms and biases."""
     schedule: Literal["cosine", "one_cycle", "steps"] = "cosine"
-    """After the warm-up a half cosine to 0; `one_cycle`: momentum falls by 0.1 and rises again meanwhile (Smith 2018);
-    `steps`: a tenth after each of `milestones`."""
+    """`cosine`: a half cosine to 0 after the warm-up. `one_cycle`: the same, while momentum falls by 0.1 and rises
+    again (Smith 2018). `steps`: divided by ten after each of `milestones`."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Share of all steps in which the learning rate rises."""
+    """Share of all steps during which the learning rate rises."""
     milestones: list[Count] = Field(default_factory=list)
     """Epochs after which `steps` divides the learning rate by ten."""
     label_smoothing: Probability = 0.1
     mixup: AtLeastZero = 0.0
-    """Alpha of the Beta that two images are mixed by (Zhang et al. 2018); 0: off. With `cutmix`, one of the two a
-    batch."""
+    """Alpha of the Beta distribution by which two images are mixed (Zhang et al. 2018); 0: off. If `cutmix` is on too,
+    each batch gets one of the two."""
     cutmix: AtLeastZero = 0.0
-    """Alpha of the Beta that decides how large a window of another image is (Yun et al. 2019); 0: off."""
+    """Alpha of the Beta distribution for the size of the pasted window (Yun et al. 2019); 0: off."""
     min_crop_area: Annotated[float, Field(gt=0, le=1)] = 0.35
-    """RandomResizedCrop takes from this share of the image up to the whole."""
+    """RandomResizedCrop: the smallest crop, as a share of the image's area."""
     flip: bool = True
-    """Left and right change places in every other image."""
+    """Horizontal flip of every other image."""
     augment: Literal["none", "trivial", "rand"] = "none"
-    """`trivial`: TrivialAugment Wide (Müller & Hutter 2021); `rand`: RandAugment (Cubuk et al. 2020); both DALI's."""
+    """`trivial`: TrivialAugment Wide (Müller & Hutter 2021); `rand`: RandAugment (Cubuk et al. 2020); both by DALI."""
     rand_operations: Annotated[int, Field(ge=1, le=8)] = 2
-    """Of RandAugment, one after the other."""
+    """RandAugment: number of operations, one after the other."""
     rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """Of RandAugment's operations, of 30."""
+    """RandAugment: strength of its operations, of 30."""
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """By up to so many degrees to either side."""
+    """Maximum rotation in degrees, either direction."""
     erasing: Share = 0.0
-    """Share of images of which a window is erased (Zhong et al. 2020)."""
+    """Share of images that get a window erased (Zhong et al. 2020)."""
     ema: Probability = 0.0
-    """Decay a step of the moving average of weights that is validated and kept; 0: the weights themselves are."""
+    """Decay per step of the moving average of weights (EMA), which is validated and saved; 0: no average."""
     dropout: Probability | None = None
-    """Of every dropout layer, or before the head where there is none. Null: as the architecture has it."""
+    """Rate of every dropout layer, or before the head if there is none. Null: the architecture's own."""
     stochastic_depth: Probability | None = None
-    """How often the last residual branch is skipped, and earlier ones in proportion (Huang et al. 2016). Null: as the
-    architecture has it."""
+    """Probability that the last residual branch is skipped; earlier ones less, in proportion (Huang et al. 2016). Null:
+    the architecture's own."""
     clip_norm: Positive | None = None
-    """The most that the norm of all gradients may be."""
+    """Maximum norm of all gradients together."""
     start_size: Annotated[int, Field(ge=16, le=1024)] | None = None
-    """Progressive resizing: the size in pixels of the first epochs' crops, growing evenly up to `end_size`, in
-    multiples of 8."""
+    """Progressive resizing: crop size in pixels of the first epochs; grows evenly to `end_size`, in multiples of 8."""
     full_size_from: Share = 0.6
-    """From this share of the epochs on, progressive resizing is at its end."""
+    """Progressive resizing reaches `end_size` after this share of the epochs."""
     end_size: Annotated[int, Field(ge=16, le=1024)] | None = None
-    """The size in pixels of the last epochs' crops. A little below `model.image_size` things look as large in training
-    as they do in evaluation (Touvron et al. 2019). Null: `model.image_size`."""
+    """Crop size in pixels of the last epochs. If it is a little below `model.image_size`, objects look as large in
+    training as in evaluation (Touvron et al. 2019). Null: `model.image_size`."""
     monitor: Monitor = "val_loss"
-    """What `patience` watches."""
+    """The metric that `patience` watches."""
     patience: Count | None = None
-    """Early stopping after so many epochs without a better `monitor`, with the weights of the best one. Null: all
-    epochs, and the weights of the last."""
+    """Early stopping: ends after this many epochs without a better `monitor`, and saves the weights of the best epoch.
+    Null: trains all epochs, and saves the weights of the last."""
     adversarial: Adversarial | None = None
-    """Null: images as they are."""
+    """Null: no adversarial training."""
     seed: Annotated[int, Field(ge=0)] = 1
 
     @model_validator(mode="after")

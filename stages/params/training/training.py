@@ -8,11 +8,11 @@ from stages.runtime.params_file import Section
 
 
 class Training(Section):
-    """These decide bytes together with the kind of machine, so they are parameters and never guessed from the cores."""
+    """With the kind of machine, these decide bytes: so they are parameters and are not guessed from the cores."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1)] = 2
-    """Of torch and of DALI. One and two threads give different bits."""
+    """Threads of torch and of DALI. One and two threads give different bits."""
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 autocast where the hardware has bf16 arithmetic, else float32. `fp16` scales the loss."""
     channels_last: bool = True
@@ -20,11 +20,11 @@ class Training(Section):
     compile: bool = False
     """torch.compile: minutes at the start, then faster steps. Needs a C++ compiler on a CPU."""
     world_size: Annotated[int, Field(ge=1)] = 1
-    """Processes, one a GPU, which share each batch (DDP, started through torchrun)."""
+    """Processes that share each batch, one per GPU (DDP, started by torchrun)."""
     nodes: Annotated[int, Field(ge=1)] = 1
-    """Machines that they are spread over (docs/scale-out.md)."""
+    """Machines that these processes run on (docs/scale-out.md)."""
     allow_inexact: bool = False
-    """Go on from a checkpoint of another world size. The result then has the bytes of no undisturbed run."""
+    """Resume a checkpoint of another world size. The result then has not the bytes of any uninterrupted run."""
 
     @model_validator(mode="after")
     def _even(self) -> Self:

@@ -14,7 +14,7 @@ from stages.data.validation.great_expectations import SEVERITIES, failures
 from stages.data.validation.judging import first_failures
 from stages.data.validation.measures import outlying, with_measures
 from stages.data.validation.words import explain, printable
-from stages.params.validate import Drift, Outliers, Severities, Validate
+from stages.params.validate import Outliers, Severities, Validate
 from stages.runtime.params_file import ParamsError, check
 from tests.workspace import ROOT
 
@@ -90,7 +90,7 @@ def test_an_empty_table_fails_nothing() -> None:
 
 
 def test_every_row_of_the_table_is_complete() -> None:
-    limits = Validate(drift=Drift(stop=True))
+    limits = Validate(severity=Severities(no_drift="stop"))
     table = expectations(limits)
     names = [expectation.name for expectation in table]
     assert len(set(names)) == len(names)
@@ -120,7 +120,6 @@ def test_severities_come_from_params() -> None:
     found = {each.name: each.severity for each in expectations(Validate(severity=severity))}
     changed = {name: found[name] for name in ("not_flat", "enough_to_train", "varied_class", "no_drift")}
     assert changed == {"not_flat": "note", "enough_to_train": "note", "varied_class": "stop", "no_drift": "stop"}
-    assert {each.name: each.severity for each in expectations(Validate(drift=Drift(stop=True)))}["no_drift"] == "stop"
     grey = _facts({"contrast": 0.1}, {"contrast": 0.1, "bytes": 0})
     table = expectations(Validate(severity=severity), "image")
     assert first_failures(2, table, failures(with_measures(grey), table)).tolist() == ["", "not_empty"]
@@ -183,7 +182,7 @@ def test_outliers_may_be_left_alone() -> None:
 
 
 def test_every_stop_has_words() -> None:
-    limits = Validate(drift=Drift(stop=True))
+    limits = Validate(severity=Severities(no_drift="stop"))
     counts = {"images": 9, "accepted": 1, "quarantined": 8, "share_quarantined": 8 / 9, "unlabelled": 2, "train": 0,
               "alike": 8, "largest": 300}  # fmt: skip
     names = {"batch": "b", "role": "finetune", "class_name": "cat", "new_in": "b", "fact": "width", "distance": 0.5}
