@@ -233,7 +233,7 @@ def test_what_pillow_does_not_expect_is_refused_too() -> None:
 
 def test_the_readme_posts_a_photo_of_any_size(tmp_path: Path) -> None:
     """Its command, with a `curl` that keeps what it is given; an argument of a program may have 128 KiB at most."""
-    readme = (SERVING.parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (SERVING.parents[2] / "README.md").read_text(encoding="utf-8")
     (command,) = (block for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) if "/invocations" in block)
     (tmp_path / "curl").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > arguments\ncat > posted\n')
     (tmp_path / "curl").chmod(0o755)

@@ -4,7 +4,6 @@
 """
 
 import ctypes
-import fcntl
 import logging
 import multiprocessing
 import os
@@ -20,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from stages.runtime.locks import locked_folder
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
@@ -77,16 +78,8 @@ def alone(folder: Path) -> Iterator[None]:
     The lock is of the open folder, which forked processes have open as well: it ends with the last of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for the processes of another run in %s to end", folder)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with locked_folder(folder, lambda: logger.info("waiting for the processes of another run in %s to end", folder)):
         yield
-    finally:
-        os.close(descriptor)
 
 
 class _Worker(Generic[P, R]):

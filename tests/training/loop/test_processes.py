@@ -63,7 +63,7 @@ def test_processes_find_each_other_where_the_machine_s_name_resolves_to_nothing(
     params = prepared.params
     params["training"] |= {"world_size": 2}
     prepared.write_params(params)
-    faults = {"PYTHONPATH": str(Path(__file__).parents[1] / "faults"), "SYNSET_NAMELESS": "yes"}
+    faults = {"PYTHONPATH": str(Path(__file__).parents[2] / "faults"), "SYNSET_NAMELESS": "yes"}
     done = prepared.run("timeout", "200", sys.executable, "-m", "stages.pretrain", **faults)
     assert done.returncode == 0, done.stdout
 
@@ -85,7 +85,7 @@ def test_two_processes_train_as_one_does(prepared: Workspace) -> None:
 def test_a_process_that_is_killed_stops_all_with_one_message_and_the_next_run_goes_on(prepared: Workspace) -> None:
     # Of three, because the sum of two numbers is the same in any order.
     whole, _ = pretrained(prepared, 3, epochs=2)
-    fault = {"PYTHONPATH": str(Path(__file__).parents[1] / "faults")}
+    fault = {"PYTHONPATH": str(Path(__file__).parents[2] / "faults")}
     fault["SYNSET_FAULT"] = "kill stages.pretrain os.rename checkpoint.pt 3"
     environment = {"SYNSET_CHECKPOINT_STEPS": "2"}
     killed = prepared.run(sys.executable, "-m", "stages.pretrain", **fault, **environment)
@@ -118,7 +118,7 @@ def test_nobody_outlives_a_launcher_that_is_killed(prepared: Workspace) -> None:
 @pytest.mark.slow
 def test_another_number_of_processes_takes_over_only_if_asked_and_says_so(prepared: Workspace) -> None:
     pretrained(prepared, 2, epochs=2)
-    fault = {"PYTHONPATH": str(Path(__file__).parents[1] / "faults"), "SYNSET_CHECKPOINT_STEPS": "2"}
+    fault = {"PYTHONPATH": str(Path(__file__).parents[2] / "faults"), "SYNSET_CHECKPOINT_STEPS": "2"}
     fault["SYNSET_FAULT"] = "kill stages.pretrain os.rename checkpoint.pt 3"
     assert prepared.run(sys.executable, "-m", "stages.pretrain", **fault).returncode == 1
     params = prepared.params
@@ -142,7 +142,7 @@ def test_a_process_that_alone_is_asked_to_stop_is_no_bug() -> None:
 
 def test_a_mistyped_parameter_does_not_cost_the_checkpoint_of_the_right_one(prepared: Workspace) -> None:
     whole, _ = pretrained(prepared, 1, epochs=2)
-    environment = {"SYNSET_CHECKPOINT_STEPS": "2", "PYTHONPATH": str(Path(__file__).parents[1] / "faults")}
+    environment = {"SYNSET_CHECKPOINT_STEPS": "2", "PYTHONPATH": str(Path(__file__).parents[2] / "faults")}
     fault = {"SYNSET_FAULT": "kill stages.pretrain os.rename checkpoint.pt 3"}
     assert prepared.run(sys.executable, "-m", "stages.pretrain", **fault, **environment).returncode == -9
     right = prepared.params
