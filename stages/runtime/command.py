@@ -1,4 +1,4 @@
-"""The command line: types of arguments, and how a command ends: quietly, or with one clear message and an exit code."""
+"""The command line: how a command ends (quietly, or with one message and an exit code), and types of arguments."""
 
 import argparse
 import errno
@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 
 class StageError(Exception):
-    """Something a person can put right; the message says what, where and what to do."""
+    """An error that a person can put right; the message says what, where and what to do."""
 
 
 def run(main: Callable[[], object]) -> None:
     """Calls `main`; a `StageError` or a full disk ends the process with one message instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # A stop ends like an error: what was begun aside is removed, and the run in MLflow reads KILLED.
+    # SIGTERM ends like an error: unfinished output is removed, and the MLflow run is marked KILLED.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
@@ -29,10 +29,10 @@ def run(main: Callable[[], object]) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on.
+    """An argument that is a whole number, at least 1.
 
     Raises:
-        argparse.ArgumentTypeError: it is none, in words that argparse prints.
+        argparse.ArgumentTypeError: it is not; argparse prints the message.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")

@@ -1,4 +1,4 @@
-"""Whole files or none: outputs are written aside, flushed to the disk and renamed into place."""
+"""Whole files or none: an output is written beside its place, flushed to the disk and renamed."""
 
 import errno
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; renamed to `path` on success, removed on failure."""
+    """Yields a path beside `path` to write to; it is renamed to `path` on success and removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     try:
@@ -22,7 +22,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
         aside.replace(path)
         _sync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk is reported without saying where
+        error.filename = error.filename or str(path)  # an error of a full disk names no file
         raise
     finally:
         aside.unlink(missing_ok=True)
@@ -51,7 +51,7 @@ def replaced_directory(path: Path) -> Iterator[Path]:
 
 
 def move_directory(source: Path, path: Path) -> None:
-    """`source`, whose files are on the disk already, takes the place of `path`."""
+    """Moves the finished folder `source` to `path` and replaces what is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sync(source)
     try:
@@ -69,18 +69,18 @@ def move_directory(source: Path, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`text` as a whole file, in UTF-8."""
+    """Writes `text` as a whole file, in UTF-8."""
     with replaced_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as a whole JSON file, indented, ending in a newline."""
+    """Writes `value` as a whole JSON file, indented, with a newline at its end."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

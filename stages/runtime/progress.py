@@ -1,4 +1,4 @@
-"""Long work shows progress: a bar in a terminal, a line every half a minute in a log."""
+"""Progress of long work: a bar in a terminal, a line every 30 seconds in a log; and the number of processes."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Passes `items` on, `total` of them, and shows how far it is."""
+    """Yields the `total` items and shows how many are done."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -30,9 +30,9 @@ def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 def worker_count() -> int:
-    """How many processes parallel work uses: SYNSET_WORKERS, or all cores that this process may use.
+    """Number of processes for parallel work: SYNSET_WORKERS, or all cores that this process may use.
 
-    Not a parameter: it never changes bytes, so it must not make DVC run anything again.
+    It is no parameter: it never changes bytes, so a change must not make DVC run anything again.
 
     Raises:
         StageError: SYNSET_WORKERS is no number.
