@@ -1,7 +1,5 @@
 """The validation page: one HTML file that shows a person what came in, what stays out, and why."""
 
-import base64
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +11,8 @@ from stages.data.raw.images import DAMAGED, to_rgb
 from stages.data.raw.tars import read_at
 from stages.data.validation.expectations import LEAK
 from stages.data.validation.splits import PRECEDENCE
+from stages.pages import templates
+from stages.pages.images import image_thumbnail
 from stages.runtime.command import StageError
 
 SHOWN_PER_REASON = 24
@@ -20,29 +20,30 @@ SHOWN_PER_NOTE = 12
 SHOWN_COLLAPSED = 12  # classes, and images of each
 SHOWN_ALIKE = 8
 THUMBNAIL = 96  # longer side in pixels
+QUALITY = 72  # of the thumbnails, as JPEG
 LARGEST_SHOWN = 50_000_000  # pixels; larger ones are not decoded for a thumbnail
 LISTED_CLASSES = 60  # with more, the smallest and the largest half of so many are listed, beside a chart of all
 SIZE_MARKS = [size for power in range(3, 14) for size in (2**power, 3 * 2 ** (power - 1))]  # 8, 12, 16, 24, ...
 SPLITS = tuple(reversed(PRECEDENCE))  # train first
 
 
-class Picture(NamedTuple):
-    """An image on the page. `source` is a data URI; empty where it cannot be shown, and `note` says why."""
+class Tile(NamedTuple):
+    """An image on the page. `jpeg` is empty where it cannot be shown, and `note` says why."""
 
     batch: str
     split: str
     class_name: str
     file: str
     size: str
-    source: str
+    jpeg: bytes
     note: str
 
 
 class Exhibit(NamedTuple):
     """A quarantined or noted image; `stays` is the one that it is the same as, where it is a duplicate."""
 
-    picture: Picture
-    stays: Picture | None
+    picture: Tile
+    stays: Tile | None
     remarks: list[str]
 
 
@@ -53,7 +54,7 @@ class Collapsed(NamedTuple):
     class_name: str
     alike: int
     images: int
-    pictures: list[Picture]
+    pictures: list[Tile]
 
 
 def render(
@@ -73,13 +74,6 @@ def render(
         noted: positions in `images` of what is noted of accepted images, by expectation.
         collapsed: classes that look like one picture: batch, arrival, class_name, look, alike, images.
     """
-    import jinja2
-
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = percent
     by_reason, by_note = {}, {}
     for expectation in report["expectations"]:
         name, column = expectation["name"], expectation["column"]
@@ -91,7 +85,8 @@ def render(
                 rows = rows.nlargest(SHOWN_PER_NOTE, column, keep="first")
             by_note[name] = exhibits(rows, images, raw, SHOWN_PER_NOTE)
     accepted = images.loc[images["reason"] == "", ["batch", *CHARTED]]
-    return environment.get_template("page.html.j2").render(
+    return templates.render(
+        Path(__file__).with_name("page.html.j2"),
         report=report,
         splits=SPLITS,
         exhibits=by_reason,
@@ -100,13 +95,6 @@ def render(
         classes={role: class_chart(counts) for role, counts in report["classes"].items() if counts},
         facts=[fact_charts(name, accepted[accepted["batch"] == name]) for name in report["order"]],
     )
-
-
-def percent(share: float) -> str:
-    """0.0042 → `0.42 %`: two figures for small shares, so that few of many is never shown as none."""
-    if 0 < share < 0.0001:
-        return "< 0.01 %"
-    return f"{share:.2%}".replace("%", " %") if share < 0.1 else f"{share:.1%}".replace("%", " %")
 
 
 # ------------------------------------------------------------------------------------------------ quarantined
@@ -125,7 +113,7 @@ def exhibits(rows: pd.DataFrame, images: pd.DataFrame, raw: Path, most: int) -> 
     shown = []
     for row in chosen.to_dict("records"):
         other = stays.get(row["duplicate_of"])
-        shown.append(Exhibit(picture(row, raw), picture(other, raw) if other else None, remarks(row, other)))
+        shown.append(Exhibit(tile(row, raw), tile(other, raw) if other else None, remarks(row, other)))
     return shown
 
 
@@ -150,39 +138,33 @@ def remarks(row: dict[Any, Any], stays: dict[Any, Any] | None) -> list[str]:
 def collapsed_class(row: dict[Any, Any], images: pd.DataFrame, raw: Path) -> Collapsed:
     """Some of the images of one class that look alike, accepted or not, by key."""
     alike = images[images["look"] == row["look"]].sort_values("key").head(SHOWN_ALIKE)
-    pictures = [picture(image, raw) for image in alike.to_dict("records")]
+    pictures = [tile(image, raw) for image in alike.to_dict("records")]
     return Collapsed(row["batch"], row["class_name"], row["alike"], row["images"], pictures)
 
 
-def picture(row: dict[Any, Any], raw: Path) -> Picture:
+def tile(row: dict[Any, Any], raw: Path) -> Tile:
     """One image as the page shows it."""
-    source, note = "", row["error"]
-    if row["decodes"]:
-        source, note = _thumbnail(row, raw)
-    return Picture(
+    jpeg, note = _thumbnail(row, raw) if row["decodes"] else (b"", row["error"])
+    return Tile(
         batch=row["batch"],
         split=row["split"],
         class_name=row["class_name"],
         file=row["key"].split("/", 3)[-1],
         size=f"{row['width']} × {row['height']}" if row["width"] else f"{row['bytes']:,} bytes",
-        source=source,
+        jpeg=jpeg,
         note=note,
     )
 
 
-def _thumbnail(row: dict[Any, Any], raw: Path) -> tuple[str, str]:
-    """Data URI of a small upright JPEG; or nothing and why."""
+def _thumbnail(row: dict[Any, Any], raw: Path) -> tuple[bytes, str]:
+    """A small upright JPEG; or nothing and why."""
     if row["width"] * row["height"] > LARGEST_SHOWN:
-        return "", "too large to show"
+        return b"", "too large to show"
     try:
-        data = read_at(raw / row["role"] / row["batch"] / row["tar"], row["offset"], row["bytes"])
-        image = to_rgb(data)
+        image = to_rgb(read_at(raw / row["role"] / row["batch"] / row["tar"], row["offset"], row["bytes"]))
     except (StageError, *DAMAGED):
-        return "", "cannot be shown"
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=72)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", ""
+        return b"", "cannot be shown"
+    return image_thumbnail(image, THUMBNAIL, QUALITY), ""
 
 
 # ------------------------------------------------------------------------------------------------ charts
