@@ -1,9 +1,12 @@
 """Bad input: one clear message, an exit code that is not 0, nothing half-written."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ import pytest
 import yaml
 from PIL import Image
 
+from stages import ingest, scan, shard, validate
 from stages.data.raw.facts import ACCEPTED, read_table, write_table
+from stages.data.shards.loading.samples.index import read_samples
+from stages.params.all import check_all
 from stages.params.register import Register
+from stages.runtime import command
 from stages.runtime.params_file import ParamsError, load_section
 from tests.workspace import ROOT, SMALL
-
-PYTHON = sys.executable
 
 
 @pytest.fixture
@@ -35,15 +40,37 @@ def write_params(folder: Path, changes: dict[str, Any]) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
 
-def run(folder: Path, *arguments: str, code: str = "") -> str:
-    """Runs a stage that must fail with one message, which is returned; nothing may be left in data/ or models/."""
-    command = [PYTHON, "-c", code, *arguments] if code else [PYTHON, "-m", *arguments]
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "SYNSET_TRACKING": "off", "HOME": str(folder)}
+def run(folder: Path, *arguments: str) -> str:
+    """Runs a stage as a process, which must fail with one message; it is returned."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SYNSET_TRACKING": "off", "HOME": str(folder)}
+    command = [sys.executable, "-m", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode not in (0, None), done.stdout
     assert "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1, done.stderr
     return done.stderr[done.stderr.index("error: ") :]
+
+
+def call(folder: Path, main: Callable[[], object], *arguments: str) -> None:
+    """Runs a stage in this process, as its module does."""
+    sigterm = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["stage", *arguments])
+        patch.setenv("SYNSET_TRACKING", "off")
+        try:
+            command.run(main)
+        finally:
+            signal.signal(signal.SIGTERM, sigterm)
+
+
+def failed(folder: Path, main: Callable[[], object], *arguments: str) -> str:
+    """The one message with which a stage fails in this process: what it would print, with exit code 1."""
+    with pytest.raises(SystemExit) as ended:
+        call(folder, main, *arguments)
+    message = str(ended.value.code)
+    assert message.startswith("error: ") and message.count("error: ") == 1, message
+    return message
 
 
 def whole_outputs(folder: Path) -> list[str]:
@@ -68,21 +95,21 @@ def picture(path: Path, seed: int) -> None:
 @pytest.mark.parametrize("source", ["nowhere", "sample:nothing", "sample:target?sed=1", "sample:target?seed=x"])
 def test_no_such_source(folder: Path, source: str) -> None:
     write_params(folder, batch(source))
-    assert source.split("?")[0] in run(folder, "stages.ingest", "mine")
+    assert source.split("?")[0] in failed(folder, ingest.main, "mine")
     assert whole_outputs(folder) == []
 
 
 def test_an_empty_folder(folder: Path) -> None:
     (folder / "data/incoming/empty").mkdir(parents=True)
     write_params(folder, batch("empty"))
-    assert "no class folder" in run(folder, "stages.ingest", "mine")
+    assert "no class folder" in failed(folder, ingest.main, "mine")
 
 
 def test_a_class_folder_with_no_file(folder: Path) -> None:
     picture(folder / "data/incoming/pets/train/cat/1.jpg", 1)
     (folder / "data/incoming/pets/train/dog").mkdir()
     write_params(folder, batch("pets"))
-    assert "train/dog has no file" in run(folder, "stages.ingest", "mine")
+    assert "train/dog has no file" in failed(folder, ingest.main, "mine")
     assert not (folder / "data/raw").exists() or not any((folder / "data/raw").rglob("*.tar"))
 
 
@@ -102,9 +129,8 @@ def test_names_of_which_git_makes_a_tag(folder: Path) -> None:
 
 def scanned(folder: Path) -> None:
     """Runs ingest and scan of the batch `mine`."""
-    for stage in ("ingest", "scan"):
-        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-        subprocess.run([PYTHON, "-m", f"stages.{stage}", "mine"], cwd=folder, env=environment, check=True)
+    for stage in (ingest, scan):
+        call(folder, stage.main, "mine")
 
 
 def test_a_class_folder_with_no_readable_image(folder: Path) -> None:
@@ -114,7 +140,7 @@ def test_a_class_folder_with_no_readable_image(folder: Path) -> None:
     (folder / "data/incoming/pets/train/dog/readme.txt").write_text("no dog here", encoding="utf-8")
     write_params(folder, batch("pets"))
     scanned(folder)
-    assert "dog" in run(folder, "stages.validate")
+    assert "dog" in failed(folder, validate.main)
     assert not (folder / "data/accepted").exists()
 
 
@@ -125,7 +151,7 @@ def test_every_image_corrupt(folder: Path) -> None:
         path.write_bytes(path.read_bytes()[:-200])
     write_params(folder, batch("pets"))
     scanned(folder)
-    message = run(folder, "stages.validate")
+    message = failed(folder, validate.main)
     assert "mine" in message
     assert "max_quarantined" in message or "accepted" in message
     assert not (folder / "data/accepted").exists()
@@ -152,7 +178,7 @@ def test_every_image_corrupt(folder: Path) -> None:
 )
 def test_bad_parameters(folder: Path, changes: dict[str, Any], named: str) -> None:
     write_params(folder, changes)
-    assert named in run(folder, "stages.params.all")
+    assert named in failed(folder, check_all)
 
 
 def test_a_batch_named_by_an_unquoted_date(folder: Path) -> None:
@@ -179,19 +205,12 @@ def test_a_damaged_shard(folder: Path) -> None:
     scanned(folder)
     facts = read_table(folder / "data/facts/finetune/mine.parquet")
     write_table(facts.assign(split="train", label=0), ACCEPTED, folder / "data/accepted/finetune/mine.parquet")
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-    subprocess.run([PYTHON, "-m", "stages.shard", "mine"], cwd=folder, env=environment, check=True)
-    shard = folder / "data/shards/finetune/mine/train-00000.tar"
-    content = bytearray(shard.read_bytes())
+    call(folder, shard.main, "mine")
+    path = folder / "data/shards/finetune/mine/train-00000.tar"
+    content = bytearray(path.read_bytes())
     content[1000] ^= 1
-    shard.write_bytes(content)
-    code = """
-from pathlib import Path
-from stages.runtime.command import run
-from stages.data.shards.loading.samples.index import read_samples
-run(lambda: read_samples([Path("data/shards/finetune/mine")], "train"))
-"""
-    message = run(folder, code=code)
+    path.write_bytes(content)
+    message = failed(folder, lambda: read_samples([Path("data/shards/finetune/mine")], "train"))
     assert "train-00000.tar is damaged" in message
     assert "dvc checkout data/shards/finetune/mine" in message
 
@@ -200,5 +219,5 @@ run(lambda: read_samples([Path("data/shards/finetune/mine")], "train"))
     content[600] ^= 1
     tar.write_bytes(content)
     shutil.rmtree(folder / "data/shards")
-    assert re.search(r"cat\.tar is damaged.*dvc checkout", run(folder, "stages.shard", "mine"))
+    assert re.search(r"cat\.tar is damaged.*dvc checkout", failed(folder, shard.main, "mine"))
     assert not any((folder / "data/shards").rglob("*.tar"))

@@ -50,6 +50,7 @@ class Workspace:
         self.environment = {
             **os.environ,
             **settings(folder),
+            "PYTHONPYCACHEPREFIX": os.environ.get("PYTHONPYCACHEPREFIX", str(ROOT / ".synset/pycache")),  # not one each
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             **environment,
         }

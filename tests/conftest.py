@@ -1,0 +1,60 @@
+"""What all tests share: one cache of bytecode, one thread a process, folders that are made once in a run."""
+
+import os
+import sqlite3
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# As `make test` has it, also where pytest is called by hand: who starts Python in a test must not compile torch again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / ".synset/pycache"))
+# Tests run side by side, a worker on each core: threads that spin while they wait for each other starve the others.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+Once = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: a folder that `make` fills, in whichever worker asks first; nobody changes it after that."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        path, done = shared / name, shared / f"{name}.done"
+        shared.mkdir(exist_ok=True)
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                path.mkdir()  # fails where `make` has failed before: there is no second try
+                make(path)
+                done.touch()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def new_database(once: Once) -> Callable[[Path], None]:
+    """Puts MLflow's database, still empty, into a folder: MLflow's own way to it, all its migrations, takes seconds."""
+
+    def make(folder: Path) -> None:
+        from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+
+        engine = create_sqlalchemy_engine(f"sqlite:///{folder}/mlflow.db")
+        _initialize_tables(engine)
+        engine.dispose()
+
+    def put(folder: Path) -> None:
+        with sqlite3.connect(once("database", make) / "mlflow.db") as template:
+            template.execute(f"VACUUM INTO '{folder}/mlflow.db'")
+
+    return put
