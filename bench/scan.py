@@ -19,7 +19,7 @@ from PIL import Image
 
 from bench.rounds import Candidate, Goal, arguments, machine, measured, report, versions
 from stages.data.raw.images import read_header
-from stages.data.scanning import Piece, write_piece
+from stages.data.scanning import TarPart, write_part
 from stages.runtime.command import StageError, run
 
 OURS, PEER = "scan", "PIL full decode"
@@ -31,7 +31,7 @@ GOAL = 1.5
 def scanned(tar: str, folder: Path, images: int) -> float:
     """Images a second of CPU time, their facts on the disk included."""
     began = time.process_time()
-    write_piece(Piece(tar, 0, None), lambda _: None, folder, "bench", folder / "work")
+    write_part(TarPart(tar, 0, None), lambda _: None, folder, "bench", folder / "work")
     return images / (time.process_time() - began)
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from bench.rounds import Bound, Candidate, Goal, Table, arguments, machine, measured, report, versions
 from stages.data.raw.tars import read_at
-from stages.data.shards.writing import Piece, RawImage, plan_split, prepare, shard_image, write_shard
+from stages.data.shards.writing import PlannedShard, RawImage, plan_split, prepare, shard_image, write_shard
 from stages.params.shard import Shard
 
 RESIZE, QUALITY = 256, 90
@@ -68,15 +68,15 @@ def ours(images: Sequence[RawImage], folder: Path) -> Callable[[], float]:
     def run() -> float:
         shutil.rmtree(work, ignore_errors=True)  # or it would find the shard finished
         prepare(work, folder / "out")
-        (piece,) = plan_split(rows, work, "train", shard)
-        return per_second(lambda: write_piece(piece, work, folder), len(images))
+        (planned,) = plan_split(rows, work, "train", shard)
+        return per_second(lambda: write_planned(planned, work, folder), len(images))
 
     return run
 
 
-def write_piece(piece: Piece, work: Path, raw: Path) -> None:
+def write_planned(planned: PlannedShard, work: Path, raw: Path) -> None:
     """As the stage has it done by its workers."""
-    write_shard(piece, work=work, raw=raw, resize=RESIZE, quality=QUALITY)
+    write_shard(planned, work=work, raw=raw, resize=RESIZE, quality=QUALITY)
 
 
 def peer(images: Sequence[RawImage], folder: Path, compress: Callable[[bytes], bytes]) -> Callable[[], float]:

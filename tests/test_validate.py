@@ -18,7 +18,6 @@ from PIL import Image, ImageFilter
 
 from stages import validate
 from stages.data.raw.facts import ACCEPTED, FACTS, QUARANTINE, read_table, write_table
-from stages.data.scanning import scan_tar
 from stages.data.validation.judging import ValidationResult, judge
 from stages.data.validation.splits import assign_splits
 from stages.data.validation.summary import summary
@@ -28,6 +27,7 @@ from stages.params.split import Split
 from stages.params.validate import Collapse, Outliers, Severities, Validate
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
+from tests.raw_tars import scan_tar
 
 LENIENT = Validate(max_quarantined=1, min_images_per_class=1)
 SPLIT = Split(val_fraction=0.1, test_fraction=0.2, fresh_fraction=0.2)

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from stages.data.parallel.crash_safe_pool import Death, Say, each_apart
+from stages.data.parallel.crash_safe_pool import Death, Report, run_tasks
 from stages.data.raw.facts import FACTS
 from stages.data.raw.tars import members
 from stages.data.scanning import image_facts
@@ -207,14 +207,14 @@ def try_tar(data: bytes, folder: Path, mixed: bool) -> str:
     return "tar read"
 
 
-def try_range(numbers: Range, say: Say, files: list[bytes], seed: int) -> Tried:
+def try_range(numbers: Range, report: Report, files: list[bytes], seed: int) -> Tried:
     """All inputs of a range."""
     outcomes: Counter[str] = Counter()
     failures = []
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process, also in the middle of a decoder
     with tempfile.TemporaryDirectory() as folder:
         for number in range(numbers.first, numbers.first + numbers.number):
-            say(number)
+            report(number)
             signal.alarm(SECONDS)
             rng = np.random.default_rng([seed, number])
             try:
@@ -247,13 +247,13 @@ def fuzz(files: list[bytes], seed: int, first: int, count: int) -> list[str]:
     # Otherwise glibc keeps up to 64 MiB from the first large picture on (mallopt(3)), which looks like a leak.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 2**10)
     began = time.monotonic()
-    for piece, tried in each_apart(partial(try_range, files=files, seed=seed), pieces, worker_count()):
+    for piece, tried in run_tasks(partial(try_range, files=files, seed=seed), pieces, worker_count()):
         if isinstance(tried, Death):
-            failures.append(f"input {tried.place}: the process ended with exit code {tried.exitcode}")
+            failures.append(f"input {tried.position}: the process ended with exit code {tried.exitcode}")
             print(failures[-1], flush=True)
-            rest = piece.first + piece.number - tried.place - 1
+            rest = piece.first + piece.number - tried.position - 1
             if rest:
-                pieces.append(Range(tried.place + 1, rest))
+                pieces.append(Range(tried.position + 1, rest))
             continue
         outcomes += tried.outcomes
         failures += tried.failures

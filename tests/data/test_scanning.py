@@ -21,12 +21,12 @@ from stages.data import scanning
 from stages.data.raw.facts import FACTS, ROW_GROUP, write_tables
 from stages.data.raw.images import MAX_PIXELS, Header, read_header, to_rgb
 from stages.data.raw.tars import members, raw_tars, read_at
-from stages.data.scanning import Piece, cut, image_facts, read_pieces, scan_pieces, scan_tar
-from stages.data.sources.dispatch import Group, SourceFile
-from stages.data.sources.ingesting import write_tar
+from stages.data.scanning import TarPart, image_facts, read_parts, scan_parts, tar_parts
+from stages.data.sources.parts import Group, SourceFile
 from stages.data.sources.sample import draw
 from stages.runtime.command import StageError
 from tests.data.fuzz_scanning import fuzz, seeds_of
+from tests.raw_tars import scan_tar, write_tar
 
 
 def encoded(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
@@ -128,7 +128,7 @@ def test_to_rgb_turns_and_keeps_sixteen_bits(scene: Image.Image) -> None:
     assert np.array_equal(np.asarray(to_rgb(encoded(Image.fromarray(grey), "PNG")))[:, :, 0], grey >> 8)
 
 
-# ---------------------------------------------------------------------------------------------------- pieces of a batch
+# ---------------------------------------------------------------------------------------------------- parts of a batch
 
 
 @pytest.fixture
@@ -154,27 +154,27 @@ def packed(path: Path, files: dict[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
-def scanned(folder: Path, work: Path, workers: int) -> list[Piece]:
-    """Scans what is not yet whole; all pieces of the batch."""
-    pieces = cut(raw_tars(folder), folder, workers)
-    left = [piece for piece in pieces if not piece.file(work).is_file()]
-    done = scan_pieces(left, folder, "mine", work, workers)
-    assert {piece._replace(crashed=frozenset()) for piece in done} == set(left)
-    return pieces
+def scanned(folder: Path, work: Path, workers: int) -> list[TarPart]:
+    """Scans what is not yet whole; all parts of the batch."""
+    parts = tar_parts(raw_tars(folder), folder, workers)
+    left = [part for part in parts if not part.file(work).is_file()]
+    done = scan_parts(left, folder, "mine", work, workers)
+    assert {part._replace(crashed=frozenset()) for part in done} == set(left)
+    return parts
 
 
 def facts_of(folder: Path, work: Path, workers: int = 2) -> bytes:
     """The file that scan writes."""
     out = work.with_suffix(".parquet")
-    write_tables(read_pieces(scanned(folder, work, workers), work), FACTS, out)
+    write_tables(read_parts(scanned(folder, work, workers), work), FACTS, out)
     return out.read_bytes()
 
 
-def test_pieces_in_any_number_of_processes_make_the_rows_of_the_tars(batch: Path, tmp_path: Path) -> None:
+def test_parts_in_any_number_of_processes_make_the_rows_of_the_tars(batch: Path, tmp_path: Path) -> None:
     alone, many = (facts_of(batch, tmp_path / str(workers), workers) for workers in (1, 3))
     assert alone == many
-    pieces = cut(raw_tars(batch), batch, 2)
-    assert [piece.tar for piece in pieces].count("val-00000.tar") > 2
+    parts = tar_parts(raw_tars(batch), batch, 2)
+    assert [part.tar for part in parts].count("val-00000.tar") > 2
     expected = [row for tar in raw_tars(batch) for row in scan_tar(tar, batch, "mine")]
     found = pq.read_table(tmp_path / "1.parquet").to_pylist()
     assert [row["key"] for row in found] == [row["key"] for row in expected]
@@ -186,24 +186,24 @@ def test_pieces_in_any_number_of_processes_make_the_rows_of_the_tars(batch: Path
     ]
 
 
-def test_whole_pieces_are_not_scanned_again(batch: Path, tmp_path: Path) -> None:
+def test_whole_parts_are_not_scanned_again(batch: Path, tmp_path: Path) -> None:
     undisturbed = facts_of(batch, tmp_path / "first")
     work = tmp_path / "second"
-    pieces = scanned(batch, work, 2)
-    written = {piece: piece.file(work).stat().st_mtime_ns for piece in pieces}
-    lost = pieces[1::2]
-    for piece in lost:
-        piece.file(work).unlink()
+    parts = scanned(batch, work, 2)
+    written = {part: part.file(work).stat().st_mtime_ns for part in parts}
+    lost = parts[1::2]
+    for part in lost:
+        part.file(work).unlink()
     assert facts_of(batch, work) == undisturbed
-    assert {piece for piece in pieces if piece.file(work).stat().st_mtime_ns != written[piece]} == set(lost)
+    assert {part for part in parts if part.file(work).stat().st_mtime_ns != written[part]} == set(lost)
 
 
-def test_a_damaged_piece_is_removed_and_named(batch: Path, tmp_path: Path) -> None:
-    pieces = scanned(batch, tmp_path / "work", 2)
-    file = pieces[2].file(tmp_path / "work")
+def test_a_damaged_part_is_removed_and_named(batch: Path, tmp_path: Path) -> None:
+    parts = scanned(batch, tmp_path / "work", 2)
+    file = parts[2].file(tmp_path / "work")
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(StageError, match=f"was damaged .* run again to scan {pieces[2].tar}"):
-        list(read_pieces(pieces, tmp_path / "work"))
+    with pytest.raises(StageError, match=f"was damaged .* run again to scan {parts[2].tar}"):
+        list(read_parts(parts, tmp_path / "work"))
     assert not file.exists()
 
 

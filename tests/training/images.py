@@ -9,12 +9,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from stages.data.scanning import scan_tar
 from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.writing import write_shard_set
-from stages.data.sources.dispatch import Group, SourceFile
-from stages.data.sources.ingesting import write_tar
+from stages.data.sources.parts import Group, SourceFile
 from stages.params.shard import Shard
+from tests.raw_tars import scan_tar, write_tar
 
 CONFIG: dict[str, Any] = {
     "architecture": "resnet18", "classes": ["dark", "light"], "image_size": 32, "resize": 32,

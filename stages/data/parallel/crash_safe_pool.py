@@ -1,6 +1,7 @@
-"""Work in processes of which any may die: whoever asked learns of which piece, at which place, and by which signal.
+"""A process pool that survives crashes; reports which task died, where in it, and by which signal.
 
-`concurrent.futures` says only that some process died, and gives up all the others' work with it.
+For work that may crash its process, as a decoder does at a hostile image. `concurrent.futures` says only that some
+process died, and gives up the work of all others. Work that does not crash goes to parallel_map.py.
 """
 
 import ctypes
@@ -25,47 +26,46 @@ from stages.runtime.locks import locked_folder
 logger = logging.getLogger(__name__)
 P = TypeVar("P")
 R = TypeVar("R")
-Say = Callable[[int], None]
-"""What a process calls to tell at which place of its piece it is (a number from 0 on)."""
-
-# Memory that a process may take beyond what it began with. The largest picture that is decoded takes half of it.
+Report = Callable[[int], None]
+"""A process calls it to report its position in its task (a number from 0 on)."""
 MOST_MEMORY = 4 * 2**30
-SECONDS_BETWEEN_LOOKS = 1.0
+"""Bytes that a process may take beyond what it began with. The largest image that is decoded takes half of it."""
+SECONDS_BETWEEN_CHECKS = 1.0
 
 
 @dataclass(frozen=True)
 class Death:
-    """How a process ended instead of giving a result; `place` is what it said last of its piece, -1 if nothing."""
+    """How a process ended without a result; `position` is the last one that it reported in its task, -1: none."""
 
     exitcode: int
-    place: int
+    position: int
 
 
-def each_apart(
-    function: Callable[[P, Say], R], pieces: deque[P], workers: int
+def run_tasks(
+    function: Callable[[P, Report], R], tasks: deque[P], workers: int
 ) -> Generator[tuple[P, R | Death], None, None]:
-    """Pieces and their results, as they come; a process whose death is told has been replaced.
+    """Tasks with their results, in the order in which they end; a process that died is replaced.
 
-    Each process has one piece at a time, so nothing queues up, however slowly results are taken. Whoever takes them may
-    append to `pieces`. Closing the iterator, or an error of `function`, which is raised here, ends all processes.
+    Each process has one task at a time, so results do not queue up if they are taken slowly. The caller may append to
+    `tasks` meanwhile. Closing the iterator ends all processes; so does an error of `function`, which is raised here.
     """
     # Forked, so that the processes hold the locks of this one (and see its modules as they are).
-    idle = [_Worker(function) for _ in range(min(workers, len(pieces)))]
+    idle = [_Worker(function) for _ in range(min(workers, len(tasks)))]
     busy: dict[Connection, _Worker[P, R]] = {}
     try:
-        while pieces or busy:
-            while pieces and idle:
+        while tasks or busy:
+            while tasks and idle:
                 worker = idle.pop()
-                worker.begin(pieces.popleft())
+                worker.begin(tasks.popleft())
                 busy[worker.connection] = worker
             ready = wait(list(busy))
             for connection in [each for each in busy if each in ready]:
                 worker = busy.pop(connection)
-                piece, result = worker.piece, worker.result()
+                task, result = worker.task, worker.result()
                 idle.append(_Worker(function) if isinstance(result, Death) else worker)
                 if isinstance(result, Exception):
                     raise result
-                yield piece, result
+                yield task, result
     finally:
         for worker in [*idle, *busy.values()]:
             worker.end()
@@ -75,7 +75,7 @@ def each_apart(
 def alone(folder: Path) -> Iterator[None]:
     """Waits until no other process works in `folder`: those of a killed run go on until they notice.
 
-    The lock is of the open folder, which forked processes have open as well: it ends with the last of them.
+    Forked processes hold the lock too, so it ends with the last of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked_folder(folder, lambda: logger.info("waiting for the processes of another run in %s to end", folder)):
@@ -83,24 +83,24 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 class _Worker(Generic[P, R]):
-    """A process that does one piece after another."""
+    """A process that does one task after another."""
 
-    piece: P
+    task: P
 
-    def __init__(self, function: Callable[[P, Say], R]) -> None:
+    def __init__(self, function: Callable[[P, Report], R]) -> None:
         context = multiprocessing.get_context("fork")
-        self.place = RawValue(ctypes.c_int64, -1)
+        self.position = RawValue(ctypes.c_int64, -1)
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, self.place, function, os.getpid())
+        arguments = (theirs, self.position, function, os.getpid())
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         # Before the next one is forked: as long as anyone else holds it, the end of this process is not seen.
         theirs.close()
 
-    def begin(self, piece: P) -> None:
-        self.piece, self.place.value = piece, -1
+    def begin(self, task: P) -> None:
+        self.task, self.position.value = task, -1
         with suppress(BrokenPipeError):  # it died while it had nothing to do: `result` tells
-            self.connection.send(piece)
+            self.connection.send(task)
 
     def result(self) -> Any:
         try:
@@ -108,7 +108,7 @@ class _Worker(Generic[P, R]):
         except (EOFError, ConnectionError):
             self.process.join()
             self.connection.close()
-            return Death(self.process.exitcode or 0, self.place.value)
+            return Death(self.process.exitcode or 0, self.position.value)
 
     def end(self) -> None:
         self.process.kill()
@@ -116,25 +116,25 @@ class _Worker(Generic[P, R]):
         self.connection.close()
 
 
-def _serve(connection: Connection, place: Any, function: Callable[[Any, Say], Any], parent: int) -> None:
+def _serve(connection: Connection, position: Any, function: Callable[[Any, Report], Any], parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent ends this process
-    # What decoders have to say of damaged images: Python remembers every other warning, libtiff writes to stderr.
+    # Decoders warn of damaged images: Python would remember each other warning, and libtiff writes to stderr.
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     _limit_memory()
 
-    def say(where: int) -> None:
-        place.value = where
+    def report(at: int) -> None:
+        position.value = at
         _end_without(parent)
 
     while True:
         # A process forked later holds this one's pipe as well, so the parent's death closes nothing.
-        while not connection.poll(SECONDS_BETWEEN_LOOKS):
+        while not connection.poll(SECONDS_BETWEEN_CHECKS):
             _end_without(parent)
-        piece = connection.recv()
+        task = connection.recv()
         try:
-            result = function(piece, say)
+            result = function(task, report)
         except Exception as error:
             error.add_note(traceback.format_exc())  # which does not travel by itself
             result = error

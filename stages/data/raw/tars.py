@@ -30,7 +30,7 @@ PLAIN = re.compile(
 tenth of all that is done for a small image; the others are left to it."""
 
 
-class Member(NamedTuple):
+class RawFile(NamedTuple):
     """One file of a batch, and where its bytes lie in the tar."""
 
     split: str
@@ -50,13 +50,13 @@ def raw_tars(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.tar"))
 
 
-def members(path: Path, folder: Path, start: int = 0, end: int | None = None) -> Iterator[Member]:
+def members(path: Path, folder: Path, start: int = 0, end: int | None = None) -> Iterator[RawFile]:
     """The files of one raw tar, in its order.
 
     Args:
         path: the tar.
         folder: of the batch's raw tars.
-        start: where the first header is (`parts`).
+        start: where the first header is (`part_starts`).
         end: files whose header is here or later are left out.
 
     Raises:
@@ -71,10 +71,10 @@ def members(path: Path, folder: Path, start: int = 0, end: int | None = None) ->
             of_class, name = (class_name, name) if class_name is not None else _parted(name)
         except ValueError as error:
             raise _damaged(path, folder, error) from None
-        yield Member(split, of_class, name, offset, size)
+        yield RawFile(split, of_class, name, offset, size)
 
 
-def parts(path: Path, folder: Path, size: int) -> list[int]:
+def part_starts(path: Path, folder: Path, size: int) -> list[int]:
     """Offsets of the headers at which parts of at least `size` bytes begin, 0 first.
 
     Raises:

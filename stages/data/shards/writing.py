@@ -4,13 +4,14 @@ Work in progress is a folder that an interrupted run leaves to the next one:
 
     plan/<split>.parquet    which image goes where: a row group a shard
     shards/                 finished shards with their index files; in the end index.json too
-    entries/<shard>.json    what index.json says of a shard, with the sums of its pixels: the last that is written of it
+    entries/<shard>.json    what index.json says of a shard, and the sums of its pixels; written when the shard is whole
     aside/                  what is being written
 """
 
 import hashlib
 import io
 import json
+import logging
 import shutil
 import tarfile
 import tempfile
@@ -28,21 +29,26 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.data.parallel.parallel_map import processor, spread
+from stages.data.parallel.crash_safe_pool import alone
+from stages.data.parallel.parallel_map import parallel_map, processor
 from stages.data.raw.images import DAMAGED, encode_jpeg, resize_shorter, upright_pixels
 from stages.data.raw.tars import read_at
-from stages.params.shard import Shard
+from stages.params.shard import Shard, Shards
+from stages.runtime import layout
 from stages.runtime.command import StageError
 from stages.runtime.files import move_directory, replaced_file, sha256, write_json, write_text
+from stages.runtime.fingerprint import fingerprint, prune, work_folder
 from stages.runtime.progress import progress
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test", "fresh")
 COLUMNS = ("key", "tar", "offset", "bytes", "sha256", "label")
-"""Of the accepted table, for the raw image and its label; `split` says the rest."""
+"""Columns of the accepted table: the raw image and its label."""
 IN_INDEX = ("file", "count", "bytes", "sha256", "idx_sha256")
 """What index.json repeats of a shard's entry."""
 FILES = {"": "tar", "idx_": "idx"}
-"""Suffixes by what the entry puts before their checksums."""
+"""Prefix of a checksum in a shard's entry -> suffix of the file."""
 
 
 class RawImage(NamedTuple):
@@ -56,8 +62,8 @@ class RawImage(NamedTuple):
     label: int
 
 
-class Piece(NamedTuple):
-    """One shard to be written: a row group of its split's plan."""
+class PlannedShard(NamedTuple):
+    """One shard to be written: a row group of the plan of its split."""
 
     split: str
     number: int
@@ -77,6 +83,27 @@ class PixelSums:
     squares: tuple[int, ...]
 
 
+def shard(batch: str, role: str, shards: Shards) -> None:
+    """Writes the shard set of one batch, from where an interrupted run of the same left off.
+
+    Raises:
+        StageError: no image of the batch was accepted; what `write_shard_set` raises.
+    """
+    path = layout.accepted(role, batch)
+    try:
+        accepted = pd.read_parquet(path, columns=[*COLUMNS, "split"])
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing; `dvc repro validate` makes it, `dvc pull` brings it") from None
+    if accepted.empty:
+        raise StageError(f"no image of batch {batch} was accepted; {layout.VALIDATION_PAGE} says why")
+    work = work_folder(f"shard@{batch}", fingerprint(f"shard@{batch}"))
+    raw, out = layout.raw(role, batch), layout.shards(role, batch)
+    with alone(work.parent):
+        prune(work.parent, keep=work)
+        count = write_shard_set(accepted, raw, out, getattr(shards, role), role, batch, work, shards.cluster)
+    logger.info("shard %s: %d images", batch, count)
+
+
 def write_shard_set(
     accepted: pd.DataFrame,
     raw: Path,
@@ -92,29 +119,27 @@ def write_shard_set(
     Args:
         accepted: rows of stages.data.raw.facts.ACCEPTED, of which `COLUMNS` and `split` are read.
         raw: folder of the batch's raw tars.
-        work: holds what an interrupted run of the same images and parameters has finished, which is taken up; beside
-            `out` where it is not given. Removed in the end.
-        cluster: Dask scheduler that the work is handed to; None: the cores of this machine.
+        work: folder of what an interrupted run of the same images and parameters has finished, which is used; removed
+            in the end. Default: beside `out`.
+        cluster: address of a Dask scheduler that distributes the work; None: the cores of this machine.
 
     Raises:
-        StageError: a raw image is not what scan saw; what `spread` raises.
+        StageError: a raw image is not what scan saw; what `parallel_map` raises.
     """
     work = work or out.with_name(f".{out.name}.work")
     if cluster:  # its workers run elsewhere in the file system
         work, raw = work.absolute(), raw.absolute()
     prepare(work, out)
-    pieces = []
+    planned = []
     for split in SPLITS:
         rows = accepted[accepted["split"] == split]
         if not rows.empty:
-            pieces += plan_split(rows, work, split, shard)
+            planned += plan_split(rows, work, split, shard)
     write = partial(write_shard, work=work, raw=raw, resize=shard.resize, quality=shard.quality)
-    with closing(spread(write, pieces, cluster, work)) as results:
-        entries = {entry["file"]: entry for entry in progress(results, len(pieces), f"shard {batch}")}
+    with closing(parallel_map(write, planned, cluster, work)) as results:
+        entries = {entry["file"]: entry for entry in progress(results, len(planned), f"shard {batch}")}
     index = {"batch": batch, "role": role, "resize": shard.resize, "quality": shard.quality}
-    write_json(
-        work / "shards/index.json", index | _contents(accepted, [entries[f"{each.name}.tar"] for each in pieces])
-    )
+    write_json(work / "shards/index.json", index | _contents(accepted, [entries[f"{one.name}.tar"] for one in planned]))
     move_directory(work / "shards", out)
     shutil.rmtree(work)
     return len(accepted)
@@ -131,37 +156,36 @@ def channel_statistics(parts: list[PixelSums]) -> dict[str, list[float] | None]:
     return {"mean": [round(m / 255, 6) for m in means], "std": [round(s / 255, 6) for s in stds]}
 
 
-def write_shard(piece: Piece, work: Path, raw: Path, resize: int, quality: int) -> dict[str, Any]:
+def write_shard(planned: PlannedShard, work: Path, raw: Path, resize: int, quality: int) -> dict[str, Any]:
     """Writes a shard and its index file into `work`, where they are not yet; returns the shard's entry.
 
     Raises:
         StageError: a raw image is not what scan saw.
     """
     cv2.setNumThreads(1)  # there are as many processes as cores
-    if entry := _finished(piece, work):
+    if entry := _finished(planned, work):
         return entry
-    images = _rows_of(piece, work)
-    # Of its own: a worker that Dask took for dead may still be at the same shard.
-    with tempfile.TemporaryDirectory(dir=work / "aside", prefix=piece.name, ignore_cleanup_errors=True) as name:
-        tar, idx = (Path(name) / f"{piece.name}{suffix}" for suffix in (".tar", ".idx"))
+    images = _rows_of(planned, work)
+    # A folder of its own: a worker that Dask took for dead may still write the same shard.
+    with tempfile.TemporaryDirectory(dir=work / "aside", prefix=planned.name, ignore_cleanup_errors=True) as name:
+        tar, idx = (Path(name) / f"{planned.name}{suffix}" for suffix in (".tar", ".idx"))
         with replaced_file(tar) as aside:
             lines, pixels = _write_tar(images, aside, raw, resize, quality)
         write_text(idx, "\n".join([f"v1.2 {len(lines)}", *lines, ""]))
-        entry = {
-            "file": tar.name, "count": len(images), "bytes": tar.stat().st_size, "sha256": sha256(tar),
-            "idx_sha256": sha256(idx), "pixels": asdict(pixels), "processor": processor(),
-        }  # fmt: skip
+        entry = {"file": tar.name, "count": len(images), "bytes": tar.stat().st_size}
+        entry |= {"sha256": sha256(tar), "idx_sha256": sha256(idx)}
+        entry |= {"pixels": asdict(pixels), "processor": processor()}
         for path in (tar, idx):
             path.replace(work / "shards" / path.name)
         write_json(Path(name) / "entry", entry)
-        (Path(name) / "entry").replace(_entry_path(piece, work))
+        (Path(name) / "entry").replace(_entry_path(planned, work))
     return entry
 
 
 def shard_image(data: bytes, resize: int, quality: int) -> tuple[bytes, np.ndarray]:
-    """An image as it is stored in a shard, upright RGB JPEG, shorter side at most `resize` pixels; and its pixels.
+    """An image as a shard stores it: upright RGB JPEG, shorter side at most `resize` pixels; and its pixels.
 
-    What is so already is passed through, byte for byte. Pixels are (H, W, 3) uint8, as they were before compression.
+    An image that is so already keeps its bytes. Pixels are (H, W, 3) uint8, as they were before compression.
     """
     pixels, as_it_is = upright_pixels(data)
     if as_it_is and min(pixels.shape[:2]) <= resize:
@@ -171,6 +195,7 @@ def shard_image(data: bytes, resize: int, quality: int) -> tuple[bytes, np.ndarr
 
 
 def prepare(work: Path, out: Path) -> None:
+    """Makes the folders of the work in progress; takes up `out` where a run was killed after the last step."""
     shards, entries = work / "shards", work / "entries"
     if out.exists() and not shards.exists() and entries.is_dir() and any(entries.iterdir()):
         out.rename(shards)  # killed after all was done
@@ -179,33 +204,36 @@ def prepare(work: Path, out: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def plan_split(rows: pd.DataFrame, work: Path, split: str, shard: Shard) -> list[Piece]:
+def plan_split(rows: pd.DataFrame, work: Path, split: str, shard: Shard) -> list[PlannedShard]:
+    """Shuffles the images of one split and writes its plan, a row group per shard."""
     # The key order does not depend on how rows arrived; the shuffle at writing mixes the classes.
     order = np.random.default_rng([shard.seed, SPLITS.index(split)]).permutation(len(rows))
     table = pa.Table.from_pandas(rows[list(COLUMNS)].sort_values("key").iloc[order], preserve_index=False)
     with replaced_file(work / "plan" / f"{split}.parquet") as aside:
         pq.write_table(table, aside, row_group_size=shard.images_per_shard)
-    return [Piece(split, number) for number in range(-(-len(rows) // shard.images_per_shard))]
+    return [PlannedShard(split, number) for number in range(-(-len(rows) // shard.images_per_shard))]
 
 
-def _rows_of(piece: Piece, work: Path) -> list[RawImage]:
-    with pq.ParquetFile(work / "plan" / f"{piece.split}.parquet") as plan:
-        columns = plan.read_row_group(piece.number, use_threads=False).to_pydict()
+def _rows_of(planned: PlannedShard, work: Path) -> list[RawImage]:
+    with pq.ParquetFile(work / "plan" / f"{planned.split}.parquet") as plan:
+        columns = plan.read_row_group(planned.number, use_threads=False).to_pydict()
     return [RawImage(*values) for values in zip(*(columns[name] for name in COLUMNS), strict=True)]
 
 
-def _finished(piece: Piece, work: Path) -> dict[str, Any] | None:
+def _finished(planned: PlannedShard, work: Path) -> dict[str, Any] | None:
     """The entry of a shard that an earlier run finished, on the same kind of processor, and that is whole."""
     try:
-        entry = json.loads(_entry_path(piece, work).read_text(encoding="utf-8"))
-        found = {f"{what}sha256": sha256(work / "shards" / f"{piece.name}.{suffix}") for what, suffix in FILES.items()}
+        entry = json.loads(_entry_path(planned, work).read_text(encoding="utf-8"))
+        found = {
+            f"{what}sha256": sha256(work / "shards" / f"{planned.name}.{suffix}") for what, suffix in FILES.items()
+        }
     except (FileNotFoundError, ValueError):  # a kill, or a disk that lost it
         return None
     return entry if entry == entry | found | {"processor": processor()} else None
 
 
-def _entry_path(piece: Piece, work: Path) -> Path:
-    return work / "entries" / f"{piece.name}.json"
+def _entry_path(planned: PlannedShard, work: Path) -> Path:
+    return work / "entries" / f"{planned.name}.json"
 
 
 def _write_tar(images: list[RawImage], path: Path, raw: Path, resize: int, quality: int) -> tuple[list[str], PixelSums]:

@@ -175,7 +175,7 @@ def gif_bomb() -> bytes:
 def test_bombs_are_known_by_their_header(bomb: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crash_safe_pool, "MOST_MEMORY", 2**28)
     data = bomb()
-    ((_, header),) = crash_safe_pool.each_apart(lambda data, _: read_header(data), deque([data]), 1)
+    ((_, header),) = crash_safe_pool.run_tasks(lambda data, _: read_header(data), deque([data]), 1)
     assert isinstance(header, Header)
     assert (header.width, header.height) == (60_000, 60_000)
     with pytest.raises(ValueError, match=f"60000x60000 is more than {MAX_PIXELS} pixels"):

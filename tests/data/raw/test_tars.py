@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.data.raw.tars import Member, members, raw_tars, read_at
-from stages.data.scanning import scan_tar
+from stages.data.raw.tars import RawFile, members, raw_tars, read_at
 from stages.runtime.command import StageError
+from tests.raw_tars import scan_tar
 
 
 def write(path: Path, *files: tuple[str, bytes], kind: bytes = tarfile.REGTYPE) -> Path:
@@ -50,7 +50,7 @@ def test_the_place_of_a_tar_says_what_its_members_are(
 
 
 def test_the_path_of_an_unlabelled_image_has_an_empty_class() -> None:
-    assert Member("train", "", "a.JPEG", 512, 9).path == "train//a.JPEG"
+    assert RawFile("train", "", "a.JPEG", 512, 9).path == "train//a.JPEG"
 
 
 @pytest.mark.parametrize("place", ["n01.tar", "fresh/n01.tar", "a/b/n01.tar", "unlabelled/n01.tar", "train-1.tar"])

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
-from stages.data.scanning import scan_tar
 from stages.data.shards.loading.crops import random_draws, windows
 from stages.data.shards.loading.order import epoch_order
 from stages.data.shards.loading.samples.dali import settings
@@ -26,9 +25,9 @@ from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.loading.samples.shard_sets import check_resize, pooled_statistics, read_index, shard_sets
 from stages.data.shards.loading.train_loading import TrainLoader
 from stages.data.shards.writing import write_shard_set
-from stages.data.sources.dispatch import Group, SourceFile
-from stages.data.sources.ingesting import write_tar
+from stages.data.sources.parts import Group, SourceFile
 from stages.runtime.command import StageError
+from tests.raw_tars import scan_tar, write_tar
 from tests.shard_batch import SHARD, jpeg
 
 

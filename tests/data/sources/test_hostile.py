@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from stages.data.sources import tars
-from stages.data.sources.dispatch import Group, SourceFile, read_source
-from stages.data.sources.ingesting import write_tar
+from stages.data.sources.dispatch import read_source
+from stages.data.sources.parts import Group, SourceFile
 from stages.runtime.command import StageError
 from tests.packing import contents, odd_tar, parquet, tar_bytes, write
+from tests.raw_tars import write_tar
 
 GIB = 2**30
 
