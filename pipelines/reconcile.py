@@ -1,11 +1,10 @@
-"""`python -m pipelines.reconcile`: what the registry says against what is in force; scheduled, once a minute.
+"""`python -m pipelines.reconcile`: promotes the version that a person chose, or refuses it; scheduled, once a minute.
 
-A person sets the alias `champion` in the MLflow UI. If the version's gate was passed and it answers as it did when it
-was registered, it comes into force: `serving`, which is what `make serve` loads. Otherwise `champion` goes back.
+A person sets the alias `champion` in the MLflow UI. If the version passed its gate and predicts as it did when it was
+registered, it comes into force: it gets `serving`, the alias that `make serve` loads. Otherwise `champion` goes back.
 """
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from pipelines import environment
 from pipelines.environment import ROOT
 from pipelines.notify import tell
 from pipelines.processes.flow_lock import BusyError, clear_after_kill, exclusive, folder
+from pipelines.processes.flow_run import run_flow, run_logged
 from pipelines.processes.stage_process import Stop, signals_to
-from pipelines.promotion.examination import examine, run_logged
+from pipelines.promotion.examination import examine
 from pipelines.promotion.promotion import Outcome, settle
 from stages.params.register import Register
 from stages.registry.client import is_server, reachable, tracking_uri
@@ -29,22 +29,20 @@ from prefect import flow, get_run_logger, runtime  # noqa: E402
 from prefect.artifacts import create_markdown_artifact  # noqa: E402
 from prefect.states import Cancelled, Completed, Failed, State  # noqa: E402
 
-from pipelines.reproduce import start_api  # noqa: E402
-
 NAME = "reconcile"
 
 
 @flow(name=NAME, persist_result=False)
 def reconcile() -> State[Any]:
-    """One look at the registry, and whatever follows from it."""
+    """Reads the registry once, and does what follows from it."""
     logger = get_run_logger()
     stop = Stop()
     try:
         clear_after_kill("retrain")
         name = load_section("register", Register).name
         with exclusive(NAME, str(runtime.flow_run.id)), signals_to(stop), reachable():
-            examined = partial(examine, run=partial(run_logged, stop=stop))
-            outcome = settle(name, examined, partial(_tell, name), ROOT)
+            examination = partial(examine, run=partial(run_logged, stop=stop))
+            outcome = settle(name, examination, partial(_tell, name), ROOT)
     except BusyError as error:
         return Completed(name="Skipped", message=str(error))
     except Exception as error:
@@ -68,7 +66,7 @@ def _tell(name: str, outcome: Outcome) -> None:
 
 
 def _tell_failure(message: str) -> None:
-    """Once, not every minute of a night: until a run succeeds, or another thing fails."""
+    """Notifies once, not every minute of a night; again after a run that succeeded, or when the error is another."""
     path = _failure_file()
     if not path.exists() or path.read_text(encoding="utf-8") != message:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,13 +82,7 @@ def main() -> None:
     """Exit code 0 if the registry is settled, or another run is at it; 130 if stopped, else 1."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     load_section("register", Register)  # a typing error should not cost Prefect's start first
-    start_api()
-    state = reconcile(return_state=True)
-    if state.is_completed():
-        print(state.message)
-        return
-    print(f"error: {state.message}", file=sys.stderr)
-    sys.exit(130 if state.is_cancelled() else 1)
+    print(run_flow(reconcile).message)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""One at a time: a lock of our own that dies with its holder, and whatever a killed holder left is cleared away.
+"""A lock per flow: one run at a time in a checkout, and what a killed run left behind is cleared away.
 
-Prefect's deployment concurrency keeps scheduled runs apart; this also keeps apart what is started by hand, and runs
-after one that was killed hard. Such a run leaves two things behind: stages that go on without it, and a flow run that
-reads `Running` for ever. Whoever takes the lock next ends the first and marks the second as crashed.
+Prefect's deployment concurrency separates scheduled runs only; the lock also separates runs that are started by hand.
+The kernel releases it when its holder dies. A killed run leaves two things behind: stages that go on without it, and a
+flow run that Prefect shows as `Running` for ever. The next holder ends the first and marks the second as crashed.
 """
 
-import fcntl
 import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,28 +19,30 @@ import psutil
 
 from pipelines.environment import ROOT
 from stages.runtime.command import StageError
+from stages.runtime.locks import lock
+from stages.runtime.processes import end_processes
 
 logger = logging.getLogger(__name__)
 
 MARK = "SYNSET_HOLDER"
-"""In the environment of every process that a holder starts, so that those it leaves behind are known."""
+"""Variable in the environment of every process that a holder starts; identifies those that it leaves behind."""
 PATIENCE = 5.0
-"""Seconds: who only clears away what a kill left (`reconcile`, every minute) has the lock for a moment, and because of
-that a nightly run must not be skipped."""
+"""Seconds to wait for the lock. `reconcile`, every minute, holds it for a moment to clear up after a kill; a nightly
+run must not be skipped because of that."""
 GRACE = 20.0
 """Seconds between SIGTERM and SIGKILL."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A flow run that held the lock, and the process it is of (by its start too: numbers are used again)."""
+    """A flow run that held the lock, and its process, known by number and start time: numbers are used again."""
 
     id: str
     pid: int
     started: float
 
     def process_lives(self) -> bool:
-        """Whether it may still tell Prefect itself how it ended."""
+        """Whether it can still tell Prefect itself how it ended."""
         try:
             process = psutil.Process(self.pid)
             return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
@@ -55,7 +55,7 @@ class BusyError(StageError):
 
 
 def folder(name: str, root: Path = ROOT) -> Path:
-    """Where `name` keeps its lock and whatever it remembers between runs."""
+    """Where the flow `name` keeps its lock and its memory between runs."""
     return root / ".synset" / name
 
 
@@ -64,8 +64,8 @@ def exclusive(name: str, flow_run_id: str = "", root: Path = ROOT, patience: flo
     """Holds the lock of `name` in this checkout.
 
     Args:
-        patience: how many seconds it waits for whoever holds the lock just now.
-        flow_run_id: of the Prefect run that holds it, to be marked as crashed should it be killed; empty outside one.
+        flow_run_id: the Prefect run that holds it, to be marked as crashed if it is killed; empty outside one.
+        patience: seconds to wait for another holder.
 
     Raises:
         BusyError: another process holds it.
@@ -74,7 +74,7 @@ def exclusive(name: str, flow_run_id: str = "", root: Path = ROOT, patience: flo
         _take(file, name, patience)
         mark = f"{name}:{root}"
         _end_leftovers(mark)
-        # Written before anything is told to Prefect: whoever is killed in between leaves it to the next.
+        # Written before Prefect is told: after a kill in between, the next holder finds it.
         own = [_Run(flow_run_id, os.getpid(), psutil.Process().create_time())] if flow_run_id else []
         runs = [*_runs(file), *own]
         _write(file, runs, holder=os.getpid())
@@ -87,11 +87,11 @@ def exclusive(name: str, flow_run_id: str = "", root: Path = ROOT, patience: flo
         finally:
             os.environ.pop(MARK) if before is None else os.environ.update({MARK: before})
             # Our own run stays in the list: it can still be killed before Prefect knows how it ended.
-            _write(file, runs)  # the end of the block is the lock's: closing the file releases it
+            _write(file, runs)  # closing the file releases the lock
 
 
 def at_work(name: str, root: Path = ROOT) -> bool:
-    """Whether somebody holds the lock just now. It is not touched: who wants it at this moment must get it."""
+    """Whether somebody holds the lock just now. Does not try it: a run that starts in this moment must get it."""
     path = folder(name, root) / "lock"
     if not path.exists():
         return False
@@ -102,7 +102,7 @@ def at_work(name: str, root: Path = ROOT) -> bool:
 def clear_after_kill(name: str, root: Path = ROOT) -> None:
     """Clears away what a killed holder of `name` left; does nothing while somebody holds the lock.
 
-    Called every minute: where nothing was left the lock is not touched, for who wants it at this moment must get it.
+    Called every minute. Where nothing was left the lock is not taken: a run that starts in this moment must get it.
     """
     path = folder(name, root) / "lock"
     if path.exists() and _left_something(path):
@@ -114,35 +114,24 @@ def clear_after_kill(name: str, root: Path = ROOT) -> None:
 
 
 def _left_something(path: Path) -> bool:
-    """Whether the last holder did not give the lock back, or Prefect may not know how a run ended."""
+    """Whether the last holder was killed, or Prefect may not know how a run ended."""
     with _opened(path) as file:
         return _read(file).get("pid") is not None or not all(run.process_lives() for run in _runs(file))
 
 
 def _opened(path: Path) -> IO[bytes]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Neither cut off nor appended to: what is in it is the last holder's word.
+    # Opened without truncation: it holds what the last holder wrote.
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
 
 
 def _take(file: IO[bytes], name: str, patience: float) -> None:
-    until = time.monotonic() + patience
-    while not _taken(file):
-        if time.monotonic() >= until:
-            holder = _read(file).get("pid", "unknown")
-            raise BusyError(f"another {name} is at work in this checkout (process {holder}); nothing was done")
-        time.sleep(0.1)
+    if not lock(file, patience):
+        holder = _read(file).get("pid", "unknown")
+        raise BusyError(f"another {name} is at work in this checkout (process {holder}); nothing was done")
 
 
-def _taken(file: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _runs(file: IO[bytes]) -> "list[_Run]":
+def _runs(file: IO[bytes]) -> list[_Run]:
     return [_Run(*run) for run in _read(file).get("runs", [])]
 
 
@@ -156,8 +145,8 @@ def _read(file: IO[bytes]) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _write(file: IO[bytes], runs: "list[_Run]", holder: int | None = None) -> None:
-    # One write over the old content, whose rest is cut off after it: a kill in between leaves a line that can be read.
+def _write(file: IO[bytes], runs: list[_Run], holder: int | None = None) -> None:
+    # One write over the old content, then truncation: a kill in between leaves a first line that can be read.
     file.seek(0)
     content = {"pid": holder, "runs": [[run.id, run.pid, run.started] for run in runs]}
     written = file.write(json.dumps(content).encode() + b"\n")
@@ -165,62 +154,22 @@ def _write(file: IO[bytes], runs: "list[_Run]", holder: int | None = None) -> No
 
 
 def _end_leftovers(mark: str) -> None:
-    left = [process for process in psutil.process_iter() if _marked(process, mark)]
-    if not left:
-        return
-    logger.warning("warning: ending %d processes that a killed run left behind", len(left))
-    for process in left:
-        _signal(process, "terminate")
-    _, alive = psutil.wait_procs(left, timeout=GRACE)
-    for process in alive:
-        _signal(process, "kill")
-    psutil.wait_procs(alive, timeout=GRACE)
+    if left := [process for process in psutil.process_iter() if _has_mark(process, mark)]:
+        logger.warning("warning: ending %d processes that a killed run left behind", len(left))
+        end_processes(left, GRACE)
 
 
-def _marked(process: psutil.Process, mark: str) -> bool:
+def _has_mark(process: psutil.Process, mark: str) -> bool:
     try:
         return process.pid != os.getpid() and process.environ().get(MARK) == mark
     except (psutil.Error, OSError):  # gone by now, or another user's
         return False
 
 
-def _signal(process: psutil.Process, how: str) -> None:
-    try:
-        getattr(process, how)()
-    except psutil.NoSuchProcess:
-        return
-
-
 def _marked_crashed(flow_run: str) -> bool:
-    """Marks a run that was killed; Prefect itself may never learn of its end. False: it has to be tried again."""
-    if not _in_reach_of_prefect():
+    """Marks a flow run as crashed in Prefect, which may never notice its end; False: it has to be tried again."""
+    if not (os.environ.get("PREFECT_API_URL") or "prefect" in sys.modules):
         return False
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-    from prefect.states import Crashed
+    from pipelines.processes.crashed_runs import mark_crashed
 
-    try:
-        with get_client(sync_client=True) as client:
-            state = client.read_flow_run(flow_run).state  # type: ignore[arg-type]  # it takes a string as well
-            if state is not None and not state.is_final():
-                # Not forced: it is Prefect's rules that give the deployment's concurrency slot back.
-                client.set_flow_run_state(flow_run, Crashed(message="killed; the next run cleared up after it"))
-                logger.warning("warning: the flow run %s was killed; marked as crashed", flow_run)
-    except ObjectNotFound:  # another server's, or deleted
-        return True
-    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-        logger.warning("warning: the flow run %s was killed; Prefect could not be told (%s)", flow_run, error)
-        return False
-    return True
-
-
-def _in_reach_of_prefect() -> bool:
-    """A server is named, or this is a flow run, whose API is up: starting one only for this takes half a minute."""
-    if os.environ.get("PREFECT_API_URL"):
-        return True
-    if "prefect" not in sys.modules:
-        return False
-    from prefect.context import FlowRunContext
-
-    return FlowRunContext.get() is not None
+    return mark_crashed(flow_run)

@@ -1,7 +1,6 @@
-"""Servers as child processes: which port, how each is started, when it answers, and an end that leaves nothing."""
+"""Servers as child processes: their ports, commands and health checks; stopping one ends all that it started."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import IO
 
 from stages.registry.client import artifact_root, tracking_uri
 from stages.runtime.command import StageError
+from stages.runtime.processes import end_group
 
 HOST = "127.0.0.1"
 MLFLOW_PORT = 5000
@@ -42,7 +42,7 @@ def mlflow_server(host: str, port: int) -> Service:
     """MLflow's server and UI over the local database."""
     uri = tracking_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    # Runs and models lie where the stages wrote them, beside the database: the server reads them there, it is no proxy.
+    # Artifacts lie beside the database, where the stages write them; clients read them there, not through the server.
     command += ["--backend-store-uri", uri, "--default-artifact-root", str(artifact_root(uri))]
     command += ["--uvicorn-opts", "--log-level warning"]  # not a line for every request
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
@@ -60,7 +60,7 @@ def prefect_server(host: str, port: int) -> Service:
 
 
 def reached_at(host: str) -> str:
-    """The address by which programs on this machine reach a server that listens on `host`."""
+    """The address at which programs on this machine reach a server that listens on `host`."""
     return HOST if host in ("0.0.0.0", "::", "") else host
 
 
@@ -93,8 +93,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
-def start(service: Service, output: IO[bytes] | int) -> "subprocess.Popen[bytes]":
-    """Starts it in a session of its own: Ctrl-C reaches this process alone, which then stops it and all its workers."""
+def start(service: Service, output: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    """Starts it in a session of its own: Ctrl-C reaches only this process, which then stops it and all its workers."""
     return subprocess.Popen(
         service.command,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **service.environment},
@@ -106,7 +106,7 @@ def start(service: Service, output: IO[bytes] | int) -> "subprocess.Popen[bytes]
 
 
 def answers(url: str) -> bool:
-    """Whether a server answers there, be it with an error: asking for a password it is there as well."""
+    """Whether a server answers at a URL; one that asks for a password counts too."""
     try:
         with urllib.request.urlopen(url, timeout=2):
             return True
@@ -117,12 +117,12 @@ def answers(url: str) -> bool:
 
 
 def wait_until_ready(
-    service: Service, process: "subprocess.Popen[bytes]", log: str, stopped: Callable[[], bool] = lambda: False
+    service: Service, process: subprocess.Popen[bytes], log: str, stopped: Callable[[], bool] = lambda: False
 ) -> None:
-    """Returns when the service answers, or `stopped` says that nobody waits for it any more.
+    """Returns when the service answers, or when `stopped` returns True.
 
     Raises:
-        StageError: it ended, or did not answer in time; `log` is where its own words are.
+        StageError: it ended, or did not answer in time; the message names `log`, its output.
     """
     until = time.monotonic() + START_WITHIN
     while time.monotonic() < until and not stopped():
@@ -135,30 +135,9 @@ def wait_until_ready(
         raise StageError(f"the {service.name} server did not answer within {START_WITHIN:.0f} s; see {log}")
 
 
-def stop(process: "subprocess.Popen[bytes]", grace: float = GRACE) -> None:
-    """Ends a process that `start` started, and then whatever of its group is left.
+def stop(process: subprocess.Popen[bytes], grace: float = GRACE) -> None:
+    """Ends a process that `start` started, and then whatever is left of its group.
 
-    SIGTERM goes to it alone first: it may have its own way of ending those that it started.
+    SIGTERM goes to the process alone first, for `grace` seconds: it may have its own way of ending its children.
     """
-    if grace and process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(grace)
-    for number, seconds in ((signal.SIGTERM, min(grace, GRACE)), (signal.SIGKILL, GRACE)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        if _group_ended(process, seconds):
-            return
-
-
-def _group_ended(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
-    until = time.monotonic() + seconds
-    while True:
-        process.poll()  # reaps the leader: a zombie would keep the group alive
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return True
-        if time.monotonic() >= until:
-            return False
-        time.sleep(0.05)
+    end_group(process.pid, process.poll, min(grace, GRACE), leader_grace=grace)

@@ -8,9 +8,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from stages.runtime.processes import end_group
 
 logger = logging.getLogger(__name__)
 
@@ -20,26 +22,29 @@ _POLL = 0.1
 
 
 class Stop:
-    """Whether the flow is to stop: asked by a signal, or by `also`, looked at every few seconds.
+    """Whether the flow is to stop: because of a signal, or because `also` returned True.
 
-    Where `also` fails, that is said once, and it is looked at again: a training must not end with whom it asks.
+    Args:
+        also: another reason to stop. If it raises, that is logged once, and it is called again later: a training must
+            not end because the server that it asks is gone.
+        every: seconds between two calls of `also`.
     """
 
     def __init__(self, also: Callable[[], bool] | None = None, every: float = 5.0) -> None:
         self._also, self._every = also, every
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
         self._failed = False
         self.reason: str | None = None
 
     def asked(self) -> bool:
         """True from the first request on."""
-        if self.reason is None and self._also and time.monotonic() - self._looked >= self._every:
-            if self._look(self._also):
+        if self.reason is None and self._also and time.monotonic() - self._checked >= self._every:
+            if self._check(self._also):
                 self.reason = "cancelled in Prefect"
-            self._looked = time.monotonic()
+            self._checked = time.monotonic()
         return self.reason is not None
 
-    def _look(self, also: Callable[[], bool]) -> bool:
+    def _check(self, also: Callable[[], bool]) -> bool:
         try:
             return also()
         except Exception as error:
@@ -49,7 +54,7 @@ class Stop:
             return False
 
     def on_signal(self, number: int, _frame: object) -> None:
-        """The first signal asks; a second one, from somebody who cannot wait, interrupts whatever is being done."""
+        """The first signal asks to stop; a second one raises KeyboardInterrupt at once."""
         if self.reason is not None:
             raise KeyboardInterrupt
         self.reason = f"stopped by {signal.Signals(number).name}"
@@ -57,7 +62,7 @@ class Stop:
 
 @contextmanager
 def signals_to(stop: Stop) -> Iterator[None]:
-    """SIGINT and SIGTERM ask `stop` while this is open; in a thread other than the main one nothing changes."""
+    """SIGINT and SIGTERM go to `stop` while this is open; outside the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -83,11 +88,11 @@ def run_streamed(
     Args:
         cwd: where it runs; default: here.
         env: its whole environment; default: this process's.
-        pass_fds: open files that it holds too, by number.
+        pass_fds: descriptors of open files that it inherits.
 
     Returns:
-        Its exit code, negative for a signal. Whatever of the group is left then, or when `stop` is asked, gets SIGTERM,
-        and SIGKILL `grace` seconds later, or at once with a second signal.
+        Its exit code, negative for a signal. When it has ended, or `stop` is asked, what is left of its group gets
+        SIGTERM, and SIGKILL `grace` seconds later, or at once with a second signal.
     """
     process = subprocess.Popen(
         command,
@@ -105,36 +110,13 @@ def run_streamed(
     try:
         while process.poll() is None and not stop.asked():
             time.sleep(_POLL)
-        _end_group(process, grace)
+        end_group(process.pid, process.poll, grace)
     except BaseException:  # the second signal, most likely
-        _end_group(process, grace=0)
+        end_group(process.pid, process.poll, grace=0)
         raise
     finally:
         reader.join(timeout=5)
     return process.wait()
-
-
-def _end_group(process: "subprocess.Popen[bytes]", grace: float) -> None:
-    deadline = time.monotonic() + grace
-    sent = None
-    while _group_lives(process):
-        wanted = signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL
-        if wanted != sent:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, wanted)
-            sent = wanted
-        if time.monotonic() > deadline + 5:
-            return  # nothing survives SIGKILL but what waits for a disk, or a zombie that nobody reaps
-        time.sleep(_POLL)
-
-
-def _group_lives(process: "subprocess.Popen[bytes]") -> bool:
-    process.poll()  # reaps the leader: a zombie would keep the group alive
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _pass_on(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
@@ -144,7 +126,7 @@ def _pass_on(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
 
 
 def split_lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Lines as a terminal would show them in the end: of a progress bar that redraws itself, only the last state."""
+    """Lines as a terminal finally shows them: a progress bar that redraws itself gives only its last state."""
     decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
     rest = ""
     for chunk in chunks:

@@ -1,14 +1,13 @@
-"""Commands that flows run with their output in the flow's log; first of all `python -m stages.examine`."""
+"""The examination of a registered version by `python -m stages.examine`, which loads it in a process of its own."""
 
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.processes.flow_lock import folder
-from pipelines.processes.stage_process import Stop, run_streamed
 from stages.registry.versions import Version
 from stages.runtime.command import StageError
 
@@ -22,33 +21,6 @@ class Examination:
     gate: str
     """Its verdict against the version in force now; that of its registration where that still holds."""
     reasons: tuple[str, ...]
-
-
-def run_logged(
-    command: Sequence[str], stop: Stop, cwd: Path | None = None, env: Mapping[str, str] | None = None
-) -> list[str]:
-    """Runs a command from within a flow, as `run_streamed` does; returns its lines.
-
-    Raises:
-        StageError: it failed, with its own last error; or it was stopped.
-    """
-    from prefect import get_run_logger
-
-    from pipelines.reproduce import last_error
-
-    logger = get_run_logger()
-    lines: list[str] = []
-
-    def on_line(line: str) -> None:
-        logger.info(line)
-        lines.append(line)
-
-    code = run_streamed(command, on_line, stop, cwd=cwd, env=env)
-    if stop.asked():
-        raise StageError(str(stop.reason))
-    if code:
-        raise StageError(last_error(lines))
-    return lines
 
 
 def examine(version: Version, against: str, run: Callable[[Sequence[str]], object]) -> Examination:

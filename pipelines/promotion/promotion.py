@@ -16,11 +16,12 @@ from typing import Any
 
 from pipelines.promotion.examination import Examination
 from pipelines.promotion.history import Promotion, one_line, promotions, with_promotion
-from pipelines.retrain.worktree import GitError, commit_of, git
+from pipelines.retrain.worktree import commit_of
 from stages.registry import versions
 from stages.registry.tags import UNFINISHED
 from stages.registry.versions import Version
 from stages.runtime.command import StageError
+from stages.runtime.git import GitError, git
 
 CHAMPION, SERVING, PREVIOUS = "champion", "serving", "previous"
 PROMOTING = "promoting"

@@ -11,20 +11,11 @@ from typing import Any
 import yaml
 
 from pipelines.retrain.batch_list import batches, lock_of, merge, merge_lock
-from pipelines.retrain.worktree import (
-    checked_out,
-    commit_all,
-    commit_of,
-    contains,
-    git,
-    open_tree,
-    record,
-    text_at,
-    trailer,
-)
+from pipelines.retrain.worktree import checked_out, commit_all, commit_of, contains, open_tree, record, text_at, trailer
 from stages.params.retrain import Retrain
 from stages.runtime.command import StageError
 from stages.runtime.files import write_text
+from stages.runtime.git import git
 from stages.runtime.params_file import check
 
 PARAMS, LOCK = "params.yaml", "dvc.lock"

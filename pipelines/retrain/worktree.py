@@ -1,64 +1,26 @@
-"""A git worktree of a flow's own, so that nobody's checkout is touched; it shares the checkout's DVC cache.
+"""A git worktree for a flow, so that nobody's checkout is touched; it shares the checkout's DVC cache.
 
-Whoever works in one holds the flow's lock, so every lock file found there is of a process that was killed.
-git is called without the hooks of this machine and without anything that goes on in the background.
+A flow works in it only while it holds its flow lock, so every lock file found there was left by a killed process.
 """
 
 import configparser
-import os
 import re
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
-from stages.runtime.command import StageError
+from dvc.dirs import global_config_dir, system_config_dir
 
-QUIETLY = [
-    *("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false"),
-    *("-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "merge.conflictStyle=merge"),
-]
-NOBODY = ("-c", "user.name=Synset", "-c", "user.email=synset@localhost")
-"""Who commits on a machine where git does not know its user."""
+from stages.runtime.command import StageError
+from stages.runtime.git import IDENTITY, GitError, git, git_code
+
 # What DVC resolves against the folder of its config file (dvc.config.Config._map_dirs).
 _PATHS = (
     *("url", "credentialpath", "configpath", "keyfile", "cert_path", "key_path"),
     *("gdrive_user_credentials_file", "gdrive_service_account_json_file_path"),
 )
-# Set by git for its hooks: a flow that is started from one must not work in that repository's index.
-_OF_HOOKS = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"}
 _FOREIGN_LOCK = 3.0
 """Seconds that a lock of the repository, which others use too, may live before it counts as left by a kill."""
-
-
-class GitError(StageError):
-    """git ended with an error; the message is its own."""
-
-
-def git(folder: Path, *arguments: str, ok: tuple[int, ...] = (0,)) -> str:
-    """What `git` prints in `folder`, which must be the root of a checkout: git may not climb to one above it.
-
-    Raises:
-        GitError: its exit code is not in `ok`.
-    """
-    return git_code(folder, *arguments, ok=ok)[1]
-
-
-def git_code(folder: Path, *arguments: str, ok: tuple[int, ...] = (0, 1)) -> tuple[int, str]:
-    """Exit code of `git` and what it printed."""
-    kept = {name: value for name, value in os.environ.items() if name not in _OF_HOOKS}
-    own = {"GIT_CEILING_DIRECTORIES": str(folder.parent), "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
-    command = ["git", *QUIETLY, *arguments]
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=kept | own, capture_output=True, encoding="utf-8", errors="replace", check=False
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        raise GitError(f"git is not installed, or there is no folder {folder}") from None
-    if done.returncode not in ok:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise GitError(f"`git {arguments[0]}` failed in {folder}: {said or f'exit code {done.returncode}'}")
-    return done.returncode, done.stdout.rstrip("\n")
 
 
 # ------------------------------------------------------------------------------------------------------ what is there
@@ -174,8 +136,6 @@ def connect(root: Path, tree: Path) -> None:
 
 def cache_folder(root: Path) -> Path:
     """The DVC cache of the checkout, as `dvc cache dir` gives it, but in no time."""
-    from dvc.dirs import global_config_dir, system_config_dir
-
     files = [Path(folder, "config") for folder in (system_config_dir(), global_config_dir())]
     folder = root / ".dvc/cache"
     for path in (*files, root / ".dvc/config", root / ".dvc/config.local"):
@@ -222,19 +182,10 @@ def commit_all(tree: Path, paths: list[str], message: str) -> str:
 
 
 def record(tree: Path, message: str, *arguments: str) -> str:
-    """`git commit`, under a name of our own where git knows none; returns the commit."""
+    """`git commit`, under our own name where git knows no user; returns the commit."""
     known = git_code(tree, "var", "GIT_COMMITTER_IDENT", ok=(0, 1, 128))[0] == 0
-    git(
-        tree,
-        *(() if known else NOBODY),
-        "commit",
-        "--quiet",
-        "--no-verify",
-        "--cleanup=verbatim",
-        "-m",
-        message,
-        *arguments,
-    )
+    options = ["--quiet", "--no-verify", "--cleanup=verbatim", "-m", message]
+    git(tree, "commit", *options, *arguments, env={} if known else IDENTITY)
     return commit_of(tree, "HEAD")
 
 

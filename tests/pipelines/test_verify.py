@@ -14,13 +14,14 @@ import pytest
 from pipelines import verify
 from pipelines.processes.stage_process import Stop, run_streamed
 from pipelines.reproduce import last_error
-from pipelines.retrain.worktree import git, open_tree, record
+from pipelines.retrain.worktree import open_tree, record
 from pipelines.verify import Finding, choose, different_figures
 from stages.registry import logged_models, versions
 from stages.registry.client import open_client
 from stages.registry.versions import Version
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
+from stages.runtime.git import git
 from tests.workspace import Workspace
 
 NAME = "synset-sample"

@@ -25,9 +25,10 @@ from pipelines.retrain.batch_list import batches
 from pipelines.retrain.deliveries import remembered
 from pipelines.retrain.due import drifted, due, new_images, not_due
 from pipelines.retrain.report import Report
-from pipelines.retrain.worktree import commit_of, git, text_at
+from pipelines.retrain.worktree import commit_of, text_at
 from stages.params.retrain import Retrain
 from stages.registry.versions import Version
+from stages.runtime.git import git
 from tests.closure import ROOT
 
 # ------------------------------------------------------------------------------------------------ without any process

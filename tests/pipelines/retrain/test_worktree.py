@@ -22,14 +22,12 @@ from pipelines.retrain.branch import (
     write_params,
 )
 from pipelines.retrain.worktree import (
-    GitError,
     check_root,
     checked_out,
     commit_of,
     connect,
     contains,
     default_remote,
-    git,
     is_tree,
     move_branch,
     open_tree,
@@ -38,6 +36,7 @@ from pipelines.retrain.worktree import (
 )
 from stages.params.retrain import Retrain
 from stages.runtime.command import StageError
+from stages.runtime.git import GitError, git
 from tests.closure import ROOT
 
 SETTINGS = Retrain()

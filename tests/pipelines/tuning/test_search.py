@@ -16,7 +16,7 @@ import optuna
 import pytest
 import yaml
 
-from pipelines import tune as tuning
+from pipelines.tuning import search as tuning
 from stages.params.finetune import Finetune
 from stages.params.tune import Tune
 from stages.runtime.command import StageError
@@ -156,9 +156,9 @@ def test_a_search_whose_trials_all_fail_stops_and_says_why(place: Path) -> None:
 def worker(place: Path, trials: int, seconds: float, wait_for: str = "") -> "subprocess.Popen[str]":
     """Another worker of the same study, as in another terminal; its trials wait for the lock of that file."""
     code = (
-        "import sys; from pipelines import tune; from stages.runtime.command import run\n"
-        f"wanted = tune._tune({trials}, None)\n"
-        "run(lambda: tune.search(wanted, (sys.executable, 'stand_in.py')))"
+        "import sys; from pipelines.tune import tune_section; from pipelines.tuning.search import search\n"
+        f"from stages.runtime.command import run\nwanted = tune_section({trials}, None)\n"
+        "run(lambda: search(wanted, (sys.executable, 'stand_in.py')))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SECONDS_AN_EPOCH": str(seconds), "WAIT_FOR": wait_for}
     return subprocess.Popen(
