@@ -24,15 +24,16 @@ from pipelines.processes.flow_run import stage_names
 from pipelines.retrain.worktree import commit_of, default_remote, open_tree, text_at
 from stages.registry import artifacts, versions
 from stages.registry.runs import flatten
+from stages.registry.tags import DIRTY, MACHINE, SERVING, VERIFY, VERIFY_DETAIL
 from stages.registry.versions import Version
+from stages.runtime import layout
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
 from stages.runtime.git import git
 
 NAME = "verify"
 REPRODUCED, DIFFERS, NOT_COMPARABLE = "reproduced", "differs", "not comparable"
-WEIGHTS = Path("models/finetuned/model.safetensors")
-METRICS = Path("reports/metrics.json")
+WEIGHTS = layout.FINETUNED / layout.WEIGHTS
 LOCK = "requirements.lock"
 _OTHERS = ("PYTHONPATH", "SYNSET_PARAMS", "SYNSET_UNFINISHED", "MLFLOW_TRACKING_URI", "VIRTUAL_ENV")
 """Variables of this environment that would lead the stages away from the commit."""
@@ -70,7 +71,7 @@ def choose(name: str, number: int | None, root: Path = ROOT) -> Version:
     """
     found = versions.list_versions(name)
     if number is None:
-        wanted = [*(version for version in found if "serving" in version.aliases), *found]
+        wanted = [*(version for version in found if SERVING in version.aliases), *found]
     else:
         wanted = [version for version in found if version.number == number]
     if not wanted:
@@ -82,7 +83,7 @@ def choose(name: str, number: int | None, root: Path = ROOT) -> Version:
         raise StageError(f"{what}: retraining has not committed it yet")
     if not version.commit or not version.sha256:
         raise StageError(f"{what}: it names no commit. A version does that was registered in a git checkout")
-    if "git.dirty" in version.tags:
+    if DIRTY in version.tags:
         raise StageError(
             f"{what}: it was made with uncommitted changes (git.dirty), so its commit {version.commit[:12]} does not "
             f"give it again. Commit before `make repro`, and the next version can be"
@@ -95,7 +96,7 @@ def choose(name: str, number: int | None, root: Path = ROOT) -> Version:
 def record(version: Version, finding: Finding) -> None:
     """Tags the version with result, date and detail."""
     today = datetime.now(UTC).date().isoformat()
-    versions.set_tags(version, {"verify": f"{finding.result} {today}", "verify.detail": finding.detail})
+    versions.set_tags(version, {VERIFY: f"{finding.result} {today}", VERIFY_DETAIL: finding.detail})
 
 
 def derive(version: Version, command: Command) -> Finding:
@@ -137,7 +138,7 @@ def _weights_in_registry(version: Version) -> str:
 
 def _recorded(version: Version, into: Path) -> dict[str, Path]:
     """Files that its registration logged, as far as they are still there."""
-    found = {name: artifacts.download(version.run_id, name, into) for name in ("dvc.lock", METRICS.as_posix())}
+    found = {name: artifacts.download(version.run_id, name, into) for name in ("dvc.lock", layout.METRICS.as_posix())}
     return {name: path for name, path in found.items() if path}
 
 
@@ -189,8 +190,8 @@ def _compared(version: Version, tree: Path, recorded: Mapping[str, Path], machin
     differences = []
     if (made := sha256(tree / WEIGHTS)) != version.sha256:
         differences.append(f"weights {made[:12]} instead of {version.sha256[:12]}")
-    before = recorded.get(METRICS.as_posix())
-    if before and (figures := different_figures(_json(before), _json(tree / METRICS))):
+    before = recorded.get(layout.METRICS.as_posix())
+    if before and (figures := different_figures(_json(before), _json(tree / layout.METRICS))):
         differences.append(f"figures {', '.join(figures[:5])}{', ...' if len(figures) > 5 else ''}")
     if not differences:
         figures_too = "the same weights and figures" if before else "the same weights; no figures are recorded"
@@ -199,7 +200,7 @@ def _compared(version: Version, tree: Path, recorded: Mapping[str, Path], machin
     kind, others = json.loads(machine()[-1])
     if others:
         return Finding(NOT_COMPARABLE, f"{found}; installed here are other versions than {', '.join(others)}")
-    if (then := version.tags.get("machine", "")) != kind:
+    if (then := version.tags.get(MACHINE, "")) != kind:
         return Finding(NOT_COMPARABLE, f"{found}; it was trained on {then or 'an unknown machine'}, this is {kind}")
     return Finding(DIFFERS, f"{found}, on the same kind of machine ({kind})")
 

@@ -21,7 +21,6 @@ from prefect.client.schemas import filters  # noqa: E402
 from prefect.client.schemas.objects import (  # noqa: E402
     ConcurrencyLimitConfig,
     ConcurrencyLimitStrategy,
-    FlowRun,
     StateType,
 )
 from prefect.client.schemas.schedules import CronSchedule  # noqa: E402
@@ -127,7 +126,7 @@ def put_in_order(flows: Sequence[str]) -> None:
                 client.delete_flow_run(each.id)
 
 
-def _runs(client: SyncPrefectClient, flow: str, *states: StateType) -> list[FlowRun]:
+def _runs(client: SyncPrefectClient, flow: str, *states: StateType) -> list[Any]:
     return list(
         client.read_flow_runs(
             flow_filter=filters.FlowFilter(name=filters.FlowFilterName(any_=[flow])),

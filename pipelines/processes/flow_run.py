@@ -51,14 +51,14 @@ def _cancelled_in_prefect() -> bool:
     return state is not None and (state.is_cancelling() or state.is_cancelled())
 
 
-def run_flow(flow: "Flow[..., Any]", *arguments: Any) -> State[Any]:
+def run_flow(flow: Flow[..., State[Any]], *arguments: Any) -> State[Any]:
     """Runs a flow from a command; returns its last state, which is Completed.
 
     Raises:
         SystemExit: it did not complete. Its message is printed; the code is 130 if it was stopped, else 1.
     """
     _start_api()
-    state: State[Any] = flow(*arguments, return_state=True)
+    state = flow(*arguments, return_state=True)
     if not state.is_completed():
         print(f"error: {state.message}", file=sys.stderr)
         sys.exit(130 if state.is_cancelled() else 1)

@@ -17,14 +17,14 @@ class Examination:
     """What `python -m stages.examine` found."""
 
     sound: bool
-    """The weights are those that were registered, and answer as they did then."""
+    """The weights are those that were registered, and predict as they did then."""
     gate: str
     """Its verdict against the version in force now; that of its registration where that still holds."""
     reasons: tuple[str, ...]
 
 
 def examine(version: Version, against: str, run: Callable[[Sequence[str]], object]) -> Examination:
-    """Looks at a registered version in a process of its own, which loads it.
+    """Examines a registered version in a process of its own, which loads it.
 
     Args:
         against: what its gate must have been taken against: a version's number, or `none`; empty for no gate.
@@ -34,13 +34,13 @@ def examine(version: Version, against: str, run: Callable[[Sequence[str]], objec
         StageError: the examination itself could not be done.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        found = Path(temporary, "found.json")
-        command = [sys.executable, "-m", "stages.examine", version.name, str(version.number), "--json", str(found)]
+        result = Path(temporary, "result.json")
+        command = [sys.executable, "-m", "stages.examine", version.name, str(version.number), "--json", str(result)]
         try:
-            # The newest version's data is where it was trained, and not yet in this checkout.
+            # The newest version's data is in the tree where it was trained, not in this checkout.
             data = ["--data", str(folder("retrain") / "tree")]
             run([*command, *(["--against", against, *data] if against else [])])
         except StageError as error:
             raise StageError(f"version {version.number} was not examined: {error}") from error
-        content = json.loads(found.read_text(encoding="utf-8"))
+        content = json.loads(result.read_text(encoding="utf-8"))
     return Examination(content["sound"], content["gate"], tuple(content["reasons"]))

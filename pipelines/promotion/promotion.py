@@ -1,10 +1,9 @@
-"""What is in force, and what a person wishes: the alias `serving` follows `champion`, or `champion` goes back to it.
+"""Promotion: the alias `serving` (in force) follows `champion` (a person's wish), or `champion` is set back to it.
 
-`settle` may die anywhere. Its one write that decides anything is that of the alias `serving`. Before that write a
-version carries the tag `promoting`, a journal of what is about to happen; what comes after it is made from the journal,
-which is the last to go. So the next look finds one of three things: no journal, and it judges; a journal on a version
-that is not in force, and it takes back what was begun; a journal on the version in force, and it completes the rest.
-Each step may be repeated.
+`settle` may be killed anywhere. Its one decisive write is the alias `serving`. Before it, the version gets the tag
+`promoting`, a journal of what is about to happen; everything after it is derived from the journal, which is removed
+last. So the next run finds one of three states: no journal: it judges; a journal on a version that is not in force: it
+takes back what was begun; a journal on the version in force: it completes the rest. Each step may be repeated.
 """
 
 import json
@@ -18,25 +17,34 @@ from pipelines.promotion.examination import Examination
 from pipelines.promotion.history import Promotion, one_line, promotions, with_promotion
 from pipelines.retrain.worktree import commit_of
 from stages.registry import versions
-from stages.registry.tags import UNFINISHED
+from stages.registry.tags import (
+    APPROVED_BY,
+    CHAMPION,
+    GATE,
+    GATE_AGAINST,
+    NO_VERSION,
+    OVERRIDE,
+    PREVIOUS,
+    PROMOTED,
+    PROMOTING,
+    REFUSED,
+    RETRACTED,
+    SERVING,
+    UNFINISHED,
+)
 from stages.registry.versions import Version
 from stages.runtime.command import StageError
 from stages.runtime.git import GitError, git
 
-CHAMPION, SERVING, PREVIOUS = "champion", "serving", "previous"
-PROMOTING = "promoting"
-"""The journal of a promotion, while it lasts: a tag of the version, JSON."""
-PROMOTED, REFUSED = "promoted", "promotion.refused"
-APPROVED_BY, OVERRIDE, RETRACTED = "approved_by", "override", "retracted"
 GIT_TAG = "champion"
 _DECISIVE = (OVERRIDE, RETRACTED, UNFINISHED)
 """Tags that others may set while a version is examined, and that change the verdict."""
-_LOOKS = 10
+_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
-class Registry:
-    """The versions of a model as one look at the registry found them."""
+class RegistrySnapshot:
+    """The versions of a model at one moment."""
 
     name: str
     versions: tuple[Version, ...]
@@ -46,7 +54,7 @@ class Registry:
         return next((version for version in self.versions if alias in version.aliases), None)
 
     def decisive(self) -> tuple[Any, ...]:
-        """What a judgement rests on: where it changed, judge again."""
+        """What a judgement rests on: if it changes, the judgement is void."""
         champion, serving = self.at(CHAMPION), self.at(SERVING)
         return (
             champion and (champion.number, [champion.tags.get(tag) for tag in _DECISIVE]),
@@ -56,7 +64,7 @@ class Registry:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a look led to."""
+    """The result of `settle`."""
 
     kind: str
     """`unchanged`, `promoted`, `refused` or `put back`."""
@@ -66,7 +74,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Journal:
-    """What a promotion is about to do; the versions are numbers."""
+    """What a promotion is about to do, with versions by number."""
 
     when: str
     instead_of: int | None
@@ -76,45 +84,45 @@ class _Journal:
 
 
 Examine = Callable[[Version, str], Examination]
-"""A version, and what its gate must have been taken against: a version's number, `none`, or empty for no gate."""
+"""Examines a version; its gate must be taken against a version's number, `none`, or, if empty, not at all."""
 Tell = Callable[[Outcome], None]
 
 
-def look(name: str) -> Registry:
+def read_registry(name: str) -> RegistrySnapshot:
     """The registry as it is now."""
-    return Registry(name, tuple(versions.list_versions(name)))
+    return RegistrySnapshot(name, tuple(versions.list_versions(name)))
 
 
 def settle(name: str, examine: Examine, tell: Tell, root: Path) -> Outcome:
-    """Puts the person's champion in force, or puts `champion` back; or completes what a killed run had begun.
+    """Puts `champion` in force, or sets that alias back; or completes what a killed run had begun.
 
     Args:
-        tell: is called with every outcome but `unchanged`; twice, where a run is killed right after it.
-        root: the repository whose tag `champion` follows.
+        tell: is called with every outcome except `unchanged`; twice if a run is killed right after it.
+        root: the repository in which the git tag `champion` is set.
 
     Raises:
         StageError: the examination could not be done, somebody keeps moving the aliases, or the version in force was
-            deleted, and nobody wishes for another.
+            deleted and no other one is `champion`.
     """
-    for _ in range(_LOOKS):
-        registry = look(name)
+    for _ in range(_ATTEMPTS):
+        registry = read_registry(name)
         if (begun := _journalled(registry)) is not None:
             if (journal := _journal(begun)) is None:
-                versions.delete_tag(begun, PROMOTING)  # not ours: it says nothing of what was begun
+                versions.delete_tag(begun, PROMOTING)  # not ours: nothing was begun
             elif begun == registry.at(SERVING):
                 return _complete(begun, journal, tell, root)
             else:
                 _take_back(registry, begun, journal)
         elif _set_by_hand(registry):
             _undo(registry, tell)
-        elif outcome := _settle(registry, examine, tell, root):
+        elif outcome := _judge(registry, examine, tell, root):
             return outcome
-        # Otherwise the registry is no longer what it was when we looked.
+        # Otherwise the registry has changed since it was read.
     raise StageError(f"{name}: its aliases change all the time; the next run looks again")
 
 
-def _settle(registry: Registry, examine: Examine, tell: Tell, root: Path) -> Outcome | None:
-    """None where something changed meanwhile: judge again."""
+def _judge(registry: RegistrySnapshot, examine: Examine, tell: Tell, root: Path) -> Outcome | None:
+    """None where something changed meanwhile: it must be judged again."""
     champion, serving = registry.at(CHAMPION), registry.at(SERVING)
     if champion == serving:
         return _keep(registry, tell, root)
@@ -123,8 +131,8 @@ def _settle(registry: Registry, examine: Examine, tell: Tell, root: Path) -> Out
     verdict, reason = "", _refusal(champion, serving)
     if reason is None:
         verdict, reason = _verdict(champion, serving, examine)
-        # That took a while, in which somebody may have clicked, or signed: what they wrote is part of the promotion.
-        before, registry = registry, look(registry.name)
+        # Meanwhile somebody may have set an alias or a tag, which is part of the promotion.
+        before, registry = registry, read_registry(registry.name)
         if registry.decisive() != before.decisive():
             return None
     champion = registry.at(CHAMPION)
@@ -134,7 +142,7 @@ def _settle(registry: Registry, examine: Examine, tell: Tell, root: Path) -> Out
     return _promote(registry, champion, verdict, tell, root)
 
 
-def _keep(registry: Registry, tell: Tell, root: Path) -> Outcome:
+def _keep(registry: RegistrySnapshot, tell: Tell, root: Path) -> Outcome:
     name, serving = registry.name, registry.at(SERVING)
     if serving is None:
         _refuse_if_deleted(registry)
@@ -145,8 +153,8 @@ def _keep(registry: Registry, tell: Tell, root: Path) -> Outcome:
     return Outcome("unchanged", f"{name}: version {serving.number} is in force, as it should be", serving.number)
 
 
-def _refuse_if_deleted(registry: Registry) -> None:
-    """Raises StageError where the version in force was deleted: with it went its aliases, and so what would say it."""
+def _refuse_if_deleted(registry: RegistrySnapshot) -> None:
+    """Raises StageError where the version in force was deleted: its aliases are gone too, only the table knows it."""
     last = _last_promotion(registry)
     if last and last.version not in {version.number for version in registry.versions}:
         raise StageError(
@@ -155,20 +163,20 @@ def _refuse_if_deleted(registry: Registry) -> None:
         )
 
 
-def _set_by_hand(registry: Registry) -> bool:
-    """Whether somebody else than `_promote` has set `serving`: then nobody has judged that version."""
+def _set_by_hand(registry: RegistrySnapshot) -> bool:
+    """Whether `serving` was set by anybody else than `_promote`: then that version was never judged."""
     serving, last = registry.at(SERVING), _last_promotion(registry)
     if serving is None or serving == _promoted_last(registry):
         return False
-    # Its own tag too: a description that is too long takes no more lines.
+    # Its own tag counts too: a description that is too long takes no more lines.
     return serving.tags.get(PROMOTED, "") < last.when if last else PROMOTED not in serving.tags
 
 
-def _undo(registry: Registry, tell: Tell) -> None:
-    """What was in force before is so again. A champion is judged after that, as any other."""
+def _undo(registry: RegistrySnapshot, tell: Tell) -> None:
+    """Puts the version that was in force before in force again. A champion is judged after that, like any other."""
     serving, before = registry.at(SERVING), _promoted_last(registry)
     assert serving is not None
-    if not _still(registry):
+    if not _is_unchanged(registry):
         return
     if before:
         versions.set_alias(before, SERVING)
@@ -181,21 +189,21 @@ def _undo(registry: Registry, tell: Tell) -> None:
     tell(Outcome("put back", message, serving.number))
 
 
-def _promoted_last(registry: Registry) -> Version | None:
-    """By the table; where that version was deleted, the one before it."""
+def _promoted_last(registry: RegistrySnapshot) -> Version | None:
+    """The version promoted last, by the table; if it was deleted, the one before it."""
     last, previous = _last_promotion(registry), registry.at(PREVIOUS)
     found = next((each for each in registry.versions if last and each.number == last.version), None)
     return found or (previous if previous and PROMOTED in previous.tags else None)
 
 
-def _last_promotion(registry: Registry) -> Promotion | None:
+def _last_promotion(registry: RegistrySnapshot) -> Promotion | None:
     return next(iter(promotions(versions.model_description(registry.name))), None)
 
 
-def _put_back(registry: Registry, tell: Tell) -> Outcome | None:
+def _put_back(registry: RegistrySnapshot, tell: Tell) -> Outcome | None:
     serving = registry.at(SERVING)
     assert serving is not None  # no champion, and that differs from what is in force
-    if not _still(registry):
+    if not _is_unchanged(registry):
         return None
     versions.set_alias(serving, CHAMPION)
     what = f"`champion` was taken off; it is on version {serving.number} again, which is in force"
@@ -208,24 +216,24 @@ def _put_back(registry: Registry, tell: Tell) -> Outcome | None:
 
 
 def _refusal(champion: Version, serving: Version | None) -> str | None:
-    """Why a version cannot come into force, as far as that is known without examining it."""
+    """Why a version cannot come into force, as far as is known without an examination."""
     if champion.unfinished:
         return "retraining has not finished it yet; it becomes `challenger` when it has"
     if not champion.sha256:
         return "its registration was interrupted; `dvc repro -f -s register` registers it anew"
     if batch := champion.tags.get(RETRACTED):
         return f"it was trained on the batch {batch}, which was taken back"
-    gate, in_force = champion.tags.get("gate", ""), serving.sha256 if serving else "none"
-    still_holds = champion.tags.get("gate.in_force") == in_force
+    gate, in_force = champion.tags.get(GATE, ""), serving.sha256 if serving else NO_VERSION
+    still_holds = champion.tags.get(GATE_AGAINST) == in_force
     if gate not in ("", "passed") and still_holds and not _stands_in_for_gate(champion):
         return _gate_says(gate)
     return None
 
 
 def _verdict(champion: Version, serving: Version | None, examine: Examine) -> tuple[str, str | None]:
-    """What the table says of its promotion, and why it is refused after all, if it is."""
-    against = str(serving.number) if serving else "none"
-    # One that was in force needs no gate: going back must be possible also from a version that scores better.
+    """The table's entry about the gate, and the reason for a refusal, or None."""
+    against = str(serving.number) if serving else NO_VERSION
+    # A version that was in force needs no gate: going back must be possible from a version that scores better, too.
     found = examine(champion, "" if PROMOTED in champion.tags else against)
     if not found.sound:
         return "", "; ".join(found.reasons) or "it does not answer as it did when it was registered"
@@ -248,19 +256,19 @@ def _gate_says(gate: str) -> str:
     return f"its gate says `{gate or 'not taken'}` (its page says why; a tag `override` with a reason lets it pass)"
 
 
-def _still(registry: Registry) -> bool:
-    """Whether the registry is as it was judged: people go on clicking meanwhile."""
-    return look(registry.name).decisive() == registry.decisive()
+def _is_unchanged(registry: RegistrySnapshot) -> bool:
+    """Whether the registry still is as it was judged."""
+    return read_registry(registry.name).decisive() == registry.decisive()
 
 
 # ------------------------------------------------------------------------------------------------------- the writes
 
 
-def _refuse(registry: Registry, champion: Version, reason: str, tell: Tell) -> Outcome | None:
+def _refuse(registry: RegistrySnapshot, champion: Version, reason: str, tell: Tell) -> Outcome | None:
     serving = registry.at(SERVING)
-    # The reason first: a champion that went back without one would be a riddle.
+    # The reason first, so that a champion is never set back without one.
     versions.set_tags(champion, {REFUSED: f"{_now()} {reason}"})
-    if not _still(registry):
+    if not _is_unchanged(registry):
         return None
     if serving:
         versions.set_alias(serving, CHAMPION)
@@ -274,12 +282,12 @@ def _refuse(registry: Registry, champion: Version, reason: str, tell: Tell) -> O
     return outcome
 
 
-def _promote(registry: Registry, champion: Version, verdict: str, tell: Tell, root: Path) -> Outcome | None:
+def _promote(registry: RegistrySnapshot, champion: Version, verdict: str, tell: Tell, root: Path) -> Outcome | None:
     serving = registry.at(SERVING)
     journal = _begin(champion, serving, registry.at(PREVIOUS), verdict)
     for version, alias in ((serving, PREVIOUS), (champion, SERVING)):
-        if not _still(registry):
-            return None  # the next look finds the journal and takes it back
+        if not _is_unchanged(registry):
+            return None  # the next run finds the journal and takes it back
         if version:
             versions.set_alias(version, alias)
     return _complete(champion, journal, tell, root)
@@ -299,7 +307,7 @@ def _begin(version: Version, serving: Version | None, previous: Version | None, 
 
 
 def _journal(version: Version) -> _Journal | None:
-    """None where the tag is none of ours: anybody may set one."""
+    """None where the tag is not ours: anybody may set one."""
     try:
         return _Journal(**json.loads(version.tags[PROMOTING]))
     except (ValueError, TypeError):
@@ -307,22 +315,22 @@ def _journal(version: Version) -> _Journal | None:
 
 
 def _approver(version: Version) -> str:
-    """The tag `approved_by`, unless it is still that of an earlier promotion: MLflow knows not who clicks."""
-    by = one_line(version.tags.get(APPROVED_BY, ""))  # as the table has it, to be compared with it
+    """The tag `approved_by`, unless it is left from an earlier promotion: MLflow does not record who clicks."""
+    by = one_line(version.tags.get(APPROVED_BY, ""))  # in the table's form, to be compared with it
     earlier = [each for each in promotions(versions.model_description(version.name)) if each.version == version.number]
-    # The last that was signed: those after it were found not to be, with the same tag.
+    # The last promotion that was approved: later ones with the same tag were found not to be.
     last = next((each.by for each in earlier if each.by), "")
     return "" if last == by else by
 
 
-def _journalled(registry: Registry) -> Version | None:
-    """A version whose promotion was begun; first one that is not in force, whose traces would be in the way."""
+def _journalled(registry: RegistrySnapshot) -> Version | None:
+    """A version whose promotion was begun; one that is not in force comes first, to be taken back."""
     begun = [version for version in registry.versions if PROMOTING in version.tags]
     return next((version for version in begun if SERVING not in version.aliases), begun[0] if begun else None)
 
 
-def _take_back(registry: Registry, version: Version, journal: _Journal) -> None:
-    """Before `serving` was written, `previous` at most was."""
+def _take_back(registry: RegistrySnapshot, version: Version, journal: _Journal) -> None:
+    """Takes a promotion back: before `serving`, it has written at most `previous`."""
     before = next((each for each in registry.versions if each.number == journal.previous), None)
     if before:
         versions.set_alias(before, PREVIOUS)
@@ -332,7 +340,7 @@ def _take_back(registry: Registry, version: Version, journal: _Journal) -> None:
 
 
 def _complete(version: Version, journal: _Journal, tell: Tell, root: Path) -> Outcome:
-    """Everything that follows from `serving`."""
+    """Writes everything that follows from the alias `serving`."""
     versions.set_tags(version, {PROMOTED: journal.when})
     if REFUSED in version.tags:
         versions.delete_tag(version, REFUSED)
@@ -350,10 +358,10 @@ def _complete(version: Version, journal: _Journal, tell: Tell, root: Path) -> Ou
 
 
 def _tag_commit(version: Version | None, root: Path) -> str:
-    """Sets the git tag `champion` on the commit of the version in force; returns what is wrong with that, if anything.
+    """Sets the git tag `champion` on the commit of the version in force; returns the problem, if there is one.
 
-    No reason to end: the tag is a convenience, and the next look tries again. Where nothing is in force, or the commit
-    is unknown, there is no such tag, rather than one that lies.
+    A problem does not stop the promotion: the tag is a convenience, and the next run tries again. Where nothing is in
+    force, or the commit is unknown, the tag is removed.
     """
     commit, problem = version.commit if version else "", ""
     tag = f"refs/tags/{GIT_TAG}"

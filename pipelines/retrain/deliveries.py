@@ -1,7 +1,7 @@
-"""Deliveries: `<SYNSET_INCOMING>/<delivery>/<class>/*`, complete with a file `_READY`; what is new, what is left alone.
+"""Deliveries: `<SYNSET_INCOMING>/<delivery>/<class>/*`, complete when there is a file `_READY`.
 
-A delivery is known by its listing (names, sizes, times), which is cheap, and its digest (names and contents), which is
-not. What was found out about one is remembered by its listing, so nothing is read twice.
+A delivery is identified by its listing (names, sizes, times), which is cheap, and by its digest (names and contents),
+which is not. Digests and refusals are remembered by listing, so nothing is read twice.
 """
 
 import hashlib
@@ -27,30 +27,30 @@ class UnstableError(StageError):
 
 @dataclass(frozen=True)
 class Delivery:
-    """A complete delivery that is no batch yet."""
+    """A complete delivery that is not a batch yet."""
 
     name: str
-    """Of its folder, which is also the batch's source."""
+    """The name of its folder, which is also the batch's source."""
     batch: str
     listing: str
     digest: str
 
     def entry(self) -> dict[str, str]:
-        """As it stands in params.yaml."""
+        """Its entry in params.yaml."""
         return {"role": "finetune", "source": self.name, "digest": self.digest}
 
 
 @dataclass
 class Memory:
-    """What is remembered between runs, in one file; without it, everything is found out again."""
+    """What is remembered between runs, in one file; without it, all deliveries are read again."""
 
     path: Path
     digests: dict[str, dict[str, str]] = field(default_factory=dict)
     """Delivery -> its `listing` and `digest`."""
     refused: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Delivery -> `listing`, `digest`, `rules` (what it was judged by) and `reasons`."""
+    """Delivery -> `listing`, `digest`, `rules` (it was judged by) and `reasons`."""
     waiting: dict[str, Any] = field(default_factory=dict)
-    """What the last decision not to retrain rested on, and what it came to."""
+    """The facts of the last decision not to retrain (`for`), and its `images` and `drifted`."""
 
     def save(self) -> None:
         """Writes it, whole or not at all."""
@@ -58,14 +58,14 @@ class Memory:
 
 
 @dataclass
-class Found:
-    """What lies in the folder of deliveries."""
+class FoundDeliveries:
+    """The folder of deliveries, sorted out."""
 
     ready: list[Delivery] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Deliveries that are no images in folders of classes, with the reason."""
+    """Deliveries that cannot be read as images in folders of classes, with the reason."""
     left_alone: dict[str, str] = field(default_factory=dict)
-    """All others that are not taken, with the reason."""
+    """Other deliveries that are not taken, with the reason."""
 
 
 def remembered(path: Path) -> Memory:
@@ -77,17 +77,17 @@ def remembered(path: Path) -> Memory:
         return Memory(path)
 
 
-def look(
+def find_deliveries(
     incoming: Path, batches: Mapping[str, Any], retracted: list[str], rules: str, memory: Memory, digest: Digest
-) -> Found:
-    """What is new in `incoming`, and why the rest of it is left alone.
+) -> FoundDeliveries:
+    """The new deliveries in `incoming`, and why the others are not taken.
 
     Args:
         batches: those that params.yaml lists, as plain values.
         retracted: names of batches that were taken back.
-        rules: what validation goes by: a delivery refused under other rules is looked at again.
+        rules: identifies the rules of validation; a delivery that was refused under other rules is tried again.
     """
-    found = Found()
+    found = FoundDeliveries()
     taken: dict[str, str] = {}
     sources = {_folder_of(each) for each in batches.values()}
     for folder in _folders(incoming):
@@ -128,7 +128,7 @@ def listing(folder: Path) -> str:
 def _known(
     folder: Path, batch: str, batches: Mapping[str, Any], retracted: list[str], memory: Memory, digest: Digest
 ) -> str:
-    """Why this is nothing new; empty for what may be, and for an accepted one that is as it was."""
+    """Why this is nothing new; empty if it may be new, or is accepted and unchanged."""
     if batch in retracted:
         return f"its batch {batch} was taken back"
     if batch not in batches:
@@ -149,13 +149,13 @@ def _known(
 
 
 def _folder_of(batch: Any) -> str:
-    """The folder of deliveries that a batch was made from; empty, or no folder's name, for any other source."""
+    """The delivery that a batch was made from; empty, or no folder's name, for any other source."""
     source = str(batch.get("source", "")) if isinstance(batch, dict) else ""
     return source.partition("?")[0].rstrip("/")
 
 
 def _new(
-    folder: Path, batch: str, taken: dict[str, str], rules: str, memory: Memory, digest: Digest, found: Found
+    folder: Path, batch: str, taken: dict[str, str], rules: str, memory: Memory, digest: Digest, found: FoundDeliveries
 ) -> str:
     """Adds a delivery to those found ready, or returns the reason why not."""
     name = shown(folder.name)

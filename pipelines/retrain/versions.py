@@ -1,6 +1,6 @@
-"""The registry's side of a retraining: its version finished, or taken out; versions of a batch taken back marked so.
+"""The registry's side of a retraining: finishes its version or removes it; tags the versions of a retracted batch.
 
-Every write may be repeated, and each function may die after any of them.
+Every write may be repeated, so a kill between two of them does no harm.
 """
 
 import tempfile
@@ -11,10 +11,8 @@ from pipelines.retrain.batch_list import batches
 from pipelines.retrain.worktree import commit_of, text_at
 from stages.registry import artifacts, versions
 from stages.registry.client import reachable
+from stages.registry.tags import CHALLENGER, IN_FORCE, PREVIOUS, RETRACTED
 from stages.registry.versions import Version
-
-RETRACTED = "retracted"
-IN_FORCE = ("serving", "champion")
 
 
 def registered(name: str, model_sha256: str) -> Version | None:
@@ -24,7 +22,7 @@ def registered(name: str, model_sha256: str) -> Version | None:
 
 
 def is_of(version: Version, commit: str) -> bool:
-    """Whether a version was made by this retraining; one that was finished before it has another commit, or none."""
+    """Whether a version was made by this retraining; one of an earlier training has another commit, or none."""
     return version.unfinished or version.commit == commit
 
 
@@ -39,11 +37,11 @@ def propose(version: Version, commit: str) -> None:
     """Gives a version of this retraining the alias `challenger`."""
     if is_of(version, commit):
         with reachable():
-            versions.set_alias(version, "challenger")
+            versions.set_alias(version, CHALLENGER)
 
 
 def remove_unfinished(name: str) -> list[Version]:
-    """Takes the versions that no commit will come for out of the registry; returns them."""
+    """Removes the versions whose retraining will never commit; returns them."""
     with reachable():
         left = [version for version in versions.list_versions(name) if version.unfinished]
         for version in left:
@@ -52,27 +50,30 @@ def remove_unfinished(name: str) -> list[Version]:
 
 
 def drop(version: Version, commit: str) -> None:
-    """Takes out the version of a commit that is dropped, unless somebody has promoted it."""
-    if is_of(version, commit) and not set(version.aliases) & {*IN_FORCE, "previous"}:
+    """Removes the version of a commit that is dropped, unless somebody has promoted it."""
+    if is_of(version, commit) and not set(version.aliases) & {*IN_FORCE, PREVIOUS}:
         with reachable():
             versions.delete_version(version)
 
 
 def mark_retracted(name: str, batch: str) -> list[Version]:
-    """Tags every version that was trained on the batch, and none of them stays up for review; returns them, newest
-    first."""
+    """Tags every version that was trained on the batch; none of them stays `challenger`.
+
+    Returns:
+        These versions, newest first.
+    """
     with reachable():
         found = [version for version in versions.list_versions(name) if batch in _batches(version)]
         for version in found:
             earlier = [each for each in version.tags.get(RETRACTED, "").split(", ") if each and each != batch]
             versions.set_tags(version, {RETRACTED: ", ".join([*earlier, batch])})
-            if "challenger" in version.aliases:
-                versions.delete_alias(name, "challenger")
+            if CHALLENGER in version.aliases:
+                versions.delete_alias(name, CHALLENGER)
     return found
 
 
 def _batches(version: Version, root: Path = ROOT) -> list[str]:
-    """The batches that a version was trained on, by the params.yaml of its run, or of its commit where that is gone."""
+    """The batches that a version was trained on, by params.yaml of its run, or of its commit if the run is gone."""
     with tempfile.TemporaryDirectory() as folder:
         path = artifacts.download(version.run_id, "params.yaml", Path(folder))
         text = path.read_text(encoding="utf-8") if path else ""

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import housekeeping
+from pipelines.maintenance.cache import collect
+from pipelines.maintenance.version_tags import tag_versions
 from stages.registry import versions
 from stages.registry.client import open_client
 from stages.registry.versions import Version
@@ -106,27 +107,27 @@ def test_what_versions_branches_tags_and_workspaces_name_stays_and_the_rest_goes
     status = git("status", "--porcelain")
     assert len(in_cache()) == 8
 
-    tags = housekeeping.keep_versions(NAME, project)
+    tags = tag_versions(NAME, project)
     assert tags == [f"model/{NAME}/{n}" for n in (1, 2, 3, 4)]
     assert git("rev-parse", tags[0]) == registered.commit
     assert git("rev-parse", f"{tags[1]}^") == later.commit
     commits = git("for-each-ref", "refs/tags")
-    assert housekeeping.keep_versions(NAME, project) == tags
+    assert tag_versions(NAME, project) == tags
     assert git("for-each-ref", "refs/tags") == commits  # the same ones every time
 
     git("branch", "-q", "-f", "main-before", "HEAD")
     git("reset", "-q", "--soft", "HEAD~1")  # so that nothing but the version names its data
     git("branch", "-q", "-D", "main-before")
     versions.delete_version(deleted)
-    tags = housekeeping.keep_versions(NAME, project)
+    tags = tag_versions(NAME, project)
     assert f"model/{NAME}/4" not in git("tag", "--list").split()
     assert dirty.commit == before_lock
 
-    said = housekeeping.collect(project, dry=True)
+    said = collect(project, dry=True)
     assert "would remove 2 objects" in said
     assert "Remov" not in said
     assert len(in_cache()) == 8
-    said = housekeeping.collect(project)
+    said = collect(project)
     assert said.startswith("freed 0.0 MB in 2 files")
     kept = {"of-a-version", "lock-committed-later", "never-committed", "of-a-branch", "of-another-worktree"}
     assert in_cache() == kept | {"of-the-workspace"}
@@ -145,7 +146,7 @@ def test_a_version_of_an_unknown_commit_stops_it(project: Path) -> None:
     number = register("0" * 40).number
     tags = git("tag", "--list")
     with pytest.raises(StageError, match=rf"lacks the commit of version {number} .*nothing was removed"):
-        housekeeping.keep_versions(NAME, project)
+        tag_versions(NAME, project)
     assert git("tag", "--list") == tags
 
 
@@ -163,9 +164,9 @@ def test_what_versions_of_other_models_were_made_from_is_kept_too(apart: Path) -
     """`cp presets/X.yaml params.yaml` registers under another name, with data in the same cache."""
     for of in (git("rev-parse", "HEAD"), "0" * 40):  # the second is another project's
         versions.finish_version(register(of, "other"), "sha")
-    assert housekeeping.keep_versions(NAME, apart) == ["model/other/1"]
+    assert tag_versions(NAME, apart) == ["model/other/1"]
     versions.delete_version(versions.list_versions("other")[-1])
-    assert housekeeping.keep_versions(NAME, apart) == []
+    assert tag_versions(NAME, apart) == []
     assert "model/other/1" not in git("tag", "--list").split()
 
 
@@ -177,7 +178,7 @@ def test_what_was_made_by_an_edited_graph_is_kept_with_that_graph(apart: Path) -
     Path("dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"copy": {"cmd": "", "outs": [out]}}}))
     register(git("rev-parse", "HEAD"))
     git("checkout", "-q", "dvc.yaml", "dvc.lock")
-    assert housekeeping.keep_versions(NAME, apart) == [f"model/{NAME}/1"]
+    assert tag_versions(NAME, apart) == [f"model/{NAME}/1"]
     assert json.loads(git("show", f"model/{NAME}/1:dvc.yaml")) == edited
     assert Path("dvc.yaml").read_text() == graph
     git("tag", "-d", f"model/{NAME}/1")
@@ -199,9 +200,9 @@ def test_a_cache_that_other_clones_may_use_is_left_alone_unless_it_is_said_that_
     apart: Path, elsewhere: Path
 ) -> None:
     with pytest.raises(StageError, match=r"other clones may use it.*housekeeping --cache-of-our-own"):
-        housekeeping.collect(apart)
+        collect(apart)
     assert elsewhere.exists()
-    assert housekeeping.collect(apart, own_cache=True).startswith("freed 0.0 MB in 1 files")
+    assert collect(apart, own_cache=True).startswith("freed 0.0 MB in 1 files")
     assert not elsewhere.exists()
 
 
@@ -216,14 +217,14 @@ def worktree(apart: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_the_cache_of_a_repository_is_that_of_its_worktrees_too(worktree: Path) -> None:
-    assert housekeeping.collect(worktree).startswith("freed ")
+    assert collect(worktree).startswith("freed ")
 
 
 def test_a_worktree_that_is_not_there_just_now_stops_it(apart: Path, worktree: Path) -> None:
     hidden = worktree.rename(worktree.with_name("unmounted"))
     worktree.mkdir()  # where it is mounted
     with pytest.raises(StageError, match=rf"the worktree {worktree} is not there.*`git worktree prune`"):
-        housekeeping.collect(apart)
+        collect(apart)
     assert str(worktree) in git("worktree", "list")
     worktree.rmdir()
     hidden.rename(worktree)
@@ -232,7 +233,7 @@ def test_a_worktree_that_is_not_there_just_now_stops_it(apart: Path, worktree: P
 def test_a_tree_of_our_own_that_went_with_make_clean_does_not(apart: Path) -> None:
     git("worktree", "add", "-q", "--detach", ".synset/retrain/tree")
     shutil.rmtree(".synset")
-    assert housekeeping.collect(apart).startswith("freed ")
+    assert collect(apart).startswith("freed ")
     assert ".synset" not in git("worktree", "list")
 
 
@@ -240,13 +241,13 @@ def test_another_registry_costs_no_data(apart: Path, caplog: pytest.LogCaptureFi
     """MLFLOW_TRACKING_URI forgotten: an empty database takes the place of the team's."""
     tag = f"model/{NAME}/1"
     git("tag", "-f", tag)
-    assert housekeeping.keep_versions(NAME, apart) == []
+    assert tag_versions(NAME, apart) == []
     assert tag in git("tag", "--list").split()
     assert f"no model of the tag {tag}" in caplog.text
     receipt = Path("models/registered.json")
     receipt.parent.mkdir(exist_ok=True)
     receipt.write_text("{}")
     with pytest.raises(StageError, match="Is MLFLOW_TRACKING_URI that of your registry"):
-        housekeeping.keep_versions(NAME, apart)
+        tag_versions(NAME, apart)
     receipt.unlink()
     git("tag", "-d", tag)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.reproduce import last_error, stage_names, what_ran
+from pipelines.processes.flow_run import stage_names
 from tests.pipelines.processes.test_stage_process import ROOT, lives, wait_for
 
 STAGES = ["ingest", "scan", "evaluate", "register"]
@@ -141,27 +141,6 @@ def test_wrong_params_are_one_message_before_anything_starts(project: Path, pref
     assert output.startswith("error: params.yaml: ")
     assert "2026-11-23" in output
     assert not (project / "dvc.lock").exists()
-
-
-def test_a_second_repro_in_the_same_checkout_is_named() -> None:
-    said = ["ERROR: failed to reproduce 'scan': '/x' is busy, it is being blocked by:", "  (PID 7): dvc repro", ""]
-    assert "another `dvc repro` is at work" in last_error(said)
-
-
-def test_last_words_and_what_ran() -> None:
-    traceback = [
-        "Traceback ...",
-        "ValueError: no",
-        "ERROR: failed to reproduce 'scan': failed to run: x, exited with 1",
-    ]
-    assert last_error(traceback) == "ValueError: no"
-    reasons = ["error: too much is quarantined:", "  one: 41 %", "  two: 12 %"]
-    around = ["error: an earlier one", "working", *reasons, traceback[-1], "Having any troubles?"]
-    assert last_error(around) == "too much is quarantined:\n  one: 41 %\n  two: 12 %"
-    assert last_error([]) == "it ended without a word"
-    assert what_ran(["Stage 'scan' didn't change, skipping"]) == "unchanged"
-    assert what_ran(["Stage 'scan' is cached - skipping run, checking out outputs"]) == "restored"
-    assert what_ran(["Running stage 'scan':"]) == "ran"
 
 
 def test_the_tasks_are_the_named_stages(project: Path) -> None:

@@ -1,4 +1,4 @@
-"""What works by itself: children are kept running, and nothing is left of them; the deployments are those of params."""
+"""`make schedule` for real: whatever is killed runs again, and nothing is left after Ctrl-C."""
 
 import os
 import re
@@ -7,126 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
 import yaml
 
-from pipelines import schedule
 from pipelines.environment import settings
-from pipelines.processes.servers import Service, answers
-from pipelines.processes.stage_process import Stop
-from stages.params.reconcile import Reconcile
-from stages.params.retrain import Retrain
-from stages.runtime.command import StageError
-from stages.runtime.params_file import load_section
+from pipelines.processes.servers import answers
 from tests.prefect_api import python
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def shell(name: str, script: str) -> Service:
-    """A service of one line."""
-    return Service(name, ["sh", "-c", script], grace=1.0)
-
-
-def asked_when(condition: Callable[[], bool]) -> Stop:
-    """A stop that is asked once the condition holds."""
-    return Stop(also=condition, every=0)
-
-
-def test_a_child_that_ends_is_started_again_and_its_lines_carry_its_name(tmp_path: Path) -> None:
-    lines: list[str] = []
-    ends_once = shell(
-        "server", f"echo up; test -e {tmp_path}/second && exec sleep 300; touch {tmp_path}/second; exit 7"
-    )
-    flows = shell("flows", "echo ready; exec sleep 300")
-    stop = asked_when(lambda: lines.count("server   | up") == 2 and "flows    | ready" in lines)
-    schedule.keep_running([ends_once], flows, stop, lines.append)
-    assert "schedule | server ended with exit code 7; starting it again in 1 s" in lines
-
-
-def test_a_server_that_hangs_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr(schedule, "ASK_EVERY", 0.1)
-    monkeypatch.setattr(schedule, "HANGS", 0.5)
-    # One answer that is missing is no reason; from the fourth on none comes.
-    said = iter([True, False, True])
-    monkeypatch.setattr(schedule, "answers", lambda _: next(said, lines.count("server   | up") == 2))
-    server = Service("server", ["sh", "-c", "echo up; exec sleep 300"], health="http://there", grace=1.0)
-    stop = asked_when(lambda: lines.count("server   | up") == 2)
-    schedule.keep_running([server], shell("flows", "exec sleep 300"), stop, lines.append)
-    assert lines.count("schedule | server did not answer in time; starting it again in 1 s") == 1
-
-
-def test_who_keeps_ending_is_given_up_and_the_others_are_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(schedule, "TRIES", 2)
-    other = shell("other", f"echo $$ > {tmp_path}/pid; exec sleep 300")
-    with pytest.raises(StageError, match=r"server ended with exit code 3, 2 times in a row(.|\n)*no such thing"):
-        schedule.keep_running([other, shell("server", "echo no such thing; exit 3")], other, Stop(), print)
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
-
-
-def test_a_stop_leaves_nothing_of_the_groups(tmp_path: Path) -> None:
-    deaf = f"sh -c 'trap \"\" TERM; echo $$ > {tmp_path}/deaf; while :; do sleep 0.1; done' & wait"
-    stop = asked_when(lambda: (tmp_path / "deaf").exists() and bool((tmp_path / "deaf").read_text().strip()))
-    schedule.keep_running([], shell("flows", deaf), stop, print)
-    assert not psutil.pid_exists(int((tmp_path / "deaf").read_text()))
-
-
-# ------------------------------------------------------------------------------------------------------ deployments
-
-
-def test_prefect_yaml_has_the_same_flows_as_params_has_them() -> None:
-    found = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
-    deployed = {each["entrypoint"].rpartition(".")[2]: each for each in found["deployments"]}
-    assert tuple(deployed) == schedule.FLOWS
-    for name, each in deployed.items():
-        assert each["entrypoint"] == f"pipelines.{name}.{name}"
-        assert each["name"] != schedule.NAME  # both may be in one Prefect
-        assert each["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
-    cron = load_section("retrain", Retrain, ROOT / "params.yaml").cron
-    interval = load_section("reconcile", Reconcile, ROOT / "params.yaml").interval
-    assert deployed["retrain"]["schedules"] == [{"cron": cron, "timezone": "UTC"}]
-    assert deployed["reconcile"]["schedules"] == [{"interval": interval}]
-    assert "schedules" not in deployed["verify"]
-
-
-def test_the_version_of_prefect_is_that_of_the_lock() -> None:
-    found = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
-    assert f"prefect=={found['prefect-version']}" in (ROOT / "requirements.lock").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(("by_hand", "kept"), [((), "c"), (("b",), "b"), (("a", "b"), "ab")])
-def test_of_missed_runs_one_is_kept_and_whatever_a_person_asked_for(
-    monkeypatch: pytest.MonkeyPatch, by_hand: tuple[str, ...], kept: str
-) -> None:
-    """`retrain` with `retract`, say, started on its page in Prefect while nobody served the flows."""
-    then = datetime(2026, 11, 23, tzinfo=UTC)
-    runs = [
-        SimpleNamespace(id=name, auto_scheduled=name not in by_hand, expected_start_time=then + timedelta(days=day))
-        for day, name in enumerate("abc")
-    ]
-    left = {run.id for run in runs}
-    client = SimpleNamespace(delete_flow_run=left.remove)
-    monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: nullcontext(client))
-    monkeypatch.setattr(schedule, "_runs", lambda _, name, *states: runs if len(states) == 1 else [])
-    schedule.put_in_order(["retrain"])
-    assert left == set(kept)
-
-
-def test_a_wrong_cron_is_named() -> None:
-    assert schedule.checked_cron("*/5 3 * * mon-fri") == "*/5 3 * * mon-fri"
-    with pytest.raises(StageError, match=r"`retrain\.cron`.*every night"):
-        schedule.checked_cron("every night")
 
 
 def test_wrong_params_are_said_before_anything_is_started(tmp_path: Path) -> None:
@@ -186,8 +78,8 @@ class Schedule:
         for name in ("stages", "pipelines"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "environment.mk", root)
-        for name in schedule.FLOWS:
-            (root / f"pipelines/{name}.py").write_text(STAND_IN.replace("NAME", name))
+        for name, path in {"retrain": "retrain/flow", "reconcile": "reconcile", "verify": "verify"}.items():
+            (root / f"pipelines/{path}.py").write_text(STAND_IN.replace("NAME", name))
         params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
         params["reconcile"]["interval"] = 15
         (root / "params.yaml").write_text(yaml.safe_dump(params))
@@ -303,11 +195,3 @@ def test_whatever_is_killed_the_next_run_runs_and_ctrl_c_leaves_nothing(running:
     assert running.process.wait() == 0
     assert running.processes() == []
     assert "All deployments have been paused" in running.log.read_text()
-
-
-def test_the_flows_are_importable_and_named_as_their_modules() -> None:
-    import importlib
-
-    for name in schedule.FLOWS:
-        found: Any = getattr(importlib.import_module(f"pipelines.{name}"), name)
-        assert found.name == name

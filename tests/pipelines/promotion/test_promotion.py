@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.promotion import promotion
 from pipelines.promotion.history import promotions
-from pipelines.promotion.promotion import Examination, Outcome, Registry, settle
+from pipelines.promotion.promotion import Examination, Outcome, RegistrySnapshot, settle
 from stages.registry import versions
 from stages.registry.client import open_client
 from stages.registry.versions import Version
@@ -552,7 +552,7 @@ def test_a_kill_during_the_notification_repeats_it_and_nothing_else(root: Path) 
 
 
 def test_one_look_holds_all(root: Path) -> None:
-    registry = promotion.look(NAME)
-    assert isinstance(registry, Registry)
+    registry = promotion.read_registry(NAME)
+    assert isinstance(registry, RegistrySnapshot)
     assert [each.number for each in registry.versions] == [3, 2, 1]
     assert registry.at("champion") is None

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.retrain.deliveries import READY, Found, Memory, batch_name, listing, look, remembered
+from pipelines.retrain.deliveries import (
+    READY,
+    FoundDeliveries,
+    Memory,
+    batch_name,
+    find_deliveries,
+    listing,
+    remembered,
+)
 from stages.runtime.command import StageError
 
 RULES = "max_quarantined: 0.1"
@@ -49,9 +57,9 @@ def incoming(tmp_path: Path) -> Path:
 
 def found(
     incoming: Path, memory: Memory, batches: dict[str, object] | None = None, back: list[str] | None = None
-) -> Found:
+) -> FoundDeliveries:
     """A look with a reader of its own."""
-    return look(incoming, batches or {}, back or [], RULES, memory, Reader(incoming))
+    return find_deliveries(incoming, batches or {}, back or [], RULES, memory, Reader(incoming))
 
 
 @pytest.mark.parametrize(
@@ -81,14 +89,14 @@ def test_what_is_complete_is_new_in_the_order_of_names(incoming: Path, memory: M
     assert result.ready[0].entry() == {"role": "finetune", "source": "2026-11-23", "digest": "2026-11-23"}
     assert list(result.left_alone) == ["2026-11-25"]
     assert "_READY" in result.left_alone["2026-11-25"]
-    assert found(incoming / "nowhere", memory) == Found()
+    assert found(incoming / "nowhere", memory) == FoundDeliveries()
 
 
 def test_nothing_is_read_twice_even_by_another_process(incoming: Path, memory: Memory) -> None:
     folder, reader = deliver(incoming, "a"), Reader(incoming)
-    look(incoming, {}, [], RULES, memory, reader)
+    find_deliveries(incoming, {}, [], RULES, memory, reader)
     (folder / READY).touch()
-    look(incoming, {}, [], RULES, remembered(memory.path), reader)
+    find_deliveries(incoming, {}, [], RULES, remembered(memory.path), reader)
     assert reader.read == ["a"]
     memory.path.write_text("{half")
     assert remembered(memory.path).digests == {}
@@ -142,7 +150,7 @@ def test_one_that_changes_while_it_is_read_is_left_alone(incoming: Path, memory:
         (folder / "cat" / "2").touch()
         return "half of it"
 
-    result = look(incoming, {}, [], RULES, memory, read)
+    result = find_deliveries(incoming, {}, [], RULES, memory, read)
     assert result.left_alone == {"a": "still being copied: it changed while it was read"}
     assert memory.digests == {}
     assert [each.digest for each in found(incoming, memory).ready] == ["a-"]
@@ -151,11 +159,11 @@ def test_one_that_changes_while_it_is_read_is_left_alone(incoming: Path, memory:
 def test_an_accepted_one_is_no_news_and_a_change_is_named(incoming: Path, memory: Memory) -> None:
     folder = deliver(incoming, "2026-11-23", cat_1="one")
     batches: dict[str, object] = {"d-2026-11-23": {"role": "finetune", "source": "2026-11-23", "digest": "one"}}
-    assert found(incoming, memory, batches) == Found()
+    assert found(incoming, memory, batches) == FoundDeliveries()
     reader = Reader(incoming)
     os.utime(folder / "cat/1")  # copied again, the same
-    assert look(incoming, batches, [], RULES, memory, reader) == Found()
-    look(incoming, batches, [], RULES, memory, reader)
+    assert find_deliveries(incoming, batches, [], RULES, memory, reader) == FoundDeliveries()
+    find_deliveries(incoming, batches, [], RULES, memory, reader)
     assert reader.read == ["2026-11-23"]
 
     (folder / "cat/1").write_text("another")
@@ -164,7 +172,7 @@ def test_an_accepted_one_is_no_news_and_a_change_is_named(incoming: Path, memory
     (folder / "cat/1").unlink()
     assert "changed after" in found(incoming, memory, batches).left_alone["2026-11-23"]
     (folder / READY).unlink()  # being cleared away
-    assert found(incoming, memory, batches) == Found()
+    assert found(incoming, memory, batches) == FoundDeliveries()
 
 
 def test_a_name_that_is_taken_or_was_taken_back_is_left_alone(incoming: Path, memory: Memory) -> None:
@@ -175,14 +183,17 @@ def test_a_name_that_is_taken_or_was_taken_back_is_left_alone(incoming: Path, me
     assert "another batch target" in result.left_alone["target"]
     assert "taken back" in result.left_alone["back"]
     # Listed by hand, without a digest: nothing to compare with.
-    assert found(incoming, memory, {"target": {"source": "target?seed=1"}, "back": {"source": "back"}}) == Found()
+    assert (
+        found(incoming, memory, {"target": {"source": "target?seed=1"}, "back": {"source": "back"}})
+        == FoundDeliveries()
+    )
 
 
 def test_the_source_of_a_batch_with_another_name_is_no_delivery(incoming: Path, memory: Memory) -> None:
     deliver(incoming, "imagenette2", ready=False)
     deliver(incoming, "tents")
     listed = {"target": {"source": "imagenette2/?seed=1"}, "extra": {"source": "tents"}, "odd": None}
-    assert found(incoming, memory, dict(listed)) == Found()
+    assert found(incoming, memory, dict(listed)) == FoundDeliveries()
 
 
 def test_a_refused_one_is_left_alone_until_it_or_the_rules_change(incoming: Path, memory: Memory) -> None:
@@ -192,7 +203,7 @@ def test_a_refused_one_is_left_alone_until_it_or_the_rules_change(incoming: Path
     assert found(incoming, memory).left_alone == {"bad": "refused before: 40 % broken"}
     os.utime(folder / "cat/1")
     assert found(incoming, memory).left_alone == {"bad": "refused before: 40 % broken"}
-    assert look(incoming, {}, [], "other rules", memory, Reader(incoming)).ready
+    assert find_deliveries(incoming, {}, [], "other rules", memory, Reader(incoming)).ready
     (folder / "cat/1").write_text("better")
     assert [each.digest for each in found(incoming, memory).ready] == ["better"]
 

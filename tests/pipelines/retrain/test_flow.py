@@ -20,7 +20,7 @@ import yaml
 
 from pipelines.environment import settings
 from pipelines.processes.stage_process import Stop
-from pipelines.retrain import flow, versions
+from pipelines.retrain import flow, steps, versions
 from pipelines.retrain.batch_list import batches
 from pipelines.retrain.deliveries import remembered
 from pipelines.retrain.due import drifted, due, new_images, not_due
@@ -109,8 +109,8 @@ def test_a_reason_without_a_batch_is_refused(
 def test_a_delivery_may_be_called_as_an_option_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNSET_INCOMING", str(tmp_path))
     put(tmp_path / "--raw", 1)
-    work = flow.Work(Retrain(), remembered(tmp_path / "memory.json"), Report(), Stop())
-    assert len(flow._digest(work, "--raw")) == 64
+    work = steps.Work(Retrain(), remembered(tmp_path / "memory.json"), Report(), Stop())
+    assert len(steps.content_digest(work, "--raw")) == 64
 
 
 def test_a_version_whose_run_is_gone_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
