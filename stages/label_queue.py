@@ -5,9 +5,7 @@ the order in which to label them, and queue.html, a contact sheet that needs not
 """
 
 import argparse
-import base64
 import csv
-import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -38,8 +36,6 @@ COLUMNS = (
     "rank", "key", "batch", "split", "uncertainty", "class", "probability", "second_class", "second_probability",
 )  # fmt: skip
 DIGITS = 6
-THUMBNAIL = 160
-"""The longer side in pixels; a sheet of a hundred is about a megabyte."""
 
 
 @dataclass(frozen=True)
@@ -150,29 +146,11 @@ def _rows(pool: Pool, drawn: "Candidates", classes: Sequence[str]) -> list[dict[
 
 def sheet(pool: Pool, rows: Sequence[dict[str, Any]], candidates: int) -> str:
     """One self-contained HTML page with a thumbnail for each row."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from stages.evaluation.contact_sheet import contact_sheet
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
     drawn = {row["key"] for row in rows}
-    of = {key: s.jpeg(i) for s in pool.splits.values() for i, key in enumerate(s.key) if key in drawn}
-    pictures = [_thumbnail(of[row["key"]]) for row in rows]
-    return environment.get_template("label_queue.html.j2").render(
-        batch=pool.batch, images=len(pool), candidates=candidates, rows=list(zip(rows, pictures, strict=True))
-    )
-
-
-def _thumbnail(jpeg: bytes) -> str:
-    """As a data URI."""
-    from PIL import Image
-
-    small = io.BytesIO()
-    with Image.open(io.BytesIO(jpeg)) as image:
-        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-        image.save(small, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode("ascii")
+    jpegs = {key: s.jpeg(i) for s in pool.splits.values() for i, key in enumerate(s.key) if key in drawn}
+    return contact_sheet(pool.batch, len(pool), candidates, rows, jpegs)
 
 
 # ---------------------------------------------------------------------------------------------------------- command
