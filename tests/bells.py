@@ -2,9 +2,10 @@
 
 import hashlib
 import io
+import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from stages.registry.served_model import read_pixels
 from stages.runtime.command import StageError
 from stages.runtime.files import write_json
 from stages.training.networks.models import Classifier, build, save_classifier
+from tests.conftest import Once
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,14 +44,16 @@ PARAMS: dict[str, Any] = {
 
 
 @contextmanager
-def tree_of_bells(folder: Path) -> Iterator[Path]:
-    """The tree as working directory, with an MLflow database of its own."""
+def tree_of_bells(folder: Path, once: Once, new_database: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """A tree of its own as working directory; with an empty MLflow database, where that is given."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setattr("sys.argv", ["register"])
-        make_tree(folder)
+        shutil.copytree(once("bells", make_tree), folder, dirs_exist_ok=True)
+        if new_database:
+            new_database(folder)
         yield folder
 
 

@@ -18,12 +18,13 @@ from stages.registry.tags import MODEL_SHA256
 from stages.registry.versions import Version
 from stages.runtime.command import StageError
 from tests.bells import PARAMS, asked_here, set_name, tree_of_bells, write_model, write_shards
+from tests.conftest import Once
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tree(tmp_path_factory: pytest.TempPathFactory, once: Once, new_database: Callable[[Path], None]) -> Iterator[Path]:
     """Two versions, both registered while nothing was in force: each verdict is one of floors."""
-    with tree_of_bells(tmp_path_factory.mktemp("tree")) as folder, asked_here():
+    with tree_of_bells(tmp_path_factory.mktemp("tree"), once, new_database) as folder, asked_here():
         register.main()
         write_model(folder, noise=0.01)
         register.main()

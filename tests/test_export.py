@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,17 @@ from stages.runtime.command import StageError
 from stages.runtime.files import sha256
 from stages.training.networks.models import Classifier, build, load_classifier
 from tests.bells import CLASSES, asked_here, set_name, tree_of_bells, write_model
+from tests.conftest import Once
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tree(tmp_path_factory: pytest.TempPathFactory, once: Once, new_database: Callable[[Path], None]) -> Iterator[Path]:
     """Two versions, of which the second was exported in both formats."""
-    with tree_of_bells(tmp_path_factory.mktemp("tree")) as folder, asked_here(), pytest.MonkeyPatch.context() as patch:
+    with (
+        tree_of_bells(tmp_path_factory.mktemp("tree"), once, new_database) as folder,
+        asked_here(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(exporting, "TIMED", 3)
         register.main()
         write_model(folder, noise=0.01)

@@ -13,6 +13,7 @@ from stages.predict import Found
 from stages.registry import versions
 from stages.runtime.command import StageError
 from tests.bells import CLASSES, asked_here, picture, tree_of_bells
+from tests.conftest import Once
 
 GOOD = picture(1, 40, 50)
 
@@ -213,8 +214,10 @@ def test_what_is_written_by_default_is_no_change_of_the_checkout(monkeypatch: py
     assert subprocess.run(command, cwd=Path(predict.__file__).parents[1], check=False).returncode == 0
 
 
-def test_the_version_in_force_is_asked_unless_another_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tree_of_bells(tmp_path) as tree, asked_here():
+def test_the_version_in_force_is_asked_unless_another_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, once: Once
+) -> None:
+    with tree_of_bells(tmp_path, once) as tree, asked_here():
         image = write(tree / "photo.jpg")
         command = ["predict", str(image), "--out", "said.parquet"]
         for arguments, message in (

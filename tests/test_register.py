@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from stages.registry.versions import COMMIT_TO_COME, Version
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
 from tests.bells import CLASSES, PARAMS, asked_here, set_name, tree_of_bells, write_model, write_shards
+from tests.conftest import Once
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tree(tmp_path_factory: pytest.TempPathFactory, once: Once, new_database: Callable[[Path], None]) -> Iterator[Path]:
     """A tree in which the stage ran once, for real: a fresh process loaded the logged model and answered."""
-    with tree_of_bells(tmp_path_factory.mktemp("tree")) as folder:
+    with tree_of_bells(tmp_path_factory.mktemp("tree"), once, new_database) as folder:
         (folder / "dvc.yaml").write_text("stages: {}\n")
         register.main()
         yield folder

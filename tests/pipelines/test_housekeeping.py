@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +22,14 @@ STAGE = {"cmd": "cp params.yaml out", "params": ["text"], "outs": ["out"]}
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def project(tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[Path], None]) -> Iterator[Path]:
     """A repository with DVC in which no version is registered yet; its cache holds what `make` made."""
     root = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("DVC_SITE_CACHE_DIR", str(root / ".dvc/site"))
+        new_database(root)
         for name, value in {"NAME": "n", "EMAIL": "e@example.org"}.items():
             patch.setenv(f"GIT_AUTHOR_{name}", value)
             patch.setenv(f"GIT_COMMITTER_{name}", value)
@@ -151,9 +152,10 @@ def test_a_version_of_an_unknown_commit_stops_it(project: Path) -> None:
 
 
 @pytest.fixture
-def apart(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def apart(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_database: Callable[[Path], None]) -> Path:
     """The same repository with an empty registry, a commit, and the files that a registration logs."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    new_database(tmp_path)
     Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
     Path("params.yaml").touch()
     commit("apart")

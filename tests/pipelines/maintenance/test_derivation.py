@@ -64,7 +64,7 @@ def test_what_differs_counts_only_where_machine_and_packages_are_the_same(
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def registry(tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[Path], None]) -> Iterator[str]:
     """Five versions: a sound one, and four that no commit gives again; yields the commit of the first."""
     root = tmp_path_factory.mktemp("registry")
     git = ["git", "-c", "user.name=n", "-c", "user.email=e@example.org"]
@@ -75,6 +75,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        new_database(root)
         client = open_client()
         experiment = client.create_experiment("synset/finetune")
         wrong = [{}, {"git.dirty": "true"}, {"git.commit": ""}, {"unfinished": "retrain"}, {"git.commit": "0" * 40}]
@@ -113,10 +114,13 @@ def test_without_a_number_it_is_the_one_in_force_else_the_newest(registry: str) 
 
 
 @pytest.fixture
-def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Version, Path]:
+def stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_database: Callable[[Path], None]
+) -> tuple[Version, Path]:
     """A version without recorded images, of a model that loads nowhere, and its weights in the registry."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    new_database(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").write_bytes(b"weights")
     client = open_client()

@@ -21,7 +21,7 @@ PASSED = {"gate": "passed", "gate.in_force": "none"}
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[Path], None]) -> Path:
     """A repository of three commits, and a registry of three versions that passed their gate against nothing."""
     root = tmp_path_factory.mktemp("template")
     git = ["git", "-c", "user.name=n", "-c", "user.email=e@example.org"]
@@ -29,6 +29,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.chdir(root)
+        new_database(root)
         client = open_client()
         experiment = client.create_experiment("synset/finetune")
         for number in (1, 2, 3):
