@@ -52,16 +52,16 @@ def _figures(trained: Path, trials: Trials, params: dict[str, Any], attack: Adve
     """Clean and robust top-1 on test, on all of its images."""
     from stages.evaluation.statistics.intervals import wilson
     from stages.params.training.training import Training
-    from stages.training.loop.objectives import Looking, robust_top1, supervised_metrics
+    from stages.training.loop.objectives import ValidationView, robust_top1, supervised_metrics
     from stages.training.networks.devices import set_up
     from stages.training.networks.models import load_classifier
 
     compute, test = set_up(Training(**params["training"])), trials.test()
     model, config = load_classifier(trained)
     compute.place(model).eval()
-    looking = Looking(test, config["image_size"], config["resize"], batch_size=128)
-    clean = supervised_metrics(model, looking, compute)["val_top1"]
-    robust = robust_top1(model, looking, attack.model_copy(update={"val_images": len(test)}), compute)
+    view = ValidationView(test, config["image_size"], config["resize"], batch_size=128)
+    clean = supervised_metrics(model, view, compute)["val_top1"]
+    robust = robust_top1(model, view, attack.model_copy(update={"val_images": len(test)}), compute)
     shown = []
     for share in (clean, robust):
         low, high = wilson(round(share * len(test)), len(test), 0.95)

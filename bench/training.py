@@ -107,18 +107,18 @@ class _Task:
     def trainer(self, batches: Callable[[int, int, int], Iterator[Batch]]) -> float:
         """Images a second of `fit`."""
         from stages.training.loop.loop import fit
-        from stages.training.loop.objectives import Looking, Supervised
+        from stages.training.loop.objectives import Supervised, ValidationView
+        from stages.training.loop.state import Setup
         from stages.training.loop.train_batches import Feed
 
         rates = []
         model, size = self.network, self.options.size
         feed = Feed(len(self.tensors) * self.recipe.batch_size, 1, self._labelled(batches))
-        objective = Supervised(model, self.recipe, Looking(self.empty, size, size, 1), self.compute)
+        objective = Supervised(model, self.recipe, ValidationView(self.empty, size, size, 1), self.compute)
+        groups = [(list(model.parameters()), self.recipe.lr)]
+        setup = Setup("bench", model, groups, feed, objective, self.recipe, size, self.compute)
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
-            fit(
-                model, [(list(model.parameters()), self.recipe.lr)], feed, objective, self.recipe, size, self.compute,
-                Path(folder), lambda metrics, _: rates.append(metrics["images_per_second"]), "bench",
-            )  # fmt: skip
+            fit(setup, Path(folder), lambda metrics, _: rates.append(metrics["images_per_second"]))
         return rates[0]
 
     def _labelled(

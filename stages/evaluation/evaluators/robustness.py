@@ -5,7 +5,7 @@ All on the same images, beside the clean top-1 on just these:
 - *Corruptions* (Hendrycks & Dietterich 2019): error in each severity and its mean. The mean corruption error is not
   divided by AlexNet's errors as theirs is: those are of the thousand classes of ImageNet at 224 px, and say nothing of
   other classes and sizes. The *relative* error is that above the clean one.
-- *Attacks*: FGSM and PGD at each epsilon, as `stages.training.loop.adversarial` makes them.
+- *Attacks*: FGSM and PGD at each epsilon, as `stages.training.networks.attacks` makes them.
 - *Consistency*: whether the predicted class stays the same, right or wrong (Zhang 2019, "Making Convolutional Networks
   Shift-Invariant Again").
 """
@@ -33,7 +33,7 @@ from stages.evaluation.statistics.intervals import wilson
 from stages.params.evaluate import Evaluate, Robustness
 from stages.params.training.recipe import Adversarial
 from stages.runtime.command import StageError
-from stages.training.loop.adversarial import attacked
+from stages.training.networks.attacks import attacked
 from stages.training.networks.devices import Compute
 from stages.training.networks.models import Classifier
 

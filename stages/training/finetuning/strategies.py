@@ -1,4 +1,4 @@
-"""Strategies of fine-tuning: which weights are trained, and how fast. One function a strategy, alike in shape.
+"""Strategies of fine-tuning: which weights are trained, and how fast. One function a strategy, all of one shape.
 
 Each returns groups of parameters with their peak learning rate; the last group is the head's.
 """
@@ -11,13 +11,12 @@ from torch.nn.utils import parametrize
 
 from stages.params.finetune import Finetune
 from stages.runtime.command import StageError
-from stages.training.loop.optimisation import Groups
-from stages.training.networks.layer_groups import NORMS, blocks, of_a_head, of_head
+from stages.training.networks.layer_groups import NORMS, Groups, blocks, of_a_head, of_head
 from stages.training.networks.models import Classifier
 
 
 def head(model: Classifier, finetune: Finetune) -> Groups:
-    """The new head alone; the backbone stays as it came."""
+    """The new head alone; the backbone stays as it is."""
     model.requires_grad_(False)
     return [(_trained(of_head(model)), finetune.lr)]
 
@@ -29,7 +28,7 @@ def last_block(model: Classifier, finetune: Finetune) -> Groups:
 
 
 def full(model: Classifier, finetune: Finetune) -> Groups:
-    """Every weight; the earlier the block, the slower, by `layer_decay` a block (Howard & Ruder 2018)."""
+    """Every weight; each earlier block learns slower by the factor `layer_decay` (Howard & Ruder 2018)."""
     in_order = blocks(model)
     rates = [finetune.backbone_lr * finetune.layer_decay ** (len(in_order) - 1 - i) for i in range(len(in_order))]
     if finetune.layer_decay == 1:  # one group: an optimiser does one large step faster than many small ones
@@ -73,12 +72,16 @@ def lora(model: Classifier, finetune: Finetune) -> Groups:
 
 
 STRATEGIES: dict[str, Callable[[Classifier, Finetune], Groups]] = {
-    "head": head, "last_block": last_block, "full": full, "bias": bias, "lora": lora,
-}  # fmt: skip
+    "head": head,
+    "last_block": last_block,
+    "full": full,
+    "bias": bias,
+    "lora": lora,
+}
 
 
 class LowRank(nn.Module):
-    """Adds B A, of a low rank, to a weight; nothing at first, because B is 0."""
+    """Adds the low-rank product B A to a weight; at first it adds 0, because B is 0."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
@@ -92,7 +95,7 @@ class LowRank(nn.Module):
 
 
 def merge(model: Classifier) -> None:
-    """Makes low-rank updates part of the weights, which have torchvision's names again."""
+    """Adds low-rank updates to the weights for good; the weights have torchvision's names again."""
     for module in model.net.modules():
         for key in ("weight", "in_proj_weight"):
             if parametrize.is_parametrized(module, key):

@@ -1,22 +1,17 @@
-"""The loop: epochs of steps, a look at val after each, checkpoints, and the curves.
+"""The loop: epochs of steps, validation after each, and the curve.
 
 A step depends on the state before it and on (seed, epoch, step, process) alone: order, crops, dropout and mixing are
 drawn anew from those. So a checkpoint holds no random state and no reader's, and training goes on from any step as if
 nothing had happened.
 """
 
-import json
 import logging
 import math
-import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,177 +20,79 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stages.params.training.recipe import LOWER_IS_BETTER, Recipe
 from stages.runtime.command import StageError
-from stages.runtime.files import write_text
 from stages.runtime.progress import progress
-from stages.training.loop.checkpoints.file import load_checkpoint, save_checkpoint
+from stages.training.loop.checkpoints.saving import Checkpointer, resume
 from stages.training.loop.objectives import Metrics, Objective
-from stages.training.loop.optimisation import Ema, optimiser, schedule
 from stages.training.loop.processes import StopSignals, is_first, rank, share_buffers, summed, world_size
-from stages.training.loop.train_batches import Feed
+from stages.training.loop.progressive_resizing import size_in
+from stages.training.loop.state import Setup, State, initial_state
 from stages.training.networks.devices import Compute
 from stages.training.networks.models import Classifier, take_weights
 from stages.training.networks.regularisation import training_mode
 
 logger = logging.getLogger(__name__)
-CHECKPOINT_STEPS = "SYNSET_CHECKPOINT_STEPS"
-"""Steps between two checkpoints. Not a parameter: it never changes bytes, so it must not make DVC run again."""
-LOOK_AT_LOSS_EVERY = 50
+CHECK_LOSS_EVERY = 50
 """Steps on a GPU: reading a loss back makes it wait."""
 COMPILED_SHAPES = 256
 """At most: batches of two sizes, crops of some ten, in training, under attack and on val."""
-SIZE_STEP = 8
-"""Progressive resizing grows by so many pixels at least."""
+EpochEnd = Callable[[Metrics, int], None]
 
 
-@dataclass
-class State:
-    """Everything that the next step depends on, and what the curves need; a checkpoint is this."""
-
-    model: Classifier
-    optimiser: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
-    ema: Ema | None
-    objective: Objective
-    epoch: int = 1
-    step: int = 0
-    """Steps done of this epoch."""
-    loss: float = 0.0
-    """Summed over this epoch's images, of all processes."""
-    hits: float = 0.0
-    curve: list[Metrics] = field(default_factory=list)
-    best: dict[str, Tensor] | None = None
-    """The network's weights of the best epoch, where early stopping asks for them."""
-
-    @property
-    def kept(self) -> Classifier:
-        """The model that is validated and kept."""
-        return self.ema.model if self.ema else self.model
-
-    @property
-    def steps_done(self) -> int:
-        """Of all epochs."""
-        return self.schedule.last_epoch  # torch's word for the number of its steps
-
-    def parts(self) -> dict[str, Any]:
-        """What has a state of its own, by name."""
-        parts = {name: getattr(self, name) for name in ("optimiser", "schedule", "scaler", "ema", "objective")}
-        return {"model": self.model.net} | {name: part for name, part in parts.items() if part is not None}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
-        plain = {name: getattr(self, name) for name in ("epoch", "step", "loss", "hits", "curve", "best")}
-        return plain | {name: part.state_dict() for name, part in self.parts().items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
-        for name in ("epoch", "step", "loss", "hits", "curve", "best"):
-            setattr(self, name, state[name])
-
-
-def fit(
-    model: Classifier,
-    groups: list[tuple[list[nn.Parameter], float]],
-    feed: Feed,
-    objective: Objective,
-    recipe: Recipe,
-    image_size: int,
-    compute: Compute,
-    work: Path,
-    on_epoch: Callable[[Metrics, int], None],
-    name: str,
-) -> list[Metrics]:
-    """Trains `model` in place, leaves it in evaluation mode, and returns its curve, a dict an epoch.
+def fit(setup: Setup, work: Path, on_epoch: EpochEnd) -> list[Metrics]:
+    """Trains `setup.model` in place, leaves it in evaluation mode, and returns its curve, a dict an epoch.
 
     Args:
-        groups: parameters to train with their peak learning rate.
-        image_size: of the crops, in pixels, once progressive resizing is over.
-        work: folder for the checkpoint, from which a later call goes on, and progress.jsonl, the curve so far.
-        on_epoch: called in process 0 with the metrics of every epoch that ends here and its number (from 1).
+        work: folder for the checkpoint, from which a later call resumes, and progress.jsonl, the curve so far.
+        on_epoch: called in process 0 after each epoch, with its metrics and its number (from 1).
 
     Raises:
-        StageError: too few images, nothing to watch for early stopping, a loss that is not finite, or memory is full.
+        StageError: too few images, early stopping on a metric that is not measured, a loss that is not finite, or
+            memory is full.
         SystemExit: SIGTERM or SIGINT came; a checkpoint was written.
     """
-    _check(feed, objective, recipe, image_size, name)
-    compute.place(model)
-    state = _begin(model, groups, feed, objective, recipe, compute)
-    _resume(state, work, compute, name)
-    forward = _parallel(model, compute)
-    with StopSignals() as signals, _explained(name):
-        keeper = _Keeper(state, work, signals, name)
+    model, recipe = setup.model, setup.recipe
+    _check(setup)
+    setup.compute.place(model)
+    state = initial_state(setup)
+    resume(state, work, setup.name)
+    forward = _parallel(model, setup.compute)
+    with StopSignals() as signals, _explained(setup.name):
+        checkpointer = Checkpointer(state, work, signals, setup.name)
         while not _finished(state.curve, recipe):
-            _epoch(state, forward, feed, recipe, image_size, compute, keeper, on_epoch)
-        keeper.stop_if_asked()  # while the last epoch was written down
-    final = state.best if state.best is not None else state.kept.net.state_dict()
+            _epoch(setup, state, forward, checkpointer, on_epoch)
+        checkpointer.stop_if_asked()  # a signal that came while the last epoch was written down
+    final = state.best if state.best is not None else state.eval_model.net.state_dict()
     take_weights(model.net, final)
     model.eval()
     return state.curve
 
 
-def steps_per_epoch(feed: Feed, recipe: Recipe) -> int:
-    """Batches of an epoch."""
-    return -(-feed.images // recipe.batch_size)
-
-
-def size_in(epoch: int, recipe: Recipe, image_size: int) -> int:
-    """Side of an epoch's crops in pixels: progressive resizing grows evenly (Howard 2018; Tan & Le 2021)."""
-    end = recipe.end_size or image_size
-    if recipe.start_size is None:
-        return end
-    growing = recipe.full_size_from * recipe.epochs
-    share = min((epoch - 1) / growing, 1.0) if growing else 1.0
-    grown = recipe.start_size + share * (end - recipe.start_size)
-    return min(math.ceil(grown / SIZE_STEP) * SIZE_STEP, end)
-
-
-def sizes(recipe: Recipe, image_size: int) -> dict[int, str]:
-    """Sides in pixels of all images that the network is shown, and the keys of params.yaml that they are from."""
-    crops = sorted({size_in(epoch, recipe, image_size) for epoch in range(1, recipe.epochs + 1)})
-    return dict.fromkeys(crops, "`start_size` to `end_size`") | {image_size: "`model.image_size`"}
-
-
-def _check(feed: Feed, objective: Objective, recipe: Recipe, image_size: int, name: str) -> None:
+def _check(setup: Setup) -> None:
+    name, feed, recipe = setup.name, setup.feed, setup.recipe
     if not feed.images:
         raise StageError(f"{name}: there is no training image that it could learn from")
     if recipe.batch_size > feed.images:
         raise StageError(
             f"{name}: `batch_size` is {recipe.batch_size}, but there are only {feed.images} training images; lower it"
         )
-    smallest = feed.images // steps_per_epoch(feed, recipe)
+    smallest = feed.images // setup.steps_per_epoch
     if smallest // world_size() // recipe.accumulate < 2:
         raise StageError(
             f"{name}: {world_size()} processes and `accumulate: {recipe.accumulate}` leave parts of fewer than 2 of "
             f"the {smallest} images of a batch; raise `batch_size` or lower `accumulate`"
         )
-    if recipe.start_size and recipe.start_size > (recipe.end_size or image_size):
+    if recipe.start_size and recipe.start_size > (recipe.end_size or setup.image_size):
         raise StageError(
-            f"{name}: `start_size` is {recipe.start_size}, more than `model.image_size` ({image_size}), which it is to "
-            "grow to; lower it"
+            f"{name}: `start_size` is {recipe.start_size}, more than `model.image_size` ({setup.image_size}), which it "
+            "is to grow to; lower it"
         )
-    measured = ["train_loss", *(["train_top1"] if objective.recognises else []), *objective.watched]
+    objective = setup.objective
+    measured = ["train_loss", *(["train_top1"] if objective.has_labels else []), *objective.metric_names]
     if recipe.patience and recipe.monitor not in measured:
         raise StageError(
             f"{name}: `patience` watches `{recipe.monitor}`, which is not measured here (only {', '.join(measured)}); "
             "set `patience` to null, choose another `monitor`, or raise `split.val_fraction` if val has no images"
         )
-
-
-def _begin(
-    model: Classifier, groups: list[tuple[list[nn.Parameter], float]], feed: Feed, objective: Objective, recipe: Recipe,
-    compute: Compute,
-) -> State:  # fmt: skip
-    chosen = optimiser(groups, recipe, compute.dtype, model)
-    return State(
-        model=model,
-        optimiser=chosen,
-        schedule=schedule(chosen, recipe, steps_per_epoch(feed, recipe)),
-        scaler=torch.amp.GradScaler(compute.device, enabled=compute.dtype == torch.float16),
-        ema=Ema(model, recipe.ema) if recipe.ema else None,
-        objective=objective,
-    )
 
 
 def _parallel(model: Classifier, compute: Compute) -> nn.Module:
@@ -217,7 +114,7 @@ def _parallel(model: Classifier, compute: Compute) -> nn.Module:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """What parameters can mend, in words."""
+    """Errors that other parameters would avoid, as a `StageError` that names them."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -237,109 +134,91 @@ def _explained(name: str) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------- an epoch and its steps
 
 
-def _epoch(
-    state: State, forward: nn.Module, feed: Feed, recipe: Recipe, image_size: int, compute: Compute,
-    keeper: "_Keeper", on_epoch: Callable[[Metrics, int], None],
-) -> None:  # fmt: skip
-    """What is left of the epoch that `state` is in, and the look at val after it."""
+def _epoch(setup: Setup, state: State, forward: nn.Module, checkpointer: Checkpointer, on_epoch: EpochEnd) -> None:
+    """What is left of the current epoch, and the validation after it."""
     began, done_before = time.monotonic(), state.step
-    steps, size = steps_per_epoch(feed, recipe), size_in(state.epoch, recipe, image_size)
+    feed, recipe, steps = setup.feed, setup.recipe, setup.steps_per_epoch
     if state.step < steps:
-        _train(state, forward, feed, size, recipe, compute, keeper)
+        _train(setup, state, forward, checkpointer)
     rate = (steps - done_before) * feed.images / steps / (time.monotonic() - began)
-    share_buffers(state.kept)
-    state.kept.eval()
+    share_buffers(state.eval_model)
+    state.eval_model.eval()
     metrics: Metrics = {"epoch": state.epoch, "lr": float(state.schedule.get_last_lr()[-1])}
     metrics["train_loss"] = state.loss / feed.images
-    if state.objective.recognises:
-        metrics["train_top1"] = state.hits / feed.images
-    with keeper.saving_when_stopped():
-        metrics |= state.objective.look(state.kept)
-    _check_val(metrics, keeper.name)
+    if state.objective.has_labels:
+        metrics["train_top1"] = state.correct / feed.images
+    with checkpointer.saving_when_stopped():
+        metrics |= state.objective.measure(state.eval_model)
+    _check_metrics(metrics, setup.name)
     _end_epoch(state, metrics, recipe)
-    keeper.write_progress()
+    checkpointer.write_progress()
     if _finished(state.curve, recipe):
-        keeper.save()
+        checkpointer.save()
     if is_first():
-        memory = _peak_memory(compute)
+        memory = _peak_memory(setup.compute)
         more = {"images_per_second": rate, "seconds": time.monotonic() - began, "peak_memory_mb": memory}
         on_epoch(metrics | more, len(state.curve))
-        which = f"{keeper.name}: epoch {len(state.curve)} of {recipe.epochs}"
+        which = f"{setup.name}: epoch {len(state.curve)} of {recipe.epochs}"
         logger.info("%s, %s, %.0f images/s", which, _describe(metrics), rate)
 
 
 def _end_epoch(state: State, metrics: Metrics, recipe: Recipe) -> None:
-    before = [each[recipe.monitor] for each in state.curve if recipe.monitor in each]
+    before = [earlier[recipe.monitor] for earlier in state.curve if recipe.monitor in earlier]
     state.curve.append(metrics)
-    if recipe.patience and not any(recipe.better(each, metrics[recipe.monitor]) for each in before):
-        state.best = {key: value.clone() for key, value in state.kept.net.state_dict().items()}
-    state.epoch, state.step, state.loss, state.hits = state.epoch + 1, 0, 0.0, 0.0
+    if recipe.patience and not any(recipe.better(value, metrics[recipe.monitor]) for value in before):
+        state.best = {key: value.clone() for key, value in state.eval_model.net.state_dict().items()}
+    state.epoch, state.step, state.loss, state.correct = state.epoch + 1, 0, 0.0, 0.0
 
 
-def _train(
-    state: State, forward: nn.Module, feed: Feed, size: int, recipe: Recipe, compute: Compute, keeper: "_Keeper"
-) -> None:
+def _train(setup: Setup, state: State, forward: nn.Module, checkpointer: Checkpointer) -> None:
     """The steps that are left of the epoch."""
     training_mode(state.model)
-    steps = steps_per_epoch(feed, recipe)
+    size = size_in(state.epoch, setup.recipe, setup.image_size)
     # Sums stay on the device: reading one back each step would make a GPU wait.
-    sums = torch.tensor([state.loss, state.hits], dtype=torch.float64, device=compute.device)
-    losses = _Losses(state, compute, keeper)
-    batches = feed.batches(state.epoch, state.step, size)
-    for images, labels in progress(batches, steps - state.step, f"{keeper.name}, epoch {state.epoch}"):
-        _seed(recipe.seed, state.epoch, state.step)
+    sums = torch.tensor([state.loss, state.correct], dtype=torch.float64, device=setup.compute.device)
+    losses = _LossCheck(state, setup.compute, checkpointer)
+    batches = setup.feed.batches(state.epoch, state.step, size)
+    for images, labels in progress(batches, setup.steps_per_epoch - state.step, f"{setup.name}, epoch {state.epoch}"):
+        _seed(setup.recipe.seed, state.epoch, state.step)
         rate = float(state.schedule.get_last_lr()[-1])
-        seen = _step(state, forward, images, labels, _batch_size(state, feed, steps), feed.views, recipe, compute)
-        sums += summed(seen)
-        losses.note(seen[0], rate)
+        step_sums = _step(setup, state, forward, images, labels)
+        sums += summed(step_sums)
+        losses.note(step_sums[0], rate)
         state.step += 1
-        if keeper.due():
+        if checkpointer.due():
             losses.check()
-            _check_weights(state, rate, keeper)
-            state.loss, state.hits = sums.tolist()
-            keeper.save()
-            keeper.stop_if_asked()
+            _check_weights(state, rate, checkpointer)
+            state.loss, state.correct = sums.tolist()
+            checkpointer.save()
+            checkpointer.stop_if_asked()
     losses.check()
-    _check_weights(state, rate, keeper)
-    state.loss, state.hits = sums.tolist()
+    _check_weights(state, rate, checkpointer)
+    state.loss, state.correct = sums.tolist()
 
 
-def _check_weights(state: State, rate: float, keeper: "_Keeper") -> None:
-    """Stops before weights are kept that a step has broken whose own loss was finite."""
-    values = [each for each in state.model.net.state_dict().values() if each.is_floating_point()]
-    if not torch.stack([each.isfinite().all() for each in values]).all():
-        raise StageError(
-            f"{keeper.name}: weights are not finite after step {state.step} of epoch {state.epoch}, at a learning rate "
-            f"of {rate:g}, and no loss would be; lower `lr`, lengthen `warmup`, or set `clip_norm`. "
-            f"{keeper.last_good()}"
-        )
+def _step(setup: Setup, state: State, forward: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """One step of the optimiser.
 
-
-def _batch_size(state: State, feed: Feed, steps: int) -> int:
-    """Images of the coming batch over all processes: batches are nearly equal, the first ones one larger."""
-    return feed.images // steps + (state.step < feed.images % steps)
-
-
-def _step(
-    state: State, forward: nn.Module, images: Tensor, labels: Tensor, batch_size: int, views: int, recipe: Recipe,
-    compute: Compute,
-) -> Tensor:  # fmt: skip
-    """One step of the optimiser; returns the sums of losses and of hits over this process's images, (2,) float64."""
+    Returns:
+        the sum of losses and the number of correct answers over this process's images, (2,) float64.
+    """
+    recipe = setup.recipe
+    batch_size = _batch_size(setup, state.step)
     state.optimiser.zero_grad(set_to_none=True)
-    seen = torch.zeros(2, dtype=torch.float64, device=images.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=images.device)
     parts = np.array_split(np.arange(len(labels)), recipe.accumulate)
-    pixels = images.unflatten(0, (views, len(labels)))
+    pixels = images.unflatten(0, (setup.feed.views, len(labels)))
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         # Only the last part's backward pass averages gradients over the processes.
         hold = forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext()
         with hold:
-            mine = pixels[:, part[0] : part[-1] + 1].flatten(0, 1)
-            loss, hits = state.objective.loss(forward, mine, labels[part[0] : part[-1] + 1], state.steps_done)
+            of_part = pixels[:, part[0] : part[-1] + 1].flatten(0, 1)
+            loss, correct = state.objective.loss(forward, of_part, labels[part[0] : part[-1] + 1], state.steps_done)
             # DDP takes the mean over processes where the sum is meant.
-            share = _seen_by_loss(len(part), len(parts), batch_size, state.objective, images.device) / batch_size
+            share = _images_in_loss(len(part), len(parts), batch_size, state.objective, images.device) / batch_size
             state.scaler.scale(loss * share * world_size()).backward()
-        seen += torch.stack([loss.detach().double() * len(part), hits.double()])
+        sums += torch.stack([loss.detach().double() * len(part), correct.double()])
     if recipe.clip_norm:
         state.scaler.unscale_(state.optimiser)
         trained = [parameter for group in state.optimiser.param_groups for parameter in group["params"]]
@@ -349,32 +228,52 @@ def _step(
     state.schedule.step()
     if state.ema:
         state.ema.update(state.model)
-    return seen
+    return sums
 
 
-def _seen_by_loss(mine: int, parts: int, batch_size: int, objective: Objective, device: torch.device) -> int:
-    """Images in the loss of one of a batch's parts: this process's, or where the loss gathers, those of all."""
-    if not objective.gathers:
-        return mine
-    return batch_size if parts == 1 else int(summed(torch.tensor(mine, device=device)))
+def _batch_size(setup: Setup, step: int) -> int:
+    """Images of this step's batch over all processes: batches are nearly equal, the first ones one larger."""
+    images, steps = setup.feed.images, setup.steps_per_epoch
+    return images // steps + (step < images % steps)
+
+
+def _images_in_loss(part: int, parts: int, batch_size: int, objective: Objective, device: torch.device) -> int:
+    """Images in the loss of one part of a batch: this process's, or those of all where the loss is global."""
+    if not objective.global_loss:
+        return part
+    return batch_size if parts == 1 else int(summed(torch.tensor(part, device=device)))
 
 
 def _seed(seed: int, epoch: int, step: int) -> None:
-    """Of whatever torch draws in this step: dropout, mixing, starts of attacks."""
+    """Seeds everything that torch draws in this step: dropout, mixing, starts of attacks."""
     (drawn,) = np.random.SeedSequence([seed, epoch, step, rank()]).generate_state(1, np.uint64)
     torch.manual_seed(int(drawn))
 
 
-class _Losses:
-    """The losses of the last steps, looked at before anything is kept of what they led to."""
+# ---------------------------------------------------------------------------------------------------- what is checked
 
-    def __init__(self, state: State, compute: Compute, keeper: "_Keeper") -> None:
-        self.state, self.keeper = state, keeper
-        self.every = LOOK_AT_LOSS_EVERY if compute.on_gpu else 1
+
+def _check_weights(state: State, rate: float, checkpointer: Checkpointer) -> None:
+    """Stops before weights are saved that a step has broken although its own loss was finite."""
+    values = [value for value in state.model.net.state_dict().values() if value.is_floating_point()]
+    if not torch.stack([value.isfinite().all() for value in values]).all():
+        raise StageError(
+            f"{checkpointer.name}: weights are not finite after step {state.step} of epoch {state.epoch}, at a "
+            f"learning rate of {rate:g}, and no loss would be; lower `lr`, lengthen `warmup`, or set `clip_norm`. "
+            f"{checkpointer.last_good()}"
+        )
+
+
+class _LossCheck:
+    """The losses of the last steps, checked before the weights after them are saved."""
+
+    def __init__(self, state: State, compute: Compute, checkpointer: Checkpointer) -> None:
+        self.state, self.checkpointer = state, checkpointer
+        self.every = CHECK_LOSS_EVERY if compute.on_gpu else 1
         self.waiting: list[tuple[int, float, Tensor]] = []
 
     def note(self, loss: Tensor, rate: float) -> None:
-        """Of the step that was just made, with the learning rate that it was made with."""
+        """Takes the loss of the step that was just made, and its learning rate."""
         self.waiting.append((self.state.step + 1, rate, loss))
         if len(self.waiting) >= self.every:
             self.check()
@@ -385,85 +284,11 @@ class _Losses:
         for (step, rate, _), value in zip(self.waiting, values, strict=True):
             if not math.isfinite(value):
                 raise StageError(
-                    f"{self.keeper.name}: the loss is {value} at step {step} of epoch {self.state.epoch}, at a "
+                    f"{self.checkpointer.name}: the loss is {value} at step {step} of epoch {self.state.epoch}, at a "
                     f"learning rate of {rate:g}; lower `lr`, lengthen `warmup`, or set `clip_norm`. "
-                    f"{self.keeper.last_good()}"
+                    f"{self.checkpointer.last_good()}"
                 )
         self.waiting.clear()
-
-
-# ------------------------------------------------------------------------------------------- checkpoints and the curve
-
-
-class _Keeper:
-    """Keeps `State` on the disk: every so many steps, when a signal asks to stop, and at the end."""
-
-    def __init__(self, state: State, work: Path, signals: StopSignals, name: str) -> None:
-        self.state, self.work, self.signals, self.name = state, work, signals, name
-        self.every = _checkpoint_steps()
-
-    def due(self) -> bool:
-        """Whether the state after this step is to be kept."""
-        return bool(self.signals.came) or self.state.steps_done % self.every == 0
-
-    def stop_if_asked(self) -> None:
-        """Ends this process where a signal came. Process 0 decides: the others are stopped by its going."""
-        if self.signals.came and is_first():
-            logger.info(
-                "%s: stopped after step %d of epoch %d; run again to go on",
-                self.name,
-                self.state.step,
-                self.state.epoch,
-            )
-            sys.exit(128 + self.signals.came)
-
-    @contextmanager
-    def saving_when_stopped(self) -> Iterator[None]:
-        """For what does not change the state: a signal stops it at once, and what comes after it is done again."""
-        try:
-            with self.signals.at_once():
-                yield
-        except SystemExit:
-            self.save()
-            raise
-
-    def save(self) -> None:
-        """Process 0's state is everybody's, but for running statistics, of which its own count."""
-        if is_first():
-            save_checkpoint(_checkpoint(self.work), self.state.state_dict())
-
-    def write_progress(self) -> None:
-        """The curve so far, a line an epoch."""
-        if is_first():
-            lines = (json.dumps(metrics) + "\n" for metrics in self.state.curve)
-            write_text(self.work / "progress.jsonl", "".join(lines))
-
-    def last_good(self) -> str:
-        """What is kept from before an error."""
-        path = _checkpoint(self.work)
-        if not path.is_file():
-            return "No checkpoint had been written yet"
-        return f"The last good checkpoint stays in {path} until an epoch is trained with other parameters"
-
-
-def _checkpoint(work: Path) -> Path:
-    return work / "checkpoint.pt"
-
-
-def _checkpoint_steps() -> int:
-    wanted = os.environ.get(CHECKPOINT_STEPS) or "200"
-    if not wanted.isdecimal() or not int(wanted):
-        raise StageError(f"{CHECKPOINT_STEPS} must be a number of steps, got {wanted!r}")
-    return int(wanted)
-
-
-def _resume(state: State, work: Path, compute: Compute, name: str) -> None:
-    kept = load_checkpoint(_checkpoint(work))
-    if kept is None:
-        return
-    state.load_state_dict(kept)
-    if is_first():
-        logger.info("%s: going on after step %d of epoch %d", name, state.step, state.epoch)
 
 
 def _finished(curve: list[Metrics], recipe: Recipe) -> bool:
@@ -476,7 +301,7 @@ def _finished(curve: list[Metrics], recipe: Recipe) -> bool:
     return values[::-1].index(best) >= recipe.patience
 
 
-def _check_val(metrics: Metrics, name: str) -> None:
+def _check_metrics(metrics: Metrics, name: str) -> None:
     for key, value in metrics.items():
         if not math.isfinite(value):
             raise StageError(f"{name}: {key} is {value} after epoch {metrics['epoch']:.0f}; lower `lr`")

@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from stages.params.training.recipe import Recipe
+from stages.training.networks.layer_groups import Groups
 
-Groups = list[tuple[list[nn.Parameter], float]]
-"""Parameters to train with their peak learning rate; the last group is the head's."""
 MOMENTUM_FALLS = 0.1
 """Under `one_cycle`, from `momentum` at the start to this much less at the peak and back (Smith 2018)."""
 BIASES_OF_TWO_AXES = "relative_position_bias_table"

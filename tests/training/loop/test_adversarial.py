@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from stages.params.training.recipe import Adversarial
-from stages.training.loop.adversarial import LARGEST_GAP, Guard, attacked, robust_hits
+from stages.training.loop import adversarial
+from stages.training.loop.adversarial import LARGEST_GAP, Guard
+from stages.training.networks.attacks import attacked, count_robust
 
 METHODS = [Adversarial(method="fgsm", epsilon=8), Adversarial(method="pgd", epsilon=8, steps=5)]
 
@@ -107,7 +109,7 @@ def test_robust_top1_is_the_same_whatever_was_drawn_before(trained: Net) -> None
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        found.append(int(robust_hits(trained, images, labels, METHODS[0], seed=7)))
+        found.append(int(count_robust(trained, images, labels, METHODS[0], seed=7)))
         assert torch.initial_seed() == seed
     assert found[0] == found[1]
 
@@ -116,11 +118,9 @@ def test_the_guard_goes_to_pgd_where_only_fgsm_is_withstood_and_back(
     trained: Net, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Counts stand in for networks: one that has overfitted in this way takes minutes to train."""
-    from stages.training.loop import adversarial
-
     images, labels = stripes(10)
     counts = iter([10, 3, 9, 8, 10, 3, 9, 8])
-    monkeypatch.setattr(adversarial, "_hits", lambda *_: torch.tensor(next(counts)))
+    monkeypatch.setattr(adversarial, "count_correct", lambda *_: torch.tensor(next(counts)))
     guard, settings = Guard(), METHODS[0]
     caplog.set_level("INFO")
     guard.attacked(trained, images, labels, settings, step=0)

@@ -19,10 +19,12 @@ from stages.params.training.recipe import Adversarial, Recipe
 from stages.params.training.training import Training
 from stages.runtime.command import StageError
 from stages.training.finetuning.strategies import STRATEGIES
-from stages.training.loop import loop
+from stages.training.loop.checkpoints import saving
 from stages.training.loop.checkpoints.file import load_checkpoint
-from stages.training.loop.loop import fit, size_in, sizes
-from stages.training.loop.objectives import Looking, Metrics, Supervised, supervised_metrics
+from stages.training.loop.loop import fit
+from stages.training.loop.objectives import Metrics, Supervised, ValidationView, supervised_metrics
+from stages.training.loop.progressive_resizing import size_in, sizes
+from stages.training.loop.state import Setup
 from stages.training.loop.train_batches import Feed, train_batches
 from stages.training.networks.devices import Compute, set_up
 from stages.training.networks.models import Classifier, build
@@ -57,7 +59,7 @@ def compute() -> Compute:
 
 @pytest.fixture
 def _a_checkpoint_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(loop.CHECKPOINT_STEPS, "1")
+    monkeypatch.setenv(saving.CHECKPOINT_STEPS, "1")
 
 
 every_step = pytest.mark.usefixtures("_a_checkpoint_after_every_step")
@@ -87,11 +89,11 @@ def train(
 ) -> tuple[Classifier, list[Metrics]]:
     """Trains a new model on the images, fed as `change` makes it."""
     model = network(recipe)
-    objective = Supervised(model, recipe, Looking(data[1], image_size, 36, 8), compute)
+    objective = Supervised(model, recipe, ValidationView(data[1], image_size, 36, 8), compute)
     groups = [(list(model.parameters()), recipe.lr)]
     feed = change(train_batches(data[0], recipe, compute))
-    curve = fit(model, groups, feed, objective, recipe, image_size, compute, work, lambda *_: None, "test")
-    return model, curve
+    setup = Setup("test", model, groups, feed, objective, recipe, image_size, compute)
+    return model, fit(setup, work, lambda *_: None)
 
 
 def network(recipe: Recipe) -> Classifier:
@@ -169,14 +171,14 @@ def test_sigterm_while_the_last_epoch_is_written_down_still_stops(
     data: tuple[Samples, Samples], compute: Compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed, curve = train(data, compute, tmp_path / "a")
-    save = loop.save_checkpoint
+    save = saving.save_checkpoint
 
     def disturbed(path: Path, state: dict[str, Any]) -> None:
         save(path, state)
         if len(state["curve"]) == RECIPE.epochs:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop, "save_checkpoint", disturbed)
+    monkeypatch.setattr(saving, "save_checkpoint", disturbed)
     with pytest.raises(SystemExit) as stopped:
         train(data, compute, tmp_path / "b")
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -184,11 +186,11 @@ def test_sigterm_while_the_last_epoch_is_written_down_still_stops(
     assert same_weights(undisturbed, resumed) and curve == curve_of_resumed
 
 
-@pytest.mark.parametrize("when", ["in an epoch", "in the look at val"])
+@pytest.mark.parametrize("when", ["in an epoch", "in validation"])
 def test_sigterm_leaves_a_checkpoint_of_that_very_step(
     when: str, data: tuple[Samples, Samples], compute: Compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(loop.CHECKPOINT_STEPS, "1000")
+    monkeypatch.setenv(saving.CHECKPOINT_STEPS, "1000")
     undisturbed, curve = train(data, compute, tmp_path / "a")
 
     def signalling(feed: Feed) -> Feed:
@@ -200,16 +202,16 @@ def test_sigterm_leaves_a_checkpoint_of_that_very_step(
 
         return replace(feed, batches=batches)
 
-    if when == "in the look at val":
-        look = Supervised.look
+    if when == "in validation":
+        measure = Supervised.measure
         calls = iter([False, True])
 
         def disturbed(self: Supervised, model: Classifier) -> Metrics:
             if next(calls, False):
                 os.kill(os.getpid(), signal.SIGTERM)
-            return look(self, model)
+            return measure(self, model)
 
-        monkeypatch.setattr(Supervised, "look", disturbed)
+        monkeypatch.setattr(Supervised, "measure", disturbed)
     with pytest.raises(SystemExit) as stopped:
         train(data, compute, tmp_path / "b", change=signalling if when == "in an epoch" else lambda feed: feed)
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -250,7 +252,7 @@ def test_the_first_steps_are_those_of_a_plain_loop(
         cosine.step()
         total += loss.item() * len(labels)
     assert curve[0]["train_loss"] == pytest.approx(total / 32, rel=1e-5)
-    assert supervised_metrics(model.eval(), Looking(data[1], 32, 36, 8), compute)["val_loss"] == pytest.approx(
+    assert supervised_metrics(model.eval(), ValidationView(data[1], 32, 36, 8), compute)["val_loss"] == pytest.approx(
         curve[0]["val_loss"], rel=1e-4
     )
 
@@ -266,7 +268,7 @@ def test_early_stopping_keeps_the_best_epoch(
     assert len(curve) == min(best + 1 + 2, 12)
     model, again = train(data, compute, tmp_path, recipe)  # from the finished checkpoint
     assert again == curve
-    found = supervised_metrics(model, Looking(data[1], 32, 36, 8), compute)
+    found = supervised_metrics(model, ValidationView(data[1], 32, 36, 8), compute)
     assert found["val_loss"] == pytest.approx(curve[best]["val_loss"], rel=1e-6)
 
 
@@ -276,7 +278,7 @@ def test_the_average_of_weights_is_what_is_kept(
     plain, _ = train(data, compute, tmp_path / "a")
     averaged, curve = train(data, compute, tmp_path / "b", RECIPE.model_copy(update={"ema": 0.99}))
     assert not same_weights(plain, averaged)
-    found = supervised_metrics(averaged.eval(), Looking(data[1], 32, 36, 8), compute)
+    found = supervised_metrics(averaged.eval(), ValidationView(data[1], 32, 36, 8), compute)
     assert found["val_loss"] == pytest.approx(curve[-1]["val_loss"], rel=1e-6)
 
 
@@ -289,11 +291,11 @@ def test_parts_of_a_batch_add_up_to_the_whole(compute: Compute, data: tuple[Samp
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.requires_grad_(False)
-        objective = Supervised(model, recipe, Looking(data[1], 32, 36, 8), compute)
+        objective = Supervised(model, recipe, ValidationView(data[1], 32, 36, 8), compute)
         groups = [(list(model.parameters()), recipe.lr)]
         feed = train_batches(data[0], recipe, compute)
-        work = tmp_path / str(parts)
-        curves.append(fit(model, groups, feed, objective, recipe, 32, compute, work, lambda *_: None, "t"))
+        setup = Setup("t", model, groups, feed, objective, recipe, 32, compute)
+        curves.append(fit(setup, tmp_path / str(parts), lambda *_: None))
     assert curves[0][0]["train_loss"] == pytest.approx(curves[1][0]["train_loss"], rel=1e-4)
 
 
@@ -316,19 +318,9 @@ def test_a_frozen_norm_keeps_its_statistics_and_the_head_alone_changes(
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
     recipe = Finetune(epochs=1, batch_size=8, lr=0.1, strategy="head")
     groups = STRATEGIES["head"](model, recipe)
-    objective = Supervised(model, recipe, Looking(data[1], 32, 36, 8), compute)
-    fit(
-        model,
-        groups,
-        train_batches(data[0], recipe, compute),
-        objective,
-        recipe,
-        32,
-        compute,
-        tmp_path,
-        lambda *_: None,
-        "t",
-    )
+    objective = Supervised(model, recipe, ValidationView(data[1], 32, 36, 8), compute)
+    feed = train_batches(data[0], recipe, compute)
+    fit(Setup("t", model, groups, feed, objective, recipe, 32, compute), tmp_path, lambda *_: None)
     changed = {name for name, value in model.net.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"fc.weight", "fc.bias"}
 
@@ -391,6 +383,6 @@ def test_early_stopping_without_what_it_watches_is_refused(
 def test_a_number_of_steps_that_is_none_is_refused(
     data: tuple[Samples, Samples], compute: Compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(loop.CHECKPOINT_STEPS, "often")
+    monkeypatch.setenv(saving.CHECKPOINT_STEPS, "often")
     with pytest.raises(StageError, match="SYNSET_CHECKPOINT_STEPS must be a number of steps, got 'often'"):
         train(data, compute, tmp_path)

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from stages.finetune import _drop_other_work
 from stages.runtime.command import StageError
 from stages.runtime.files import write_json
 from stages.runtime.fingerprint import work_folder
+from stages.training.finetuning.finetuning import _drop_other_work
 from stages.training.loop.checkpoints.work import _of_lineage
 from stages.training.loop.processes import _first_failure
 from tests.workspace import Workspace, written

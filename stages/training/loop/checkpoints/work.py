@@ -1,4 +1,4 @@
-"""The work folder of a training: its own checkpoint's, or with `training.allow_inexact` that of another world size."""
+"""The work folder of a training; `training.allow_inexact` takes over that of another world size."""
 
 import json
 import logging
@@ -8,22 +8,23 @@ from pathlib import Path
 from stages.params.training.training import Training
 from stages.runtime.files import write_json
 from stages.runtime.fingerprint import fingerprint, prune, work_folder
+from stages.training.loop.processes import is_first, wait_for_first
 
 logger = logging.getLogger(__name__)
 NOT_LINEAGE = ("training.world_size", "training.nodes", "training.allow_inexact")
-"""What may differ between two trainings of which one goes on with the other's checkpoint."""
+"""Parameters that may change when a checkpoint is resumed."""
 
 
 @dataclass(frozen=True)
 class TrainingWork:
-    """Where a training keeps its checkpoints, and what is known of it."""
+    """Where a training keeps its checkpoints, and who worked on it."""
 
     folder: Path
     stamp: str
     """The fingerprint."""
     machine: str
     world_sizes: tuple[int, ...]
-    """Of all the processes that worked on it, in order."""
+    """World sizes that it was trained with, in order."""
     resumed: bool
 
     @property
@@ -35,30 +36,28 @@ class TrainingWork:
 
     @property
     def recorded(self) -> dict[str, list[int]]:
-        """For the report: nothing, unless the result has the bytes of no undisturbed run."""
+        """For the report: empty unless the world size changed, so that no undisturbed run has these bytes."""
         return {"inexact_world_sizes": list(self.world_sizes)} if len(self.world_sizes) > 1 else {}
 
     def prune(self) -> None:
-        """Removes work of other parameters, now that training with these has got somewhere.
+        """Removes work of other parameters, once an epoch of this training is done.
 
         Not before: a mistyped parameter that ends in a message must not cost the checkpoint of the right ones.
         """
         prune(self.folder.parent, keep=self.folder)
 
     def remove(self) -> None:
-        """All is done."""
+        """Removes all work of the stage, once it has finished."""
         prune(self.folder.parent, keep=Path())
 
 
 def training_work(stage: str, machine: str, training: Training, source: str = "") -> TrainingWork:
-    """The work folder of `stage` as it is configured now, made by process 0.
+    """The work folder of `stage` as it is configured now; process 0 creates it.
 
     Args:
         machine: the kind of machine that decides bytes.
-        source: checksum of what it starts from besides its dependencies.
+        source: checksum of what training starts from besides the stage's dependencies.
     """
-    from stages.training.loop.processes import is_first, wait_for_first
-
     stamp = fingerprint(stage, machine, source)
     folder = work_folder(stage, stamp)
     lineage = fingerprint(stage, machine, source, without=NOT_LINEAGE)

@@ -14,7 +14,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.params.pretrain import SelfSupervised
-from stages.training.methods.contrastive import METHODS, knn_hits, projector, simclr, vicreg
+from stages.training.methods.embeddings import projector
+from stages.training.methods.knn import knn_correct
+from stages.training.methods.self_supervision import METHODS
+from stages.training.methods.simclr import simclr
+from stages.training.methods.vicreg import vicreg
 from tests.workspace import ROOT
 
 SETTINGS = SelfSupervised(width=16, outputs=8)
@@ -86,9 +90,8 @@ def gradients_in_a_process(rank: int, folder: str, count: int) -> None:
 def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     count = 7  # four and three
     # Not by multiprocessing, which leaves a process of its own behind until the tests are over.
-    code = (
-        f"from tests.training import test_contrastive as t; t.gradients_in_a_process({{}}, {str(tmp_path)!r}, {count})"
-    )
+    module = "tests.training.methods.test_self_supervision"
+    code = f"import {module} as t; t.gradients_in_a_process({{}}, {str(tmp_path)!r}, {count})"
     both = [subprocess.Popen([sys.executable, "-c", code.format(rank)], cwd=ROOT) for rank in range(2)]
     assert [each.wait() for each in both] == [0, 0]
     found = torch.load(tmp_path / "gradients.pt")
@@ -109,7 +112,7 @@ def test_k_nn_counts_as_scikit_learn_does(k: int) -> None:
     theirs = KNeighborsClassifier(min(k, 300), weights=lambda far: np.exp((1 - far**2 / 2) / 0.07))
     expected = int((theirs.fit(unit[0], of_bank).predict(unit[1]) == of_queries).sum())
     one, of_one, other, of_other = (torch.from_numpy(each) for each in (bank, of_bank, queries, of_queries))
-    assert knn_hits(one, of_one, other, of_other, k, 4) == expected
+    assert knn_correct(one, of_one, other, of_other, k, 4) == expected
 
 
 def test_the_projector_gives_embeddings_of_the_wanted_size() -> None:
