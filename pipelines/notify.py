@@ -1,4 +1,4 @@
-"""Tells people what a flow decided: by Apprise URLs or Prefect's notification blocks, as params.yaml names them."""
+"""Notifies people of what a flow decided, by the Apprise URLs and Prefect blocks that params.yaml names."""
 
 import logging
 import os
@@ -6,9 +6,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from apprise import Apprise
+
+from pipelines import environment
 from stages.params.retrain import Retrain
 from stages.runtime.command import StageError
 from stages.runtime.params_file import load_section
+
+environment.apply()  # Prefect reads its settings when it is imported
+
+import prefect.blocks.notifications  # noqa: E402, F401  # registers its blocks
+from prefect.blocks.abstract import NotificationBlock  # noqa: E402
+from prefect.blocks.core import Block  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -17,10 +26,10 @@ _BLOCK = re.compile(r"block:(?P<type>[^/]+)/(?P<name>[^/]+)")
 
 
 def tell(title: str, body: str) -> None:
-    """Sends a message, whose body is Markdown, to everybody in `retrain.notify`.
+    """Sends a message, with a body in Markdown, to all targets in `retrain.notify`.
 
-    Never raises: who cannot be reached costs a warning, and no decision may hang on it. URLs hold secrets: neither
-    they nor what Apprise says of them gets into a log.
+    Never raises: no decision may depend on a message; a target that is not reached costs a warning. URLs hold secrets:
+    neither they nor Apprise's messages about them are logged.
     """
     try:
         targets = load_section("retrain", Retrain).notify
@@ -58,8 +67,6 @@ def _send(target: str, title: str, body: str) -> None:
 
 
 def _send_by_apprise(address: str, title: str, body: str) -> None:
-    from apprise import Apprise
-
     with _quiet():
         client = Apprise()
         if not client.add(address):
@@ -72,10 +79,6 @@ def _send_by_block(address: str, title: str, body: str) -> None:
     match = _BLOCK.fullmatch(address)
     if not match:
         raise StageError("a Prefect block is named as block:TYPE/NAME, say block:slack-webhook/team")
-    import prefect.blocks.notifications  # noqa: F401  # the types are known once they are imported
-    from prefect.blocks.abstract import NotificationBlock
-    from prefect.blocks.core import Block
-
     try:
         block = Block.load(f"{match['type']}/{match['name']}", _sync=True)  # type: ignore[call-arg]
     except (ValueError, KeyError):

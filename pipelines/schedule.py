@@ -12,17 +12,9 @@ import sys
 from contextlib import suppress
 
 from pipelines import environment
+from pipelines.processes import servers
 from pipelines.processes.flow_lock import exclusive
-from pipelines.processes.servers import (
-    HOST,
-    MLFLOW_PORT,
-    PREFECT_PORT,
-    Service,
-    free_port,
-    mlflow_server,
-    prefect_server,
-    reached_at,
-)
+from pipelines.processes.servers import HOST, Service
 from pipelines.processes.stage_process import Stop, signals_to
 from pipelines.processes.supervisor import keep_running
 from stages.params.all import check_all
@@ -37,15 +29,15 @@ FLOWS_GRACE = 60.0
 
 def _run_all(host: str) -> None:
     prefect_api, mlflow = os.environ.get("PREFECT_API_URL", ""), os.environ.get("MLFLOW_TRACKING_URI", "")
-    servers = []
+    own: list[Service] = []
     if not prefect_api:
-        port = free_port(PREFECT_PORT, host)
-        servers.append(prefect_server(host, port))
-        prefect_api = f"http://{reached_at(host)}:{port}/api"
+        port = servers.free_port(servers.PREFECT_PORT, host)
+        own.append(servers.prefect_server(host, port))
+        prefect_api = f"http://{servers.reached_at(host)}:{port}/api"
     if not is_server(mlflow):
-        port = free_port(MLFLOW_PORT, host)
-        servers.append(mlflow_server(host, port))
-        mlflow = f"http://{reached_at(host)}:{port}"
+        port = servers.free_port(servers.MLFLOW_PORT, host)
+        own.append(servers.mlflow_server(host, port))
+        mlflow = f"http://{servers.reached_at(host)}:{port}"
     addresses = {"PREFECT_API_URL": prefect_api, "MLFLOW_TRACKING_URI": mlflow}
     os.environ.update(addresses)
     from pipelines.processes.deployments import checked_cron  # Prefect reads its settings when it is imported
@@ -55,7 +47,7 @@ def _run_all(host: str) -> None:
     flows = Service("flows", [sys.executable, "-m", "pipelines.schedule", "--flows"], grace=FLOWS_GRACE)
     stop = Stop()
     with signals_to(stop), suppress(KeyboardInterrupt):
-        keep_running(servers, flows, stop, _log)
+        keep_running(own, flows, stop, _log)
 
 
 def _log(line: str) -> None:

@@ -17,12 +17,8 @@ from stages.runtime.params_file import load_section
 environment.apply()  # Prefect reads its settings when it is imported
 
 from prefect.client.orchestration import SyncPrefectClient, get_client  # noqa: E402
-from prefect.client.schemas import filters  # noqa: E402
-from prefect.client.schemas.objects import (  # noqa: E402
-    ConcurrencyLimitConfig,
-    ConcurrencyLimitStrategy,
-    StateType,
-)
+from prefect.client.schemas import filters, objects  # noqa: E402
+from prefect.client.schemas.objects import StateType  # noqa: E402
 from prefect.client.schemas.schedules import CronSchedule  # noqa: E402
 from prefect.flows import EntrypointType  # noqa: E402
 from prefect.runner import Runner  # noqa: E402
@@ -68,7 +64,7 @@ async def _serve(deployments: Sequence[Any]) -> None:
 def deployment(name: str) -> Any:
     """The flow of that name with its schedule; one run at a time, and a run that finds another at work is cancelled."""
     module = MODULES[name]
-    alone = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    alone = objects.ConcurrencyLimitConfig(limit=1, collision_strategy=objects.ConcurrencyLimitStrategy.CANCEL_NEW)
     return getattr(module, name).to_deployment(
         NAME,
         schedule=schedule(name),

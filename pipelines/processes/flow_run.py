@@ -21,9 +21,13 @@ from stages.runtime.command import StageError
 environment.apply()  # Prefect reads its settings when it is imported
 
 from prefect import Flow, get_run_logger, runtime, task  # noqa: E402
+from prefect.artifacts import create_markdown_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.states import Cancelled, Completed, Failed, State  # noqa: E402
+
+# For modules of a flow that need nothing else of Prefect.
+run_logger, publish_page = get_run_logger, create_markdown_artifact
 
 # `dvc` prints these where another `dvc repro` works in the same checkout; it does not wait.
 _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|another DVC process")

@@ -16,28 +16,14 @@ from typing import Any
 from pipelines.promotion.examination import Examination
 from pipelines.promotion.history import Promotion, one_line, promotions, with_promotion
 from pipelines.retrain.worktree import commit_of
-from stages.registry import versions
-from stages.registry.tags import (
-    APPROVED_BY,
-    CHAMPION,
-    GATE,
-    GATE_AGAINST,
-    NO_VERSION,
-    OVERRIDE,
-    PREVIOUS,
-    PROMOTED,
-    PROMOTING,
-    REFUSED,
-    RETRACTED,
-    SERVING,
-    UNFINISHED,
-)
+from stages.registry import tags, versions
+from stages.registry.tags import CHAMPION, PREVIOUS, SERVING
 from stages.registry.versions import Version
 from stages.runtime.command import StageError
 from stages.runtime.git import GitError, git
 
 GIT_TAG = "champion"
-_DECISIVE = (OVERRIDE, RETRACTED, UNFINISHED)
+_DECISIVE = (tags.OVERRIDE, tags.RETRACTED, tags.UNFINISHED)
 """Tags that others may set while a version is examined, and that change the verdict."""
 _ATTEMPTS = 10
 
@@ -108,7 +94,7 @@ def settle(name: str, examine: Examine, tell: Tell, root: Path) -> Outcome:
         registry = read_registry(name)
         if (begun := _journalled(registry)) is not None:
             if (journal := _journal(begun)) is None:
-                versions.delete_tag(begun, PROMOTING)  # not ours: nothing was begun
+                versions.delete_tag(begun, tags.PROMOTING)  # not ours: nothing was begun
             elif begun == registry.at(SERVING):
                 return _complete(begun, journal, tell, root)
             else:
@@ -169,7 +155,7 @@ def _set_by_hand(registry: RegistrySnapshot) -> bool:
     if serving is None or serving == _promoted_last(registry):
         return False
     # Its own tag counts too: a description that is too long takes no more lines.
-    return serving.tags.get(PROMOTED, "") < last.when if last else PROMOTED not in serving.tags
+    return serving.tags.get(tags.PROMOTED, "") < last.when if last else tags.PROMOTED not in serving.tags
 
 
 def _undo(registry: RegistrySnapshot, tell: Tell) -> None:
@@ -193,7 +179,7 @@ def _promoted_last(registry: RegistrySnapshot) -> Version | None:
     """The version promoted last, by the table; if it was deleted, the one before it."""
     last, previous = _last_promotion(registry), registry.at(PREVIOUS)
     found = next((each for each in registry.versions if last and each.number == last.version), None)
-    return found or (previous if previous and PROMOTED in previous.tags else None)
+    return found or (previous if previous and tags.PROMOTED in previous.tags else None)
 
 
 def _last_promotion(registry: RegistrySnapshot) -> Promotion | None:
@@ -221,10 +207,10 @@ def _refusal(champion: Version, serving: Version | None) -> str | None:
         return "retraining has not finished it yet; it becomes `challenger` when it has"
     if not champion.sha256:
         return "its registration was interrupted; `dvc repro -f -s register` registers it anew"
-    if batch := champion.tags.get(RETRACTED):
+    if batch := champion.tags.get(tags.RETRACTED):
         return f"it was trained on the batch {batch}, which was taken back"
-    gate, in_force = champion.tags.get(GATE, ""), serving.sha256 if serving else NO_VERSION
-    still_holds = champion.tags.get(GATE_AGAINST) == in_force
+    gate, in_force = champion.tags.get(tags.GATE, ""), serving.sha256 if serving else tags.NO_VERSION
+    still_holds = champion.tags.get(tags.GATE_AGAINST) == in_force
     if gate not in ("", "passed") and still_holds and not _stands_in_for_gate(champion):
         return _gate_says(gate)
     return None
@@ -232,9 +218,9 @@ def _refusal(champion: Version, serving: Version | None) -> str | None:
 
 def _verdict(champion: Version, serving: Version | None, examine: Examine) -> tuple[str, str | None]:
     """The table's entry about the gate, and the reason for a refusal, or None."""
-    against = str(serving.number) if serving else NO_VERSION
+    against = str(serving.number) if serving else tags.NO_VERSION
     # A version that was in force needs no gate: going back must be possible from a version that scores better, too.
-    found = examine(champion, "" if PROMOTED in champion.tags else against)
+    found = examine(champion, "" if tags.PROMOTED in champion.tags else against)
     if not found.sound:
         return "", "; ".join(found.reasons) or "it does not answer as it did when it was registered"
     if instead := _stands_in_for_gate(champion):
@@ -246,9 +232,9 @@ def _verdict(champion: Version, serving: Version | None, examine: Examine) -> tu
 
 
 def _stands_in_for_gate(version: Version) -> str:
-    if PROMOTED in version.tags:
+    if tags.PROMOTED in version.tags:
         return "rollback"
-    reason = version.tags.get(OVERRIDE, "").strip()
+    reason = version.tags.get(tags.OVERRIDE, "").strip()
     return f"override: {reason}" if reason else ""
 
 
@@ -267,7 +253,7 @@ def _is_unchanged(registry: RegistrySnapshot) -> bool:
 def _refuse(registry: RegistrySnapshot, champion: Version, reason: str, tell: Tell) -> Outcome | None:
     serving = registry.at(SERVING)
     # The reason first, so that a champion is never set back without one.
-    versions.set_tags(champion, {REFUSED: f"{_now()} {reason}"})
+    versions.set_tags(champion, {tags.REFUSED: f"{_now()} {reason}"})
     if not _is_unchanged(registry):
         return None
     if serving:
@@ -302,21 +288,21 @@ def _begin(version: Version, serving: Version | None, previous: Version | None, 
         by=_approver(version),
         verdict=verdict,
     )
-    versions.set_tags(version, {PROMOTING: json.dumps(asdict(journal))})
+    versions.set_tags(version, {tags.PROMOTING: json.dumps(asdict(journal))})
     return journal
 
 
 def _journal(version: Version) -> _Journal | None:
     """None where the tag is not ours: anybody may set one."""
     try:
-        return _Journal(**json.loads(version.tags[PROMOTING]))
+        return _Journal(**json.loads(version.tags[tags.PROMOTING]))
     except (ValueError, TypeError):
         return None
 
 
 def _approver(version: Version) -> str:
     """The tag `approved_by`, unless it is left from an earlier promotion: MLflow does not record who clicks."""
-    by = one_line(version.tags.get(APPROVED_BY, ""))  # in the table's form, to be compared with it
+    by = one_line(version.tags.get(tags.APPROVED_BY, ""))  # in the table's form, to be compared with it
     earlier = [each for each in promotions(versions.model_description(version.name)) if each.version == version.number]
     # The last promotion that was approved: later ones with the same tag were found not to be.
     last = next((each.by for each in earlier if each.by), "")
@@ -325,7 +311,7 @@ def _approver(version: Version) -> str:
 
 def _journalled(registry: RegistrySnapshot) -> Version | None:
     """A version whose promotion was begun; one that is not in force comes first, to be taken back."""
-    begun = [version for version in registry.versions if PROMOTING in version.tags]
+    begun = [version for version in registry.versions if tags.PROMOTING in version.tags]
     return next((version for version in begun if SERVING not in version.aliases), begun[0] if begun else None)
 
 
@@ -336,14 +322,14 @@ def _take_back(registry: RegistrySnapshot, version: Version, journal: _Journal) 
         versions.set_alias(before, PREVIOUS)
     elif registry.at(PREVIOUS):
         versions.delete_alias(registry.name, PREVIOUS)
-    versions.delete_tag(version, PROMOTING)
+    versions.delete_tag(version, tags.PROMOTING)
 
 
 def _complete(version: Version, journal: _Journal, tell: Tell, root: Path) -> Outcome:
     """Writes everything that follows from the alias `serving`."""
-    versions.set_tags(version, {PROMOTED: journal.when})
-    if REFUSED in version.tags:
-        versions.delete_tag(version, REFUSED)
+    versions.set_tags(version, {tags.PROMOTED: journal.when})
+    if tags.REFUSED in version.tags:
+        versions.delete_tag(version, tags.REFUSED)
     problem = _tag_commit(version, root)
     entry = Promotion(journal.when, version.number, journal.instead_of, journal.by, journal.verdict)
     description = versions.model_description(version.name)
@@ -353,7 +339,7 @@ def _complete(version: Version, journal: _Journal, tell: Tell, root: Path) -> Ou
     message = f"{version.name}: version {version.number} is in force{instead} ({entry.verdict}){problem}"
     outcome = Outcome("promoted", message, version.number)
     tell(outcome)
-    versions.delete_tag(version, PROMOTING)
+    versions.delete_tag(version, tags.PROMOTING)
     return outcome
 
 

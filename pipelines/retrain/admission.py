@@ -6,41 +6,27 @@ import shutil
 from functools import partial
 from typing import Any
 
-from pipelines import environment
 from pipelines.environment import ROOT
 from pipelines.processes.flow_lock import folder
+from pipelines.processes.flow_run import run_logger
+from pipelines.retrain import steps
 from pipelines.retrain.batch_list import batches, retracted, with_batch, with_retracted, without_batch
 from pipelines.retrain.branch import Branches, prepare, write_params
 from pipelines.retrain.deliveries import Delivery, find_deliveries, listing
-from pipelines.retrain.steps import (
-    NAME,
-    TREE,
-    Retraction,
-    Work,
-    content_digest,
-    incoming,
-    run_stage_in_tree,
-    shown,
-    stages_in_tree,
-    step,
-)
+from pipelines.retrain.steps import TREE, Retraction, Work, step
 from stages.params.all import check_all
 from stages.runtime import layout
 from stages.runtime.command import StageError
-
-environment.apply()  # Prefect reads its settings when it is imported
-
-from prefect import get_run_logger  # noqa: E402
 
 REFUSAL = TREE / layout.VALIDATION_FAILED
 
 
 def find_new(work: Work, branches: Branches) -> list[Delivery]:
     """The new deliveries; the report says why others are not taken."""
-    log = get_run_logger()
+    log = run_logger()
     listed, back = batches(branches.params), list(branches.policy.retracted)
-    digest = partial(content_digest, work)
-    found = find_deliveries(incoming(), listed, back, branches.rules, work.memory, digest)
+    digest = partial(steps.content_digest, work)
+    found = find_deliveries(steps.incoming(), listed, back, branches.rules, work.memory, digest)
     for name, why in found.unreadable.items():
         if work.memory.refused.get(name, {}).get("reasons") == [why]:
             work.report.left_alone[name] = f"refused before: {why}"
@@ -79,7 +65,7 @@ def accept(
     try:
         good = _accepted(work, branches, deliveries, retraction)
     except StageError:
-        changed = [each for each in deliveries if listing(incoming() / each.name) != each.listing]
+        changed = [each for each in deliveries if listing(steps.incoming() / each.name) != each.listing]
         if not changed:
             # Files may have changed without a trace in their sizes and times: next time, all are read.
             for each in deliveries:
@@ -120,11 +106,11 @@ def _validate(work: Work, branches: Branches, deliveries: list[Delivery], retrac
     step("add", _list_batches, branches, deliveries, retraction)
     stops = REFUSAL / layout.VALIDATION.name
     stops.unlink(missing_ok=True)  # the page stays, for a delivery that was refused
-    run_stage_in_tree(work, "ingest")
+    steps.run_stage_in_tree(work, "ingest")
     _ingest_changed_again(work, deliveries)
-    for stage in stages_in_tree()[0][1:]:
+    for stage in steps.stages_in_tree()[0][1:]:
         try:
-            run_stage_in_tree(work, stage)
+            steps.run_stage_in_tree(work, stage)
         except StageError:
             if stage == "validate" and stops.exists():
                 return list(json.loads(stops.read_text(encoding="utf-8"))["stops"])
@@ -155,9 +141,9 @@ def _ingest_changed_again(work: Work, deliveries: list[Delivery]) -> None:
     which was refused or waited.
     """
     for each in deliveries:
-        if content_digest(work, str(TREE / layout.raw("finetune", each.batch)), "--raw") != each.digest:
-            get_run_logger().info(f"{each.name} has changed since it was ingested; ingesting it again")
-            run_stage_in_tree(work, f"ingest@{each.batch}", force=True)
+        if steps.content_digest(work, str(TREE / layout.raw("finetune", each.batch)), "--raw") != each.digest:
+            run_logger().info(f"{each.name} has changed since it was ingested; ingesting it again")
+            steps.run_stage_in_tree(work, f"ingest@{each.batch}", force=True)
 
 
 def _refuse(work: Work, branches: Branches, name: str, reasons: list[str], delivery: Delivery | None = None) -> None:
@@ -170,10 +156,10 @@ def _refuse(work: Work, branches: Branches, name: str, reasons: list[str], deliv
     work.memory.refused[name] = {**known, "rules": branches.rules, "reasons": reasons}
     work.memory.save()
     work.report.refused[name] = reasons
-    get_run_logger().warning(f"refused: {name}: {'; '.join(reasons)}")
+    run_logger().warning(f"refused: {name}: {'; '.join(reasons)}")
     page = REFUSAL / layout.VALIDATION_PAGE.name
     if delivery and page.exists():
-        kept = folder(NAME) / "refused" / f"{delivery.batch}.html"
+        kept = folder(steps.NAME) / "refused" / f"{delivery.batch}.html"
         kept.parent.mkdir(exist_ok=True)
         shutil.copyfile(page, kept)
-        work.report.notes.append(f"{name} in pictures: {shown(kept)}")
+        work.report.notes.append(f"{name} in pictures: {steps.shown(kept)}")

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from pipelines.retrain import worktree
 from pipelines.retrain.batch_list import batches, lock_of, merge, merge_lock
-from pipelines.retrain.worktree import checked_out, commit_all, commit_of, contains, open_tree, record, text_at, trailer
+from pipelines.retrain.worktree import commit_of, record, text_at
 from stages.params.retrain import Retrain
 from stages.runtime.command import StageError
 from stages.runtime.files import write_text
@@ -70,7 +71,7 @@ def read_branches(root: Path, settings: Retrain) -> Branches:
     if not base:
         raise StageError(f"there is no branch `{settings.base}` (retrain.base in params.yaml); name one that exists")
     start = tip or base
-    ahead = not contains(root, start, base)
+    ahead = not worktree.contains(root, start, base)
     params = text_at(root, start, PARAMS)
     if not params:
         raise StageError(f"there is no {PARAMS} in {start[:12]}; commit it on `{settings.base}`")
@@ -82,7 +83,7 @@ def read_branches(root: Path, settings: Retrain) -> Branches:
 
 def refuse_if_checked_out(root: Path, tree: Path, branch: str) -> None:
     """Raises StageError where somebody has the branch checked out: it would move under their files."""
-    if where := checked_out(root, branch, besides=tree):
+    if where := worktree.checked_out(root, branch, besides=tree):
         raise StageError(f"the branch `{branch}` is checked out in {where}; `git switch` to another one there")
 
 
@@ -93,7 +94,7 @@ def prepare(root: Path, tree: Path, branches: Branches) -> None:
         StageError: they change the same lines, other than in `batches`, dvc.lock and reports/.
     """
     refuse_if_checked_out(root, tree, branches.name)
-    open_tree(root, tree, branches.start)
+    worktree.open_tree(root, tree, branches.start)
     if branches.ahead:
         _merge(tree, branches)
     write_params(tree, branches.params)
@@ -110,7 +111,7 @@ def write_params(tree: Path, text: str) -> None:
 
 def commit_retraining(tree: Path, message: str, model_sha256: str) -> str:
     """Commits what a retraining came to, on the detached HEAD; returns the commit."""
-    return commit_all(tree, [PARAMS, LOCK, "reports"], f"{message.rstrip()}\n\n{TRAILER}: {model_sha256}\n")
+    return worktree.commit_all(tree, [PARAMS, LOCK, "reports"], f"{message.rstrip()}\n\n{TRAILER}: {model_sha256}\n")
 
 
 def interrupted(tree: Path, start: str) -> tuple[str, str] | None:
@@ -121,12 +122,12 @@ def interrupted(tree: Path, start: str) -> tuple[str, str] | None:
     """
     head = commit_of(tree, "HEAD")
     model = model_of(tree, head) if head else ""
-    return (head, model) if model and not (start and contains(tree, start, head)) else None
+    return (head, model) if model and not (start and worktree.contains(tree, start, head)) else None
 
 
 def model_of(folder: Path, commit: str) -> str:
     """sha256 of the model that a retraining committed; empty for any other commit."""
-    return trailer(folder, commit, TRAILER)
+    return worktree.trailer(folder, commit, TRAILER)
 
 
 # ------------------------------------------------------------------------------------------------------------ merging

@@ -16,6 +16,7 @@ from pipelines.notify import tell
 from pipelines.processes.flow_lock import BusyError, exclusive, folder
 from pipelines.processes.flow_run import flow_stop, run_flow
 from pipelines.processes.stage_process import signals_to
+from pipelines.retrain import steps
 from pipelines.retrain.admission import accept, find_new, prepare_tree
 from pipelines.retrain.branch import read_branches
 from pipelines.retrain.completion import close, commit, complete_interrupted, finish, registered_model
@@ -23,16 +24,7 @@ from pipelines.retrain.deliveries import remembered
 from pipelines.retrain.due import decide, nothing_new
 from pipelines.retrain.report import Report
 from pipelines.retrain.retraction import REQUEST, mark, requested, withdraw
-from pipelines.retrain.steps import (
-    NAME,
-    UNDERWAY,
-    FlowStoppedError,
-    Work,
-    run_stage_in_tree,
-    shown,
-    stages_in_tree,
-    step,
-)
+from pipelines.retrain.steps import NAME, FlowStoppedError, Work, step
 from pipelines.retrain.worktree import check_root
 from stages.params.retrain import Retrain
 from stages.registry.client import enabled
@@ -59,7 +51,7 @@ def retrain(retract: str = "", reason: str = "") -> State[Any]:
     except BusyError as error:
         return Completed(name="Skipped", message=str(error))
     except FlowStoppedError as stopped:
-        how = f" (to withdraw the request, delete {shown(REQUEST)})" if REQUEST.exists() else ""
+        how = f" (to withdraw the request, delete {steps.shown(REQUEST)})" if REQUEST.exists() else ""
         return Cancelled(message=f"{stopped}; the next run goes on from here{how}")
     except StageError as error:
         return _failed(str(error))
@@ -84,9 +76,9 @@ def _retrain(work: Work, retract: str, reason: str) -> None:
         deliveries, validation = accept(work, branches, deliveries, retraction)
         if not step("decide", decide, work, branches, deliveries, validation, retraction):
             return close(work)
-        write_text(UNDERWAY, "")
-        for stage in stages_in_tree()[1]:
-            run_stage_in_tree(work, stage)
+        write_text(steps.UNDERWAY, "")
+        for stage in steps.stages_in_tree()[1]:
+            steps.run_stage_in_tree(work, stage)
         model = registered_model(work)
         made = step("commit", commit, work, deliveries, retraction, model)
         finish(work, branches.tip, made, model)

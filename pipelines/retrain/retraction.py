@@ -2,9 +2,9 @@
 
 import json
 
-from pipelines import environment
 from pipelines.environment import ROOT
 from pipelines.processes.flow_lock import folder
+from pipelines.processes.flow_run import run_logger
 from pipelines.retrain.batch_list import batches, retracted
 from pipelines.retrain.branch import Branches
 from pipelines.retrain.steps import NAME, Retraction, Work, step
@@ -16,10 +16,6 @@ from stages.runtime import layout
 from stages.runtime.command import StageError
 from stages.runtime.files import write_json
 from stages.runtime.params_file import load_section
-
-environment.apply()  # Prefect reads its settings when it is imported
-
-from prefect import get_run_logger  # noqa: E402
 
 REQUEST = folder(NAME) / "retract.json"
 """The batch to be taken back, until it is: a person decided it, so a kill must not lose it."""
@@ -60,7 +56,7 @@ def mark(work: Work, batch: str) -> None:
         if set(version.aliases) & set(IN_FORCE):
             warning = f"version {version.number} is in force and was trained on {batch}: promote another"
             work.report.notes.append(warning)
-            get_run_logger().warning(warning)
+            run_logger().warning(warning)
     REQUEST.unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ from pipelines.processes import flow_lock as module
 from pipelines.processes.flow_lock import MARK, BusyError, clear_after_kill, exclusive, folder
 from tests.prefect_api import prefect_api, python
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # It starts a stage in a session of its own, as flows do, and one that is deaf to SIGTERM.
 HOLDER = """
 import subprocess, sys, time

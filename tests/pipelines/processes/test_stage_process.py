@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.processes.stage_process import Stop, run_streamed, split_lines
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def lives(pid: int) -> bool:

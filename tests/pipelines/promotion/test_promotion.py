@@ -11,7 +11,7 @@ import pytest
 from pipelines.promotion import promotion
 from pipelines.promotion.history import promotions
 from pipelines.promotion.promotion import Examination, Outcome, RegistrySnapshot, settle
-from stages.registry import versions
+from stages.registry import tags, versions
 from stages.registry.client import open_client
 from stages.registry.versions import Version
 from stages.runtime.command import StageError
@@ -117,7 +117,7 @@ def test_the_first_champion_comes_into_force(root: Path) -> None:
     assert versions.model_description(NAME).startswith("About bells.\n\n## Promotions")
     assert commit(root, "refs/tags/champion") == version(1).commit
     assert version(1).tags["promoted"][:4].isdigit()
-    assert promotion.PROMOTING not in version(1).tags
+    assert tags.PROMOTING not in version(1).tags
     told.clear()
     assert tick(root, examine, told).kind == "unchanged"
     assert (told, len(examine.asked)) == ([], 1)
@@ -416,9 +416,9 @@ def test_nothing_in_force_any_more_has_no_git_tag(root: Path) -> None:
 def test_a_journal_that_is_none_of_ours_is_removed(root: Path, journal: str, number: int) -> None:
     wish(1)
     tick(root)
-    versions.set_tags(version(number), {promotion.PROMOTING: journal})
+    versions.set_tags(version(number), {tags.PROMOTING: journal})
     assert tick(root).kind == "unchanged"
-    assert promotion.PROMOTING not in version(number).tags
+    assert tags.PROMOTING not in version(number).tags
     assert aliases() == {"champion": 1, "serving": 1}
 
 
@@ -529,7 +529,7 @@ def test_death_after_any_write_ends_in_the_state_before_or_the_state_after(
             wish(1)
             tick(root)
             assert (aliases(), table(), commit(root, "refs/tags/champion")) == (before[0], before[2], before[3])
-            assert promotion.PROMOTING not in {tag for each in versions.list_versions(NAME) for tag in each.tags}
+            assert tags.PROMOTING not in {tag for each in versions.list_versions(NAME) for tag in each.tags}
         else:
             tick(root, examine)
             assert state(root) == expected, f"killed after write {deaths}"
