@@ -1,4 +1,4 @@
-"""MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019), torchvision's, of batches as they are loaded."""
+"""MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019), by torchvision."""
 
 import torch
 from torch import Tensor
@@ -10,19 +10,19 @@ class Mixer:
 
     def __init__(self, mixup: float, cutmix: float, classes: int) -> None:
         """The alphas of both Beta distributions; 0: off."""
-        self.ways: list[v2.Transform] = []
+        self.methods: list[v2.Transform] = []
         if mixup:
-            self.ways.append(v2.MixUp(alpha=mixup, num_classes=classes))
+            self.methods.append(v2.MixUp(alpha=mixup, num_classes=classes))
         if cutmix:
-            self.ways.append(v2.CutMix(alpha=cutmix, num_classes=classes))
+            self.methods.append(v2.CutMix(alpha=cutmix, num_classes=classes))
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, H, W) in 0..255 as float32, and targets (n, classes); both untouched where nothing is on.
+        """Images (n, 3, H, W) in 0..255 as float32, and targets (n, classes); both unchanged where neither is on.
 
         Draws from torch's global generator on the CPU.
         """
-        if not self.ways or len(labels) < 2:
+        if not self.methods or len(labels) < 2:
             return images, labels
-        way = self.ways[int(torch.randint(len(self.ways), ()))]
-        mixed, targets = way(images.float(), labels)
+        method = self.methods[int(torch.randint(len(self.methods), ()))]
+        mixed, targets = method(images.float(), labels)
         return mixed, targets

@@ -14,9 +14,9 @@ from stages.params.training.recipe import Recipe
 from stages.training.networks.layer_groups import Groups
 
 MOMENTUM_FALLS = 0.1
-"""Under `one_cycle`, from `momentum` at the start to this much less at the peak and back (Smith 2018)."""
+"""Under `one_cycle`, momentum falls by this much until the peak, and rises again (Smith 2018)."""
 BIASES_OF_TWO_AXES = "relative_position_bias_table"
-"""Of Swin and MaxViT: biases of attention, which look like a matrix."""
+"""Attention biases of Swin and MaxViT; they have the shape of a matrix."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024)."""
 
@@ -28,13 +28,13 @@ def optimiser(
 
     Args:
         dtype: of autocast; Muon orthogonalises in bf16 where this is bf16, else in float32.
-        model: whose parameters they are, by whose names biases of two axes are known.
+        model: owns the parameters; biases of two axes are known by their names in it.
     """
     named = model.named_parameters() if model else ()
     biases = {id(each) for name, each in named if name.endswith(BIASES_OF_TWO_AXES)}
 
     def is_weight(parameter: nn.Parameter) -> bool:
-        """Of a convolution or a linear layer; not a bias, a scale, a class token or positions (three axes)."""
+        """A weight of a convolution or linear layer; no bias, scale, class token or positions (three axes)."""
         return parameter.ndim in (2, 4) and id(parameter) not in biases
 
     options = [option for group in groups for option in _options(*group, recipe.weight_decay, is_weight)]
@@ -62,19 +62,23 @@ def _options(
 class Muon(Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum of a matrix, orthogonalised.
 
-    Convolutions are matrices (out, in·h·w). Norms, biases and the head are trained by SGD with Nesterov momentum and
-    the learning rate itself, matrices by `scale` times it; the decay of weights is decoupled for all.
+    Convolutions are matrices (out, in·h·w), trained at `scale` times the learning rate. Norms, biases and the head are
+    trained by SGD with Nesterov momentum at the learning rate itself. Weight decay is decoupled for all.
 
-    Not torch.optim.Muon: that one takes no convolutions, and multiplies in bf16 also where the hardware has none.
+    Not torch.optim.Muon: it takes no convolutions, and multiplies in bf16 even where the hardware has no bf16.
 
     Args:
         dtype: matrices are orthogonalised in it.
     """
 
     def __init__(
-        self, options: list[dict[str, Any]], momentum: float, scale: float, is_matrix: Callable[[nn.Parameter], bool],
+        self,
+        options: list[dict[str, Any]],
+        momentum: float,
+        scale: float,
+        is_matrix: Callable[[nn.Parameter], bool],
         dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.scale, self.dtype = scale, dtype
         split = []
         for option in options:
@@ -106,7 +110,7 @@ class Muon(Optimizer):
 
 
 def _nesterov(gradient: Tensor, buffer: Tensor, momentum: float, average: bool) -> Tensor:
-    """The step's direction; `buffer` is brought up to date. Muon's momentum is an average, SGD's a sum."""
+    """The step's direction; updates `buffer`. Muon's momentum is an average, SGD's a sum."""
     if average:
         buffer.lerp_(gradient, 1 - momentum)
         return gradient.lerp(buffer, momentum)
@@ -126,25 +130,27 @@ def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 def schedule(chosen: Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
-    """What the recipe says the learning rate does, stepped once a step of the optimiser."""
+    """The recipe's schedule of the learning rate; step it once after each step of the optimiser."""
     steps = recipe.epochs * steps_per_epoch
     rising = recipe.warmup * steps
     if recipe.schedule == "one_cycle":
         peaks = [group["lr"] for group in chosen.param_groups]
         # It needs a step on either side of the peak.
         share = min(max(recipe.warmup, 1 / steps), 1 - 1 / steps)
-        return OneCycleLR(
-            chosen, peaks, total_steps=max(steps, 3) + 1, pct_start=share, cycle_momentum=recipe.momentum > 0,
-            max_momentum=recipe.momentum, base_momentum=max(recipe.momentum - MOMENTUM_FALLS, 0.0),
-        )  # fmt: skip
+        momenta: dict[str, Any] = {
+            "cycle_momentum": recipe.momentum > 0,
+            "max_momentum": recipe.momentum,
+            "base_momentum": max(recipe.momentum - MOMENTUM_FALLS, 0.0),
+        }
+        return OneCycleLR(chosen, peaks, total_steps=max(steps, 3) + 1, pct_start=share, **momenta)
 
     def warm(step: int) -> float:
         return (step + 1) / (rising + 1) if step < rising else 1.0
 
     def cosine(step: int) -> float:
-        return (
-            0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1))) if step >= rising else warm(step)
-        )
+        if step < rising:
+            return warm(step)
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
 
     def tenths(step: int) -> float:
         return warm(step) * 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)
@@ -155,7 +161,7 @@ def schedule(chosen: Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRSched
 class Ema:
     """A moving average of a model's weights and buffers (Polyak & Juditsky 1992).
 
-    The decay is warmed up as min(decay, (1 + t) / (10 + t)), so that a short run is not ruled by its start.
+    The decay is warmed up as min(decay, (1 + t) / (10 + t)), so that the start does not dominate a short run.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -164,7 +170,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes up the weights after a step."""
+        """Moves the average towards the weights after a step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         of_model = model.state_dict()
@@ -182,6 +188,6 @@ class Ema:
         return {"model": self.model.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.steps = state["steps"]

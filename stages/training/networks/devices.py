@@ -12,27 +12,27 @@ from stages.runtime.command import StageError
 
 @dataclass(frozen=True)
 class Compute:
-    """What `training` in params.yaml comes to on this machine."""
+    """The section `training` of params.yaml, resolved for this machine."""
 
     device: str
     """cpu or cuda: this process's current one."""
     dtype: torch.dtype | None
-    """Of autocast; None: all in float32."""
+    """For autocast; None: all in float32."""
     channels_last: bool
     threads: int
     compile: bool = False
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it is a GPU."""
+        """Whether `device` is a GPU."""
         return self.device == "cuda"
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Autocast where it is on; weights and optimiser stay in float32."""
+        """A context of autocast, or of nothing where `dtype` is None; weights and optimiser stay in float32."""
         return torch.autocast(self.device, self.dtype, enabled=self.dtype is not None)
 
     def place(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model on the device, in the memory layout that its convolutions like."""
+        """Moves the model to the device, in the memory layout that is fast for its convolutions."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return model.to(self.device).to(memory_format=layout)
 
@@ -44,10 +44,10 @@ class Compute:
 
 
 def set_up(training: Training) -> Compute:
-    """Sets threads and determinism of this process, and says what it will compute on.
+    """Sets threads and determinism of this process, and returns the resolved device and precision.
 
     Raises:
-        StageError: a GPU or bf16 was asked for and is not there.
+        StageError: the parameters ask for a GPU or bf16 that this machine lacks.
     """
     if training.device == "cuda" and not torch.cuda.is_available():
         raise StageError("params.yaml: `training.device` is cuda, but torch sees no CUDA device; set it to auto or cpu")

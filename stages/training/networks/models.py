@@ -13,17 +13,18 @@ import torchvision
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from stages.runtime import layout
 from stages.runtime.command import StageError
 from stages.runtime.files import replaced_directory
 
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
-"""What the names of auxiliary heads' weights begin with; they serve training alone and are never saved."""
+"""Prefixes of the weights of auxiliary heads, which are used in training only and never saved."""
 AUXILIARY_WEIGHT = {"googlenet": 0.3, "inception_v3": 0.4}
-"""Of each auxiliary head's loss (Szegedy et al. 2015; torchvision's own recipe for Inception v3)."""
+"""Weight of each auxiliary head's loss (Szegedy et al. 2015; torchvision's own recipe for Inception v3)."""
 
 
 class Classifier(nn.Module):
-    """A torchvision classifier that takes images as they are loaded: normalisation is part of it, on the device."""
+    """A torchvision classifier that takes images as they are loaded: it normalises them itself, on the device."""
 
     mean: Tensor
     std: Tensor
@@ -32,9 +33,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.net = net
         self.head_name = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
-        """Of the layer whose outputs are the classes."""
+        """The layer with an output per class."""
         self.auxiliary_weight = auxiliary_weight
-        """Of the loss of each auxiliary head."""
+        """Factor of each auxiliary head's loss."""
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -49,11 +50,11 @@ class Classifier(nn.Module):
         return outputs.float()
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head sees, (N, D) float32, of images (N, 3, H, W) in 0..255."""
+        """The inputs of the head, (N, D) float32, for images (N, 3, H, W) in 0..255."""
         return self.features_and_logits(images)[0]
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head sees, (N, D) float32, and what comes of it, in one pass; in evaluation mode."""
+        """The inputs of the head, (N, D) float32, and the logits, in one pass; the model is in evaluation mode."""
         seen: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
@@ -64,7 +65,7 @@ class Classifier(nn.Module):
 
     @property
     def head(self) -> Any:
-        """The layer whose outputs are the classes; in self-supervision the projector."""
+        """The layer with an output per class; in self-supervision the projector."""
         return self.net.get_submodule(self.head_name)
 
 
@@ -72,8 +73,8 @@ def build(config: dict[str, Any], seed: int, auxiliary_heads: bool = False) -> C
     """A classifier with random weights drawn from `seed`.
 
     Args:
-        config: as in config.json; `architecture`, `classes`, `image_size`, `mean`, `std` and, if there, `stem` count.
-        auxiliary_heads: those of googlenet and inception_v3, which serve training alone.
+        config: as in config.json; uses `architecture`, `classes`, `image_size`, `mean`, `std` and, if there, `stem`.
+        auxiliary_heads: those of googlenet and inception_v3, used in training only.
 
     Raises:
         StageError: torchvision has no classifier of this name, it has no linear head, or `stem` is not for it.
@@ -106,7 +107,7 @@ def check_known(architecture: str) -> None:
 def _options(architecture: str, image_size: int, auxiliary_heads: bool) -> dict[str, Any]:
     if architecture in AUXILIARY_WEIGHT:
         return {"aux_logits": auxiliary_heads, "init_weights": True}
-    if architecture.startswith("vit_"):  # its position embeddings are for one size
+    if architecture.startswith("vit_"):  # its position embeddings fit one size only
         return {"image_size": image_size}
     return {"input_size": (image_size, image_size)} if architecture == "maxvit_t" else {}
 
@@ -116,7 +117,7 @@ def _takes_no(architecture: str, image_size: int, error: Exception, key: str = "
 
 
 def change_stem(net: nn.Module, stem: str, architecture: str) -> None:
-    """Replaces what a network does before its first block, so that less of the resolution is lost there.
+    """Replaces the layers before a network's first block by others that lose less of the resolution.
 
     A 7x7 convolution with stride 2 and a max-pool become a 3x3 convolution with stride 2 (`half`) or 1 (`small`, usual
     for CIFAR since He et al. 2016); a 3x3 convolution with stride 2 keeps it (`half`) or gets 1 (`small`); patches of
@@ -143,31 +144,29 @@ def change_stem(net: nn.Module, stem: str, architecture: str) -> None:
 
 
 def _convolution(like: nn.Conv2d, kernel: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(
-        like.in_channels, like.out_channels, kernel, stride, padding=kernel // 2 if kernel % 2 else 0,
-        bias=like.bias is not None,
-    )  # fmt: skip
+    padding = kernel // 2 if kernel % 2 else 0
+    return nn.Conv2d(like.in_channels, like.out_channels, kernel, stride, padding, bias=like.bias is not None)
 
 
 def replace_head(model: Classifier, module: nn.Module) -> None:
-    """Puts `module` where the head is: a projector, in self-supervision."""
+    """Replaces the head by `module`, such as a projector."""
     model.net.set_submodule(model.head_name, module)
 
 
 def fresh_head(model: Classifier, width: int, classes: int, bias: bool, seed: int) -> None:
-    """Puts a linear head with random weights there, for features of so many dimensions."""
+    """Replaces the head by a linear layer with random weights, for features of `width` dimensions."""
     torch.manual_seed(seed)
     replace_head(model, nn.Linear(width, classes, bias))
 
 
 def check_takes(model: Classifier, image_size: int, key: str = "`model.image_size`") -> None:
-    """Shows the model an empty image, so that a size which the architecture cannot take is known before training.
+    """Shows the model an empty image, so that a size it cannot take is reported before training.
 
     Args:
-        key: where the size is from, for the message.
+        key: the key of params.yaml that asks for this size, for the message.
 
     Raises:
-        StageError: it cannot take it.
+        StageError: the model cannot take this size.
     """
     name = type(model.net).__name__
     try:
@@ -178,7 +177,7 @@ def check_takes(model: Classifier, image_size: int, key: str = "`model.image_siz
     if not any(key.startswith(AUXILIARY) for key in model.net.state_dict()):
         return
     try:
-        with torch.no_grad():  # a copy's, whose running statistics may move; two, as norms need more than one value
+        with torch.no_grad():  # on a copy: running statistics move; two images: norms need more than one value
             copy.deepcopy(model).train()(torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8))
     except (RuntimeError, ValueError) as error:
         raise StageError(
@@ -188,14 +187,14 @@ def check_takes(model: Classifier, image_size: int, key: str = "`model.image_siz
 
 
 def take_weights(net: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
-    """As `load_state_dict`, of weights by name alone: MNASNet insists on the version of its layers, which they lack."""
+    """As `load_state_dict`, without the versions of layers: MNASNet insists on them, but safetensors lack them."""
     versioned = OrderedDict(weights)
     versioned._metadata = net.state_dict()._metadata  # type: ignore[attr-defined]
     net.load_state_dict(versioned, strict=strict)
 
 
 def copy_backbone(source: Classifier, target: Classifier) -> None:
-    """Gives `target` all weights of `source` but the head's, which is for other classes."""
+    """Gives `target` all weights of `source` but those of the head, whose classes differ."""
     left_out = (f"{source.head_name}.", *AUXILIARY)
     weights = {name: value for name, value in source.net.state_dict().items() if not name.startswith(left_out)}
     own = target.net.state_dict()
@@ -215,8 +214,8 @@ def save_classifier(model: Classifier, config: dict[str, Any], folder: Path) -> 
             for name, value in model.net.state_dict().items()
             if not name.startswith(AUXILIARY)
         }
-        (aside / "model.safetensors").write_bytes(save(weights))
-        (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        (aside / layout.WEIGHTS).write_bytes(save(weights))
+        (aside / layout.CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def load_classifier(folder: Path, device: str = "cpu") -> tuple[Classifier, dict[str, Any]]:
@@ -226,8 +225,8 @@ def load_classifier(folder: Path, device: str = "cpu") -> tuple[Classifier, dict
         StageError: the folder holds no model.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "model.safetensors")
+        config = json.loads((folder / layout.CONFIG).read_text(encoding="utf-8"))
+        weights = load_file(folder / layout.WEIGHTS)
     except FileNotFoundError as error:
         raise StageError(f"{folder} holds no model ({error.filename} is missing); `dvc repro` makes it") from None
     model = build(config, seed=0)

@@ -18,17 +18,17 @@ from stages.training.networks.models import AUXILIARY, Classifier, check_known, 
 logger = logging.getLogger(__name__)
 KEY = "params.yaml: `pretrain.weights`"
 TRANSFORMING = ("googlenet", "inception_v3")
-"""Their published weights are of images in -1..1, to which torchvision's own networks turn those of other models."""
+"""Their published weights expect images in -1..1; torchvision's own networks convert images to that."""
 
 
 def start_from(model: Classifier, architecture: str, weights: str) -> None:
-    """Gives `model` the weights that `weights` names, the head's where they are for as many classes.
+    """Gives `model` the weights that `weights` names, the head's only where the number of classes is the same.
 
     Args:
         weights: `torchvision`, `torchvision:NAME`, or the path of a safetensors file.
 
     Raises:
-        StageError: they cannot be had, or are not this network's.
+        StageError: they cannot be read or downloaded, or belong to another network.
     """
     source, _, name = weights.partition(":")
     found = _published(architecture, name) if source == "torchvision" else _of_file(Path(weights))
@@ -46,15 +46,15 @@ def start_from(model: Classifier, architecture: str, weights: str) -> None:
 
 
 def _for_size(net: VisionTransformer, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With positions of embeddings for the network's own image size."""
+    """Interpolates position embeddings to the network's image size."""
     try:
         return dict(interpolate_embeddings(net.image_size, net.patch_size, found))
-    except (KeyError, ValueError):  # no positions, or no square of them: `_check` says what does not fit
+    except (KeyError, ValueError):  # no positions, or not a square of them: `_check` reports what does not fit
         return found
 
 
 def normalisation(architecture: str, weights: str) -> dict[str, list[float]] | None:
-    """What torchvision's weights expect of images, `mean` and `std` in 0..1; None for a file, which does not say."""
+    """The normalisation that torchvision's weights expect, `mean` and `std` in 0..1; None for a file: it has none."""
     source, _, name = weights.partition(":")
     if source != "torchvision":
         return None
@@ -77,7 +77,7 @@ def _chosen(architecture: str, name: str) -> WeightsEnum:
 def _published(architecture: str, name: str) -> dict[str, Tensor]:
     chosen = _chosen(architecture, name)
     try:
-        # By the model itself: old files have other names, or lack counts of batches, which it knows how to put right.
+        # Loaded by the model itself: it converts old files with other names or without counts of batches.
         return torchvision.models.get_model(architecture, weights=chosen).state_dict()
     except (URLError, OSError) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"

@@ -1,6 +1,6 @@
-"""Dropout (Srivastava et al. 2014) and stochastic depth (Huang et al. 2016) of networks that are made already.
+"""Dropout (Srivastava et al. 2014) and stochastic depth (Huang et al. 2016) for an existing network.
 
-By hooks and by the layers' own settings: weights keep their names, so whoever loads them later needs neither.
+Set by hooks and by the layers' own settings: weights keep their names, so the saved model loads without either.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from stages.training.networks.models import Classifier
 
 
 def regularise(model: Classifier, dropout: float | None, depth: float | None) -> None:
-    """Sets the probability of dropout, and that of skipping the last residual branch; None leaves what there is.
+    """Sets the probability of dropout, and that of skipping the last residual branch; None changes nothing.
 
     Raises:
         StageError: `depth` for an architecture without residual branches that could be skipped.
@@ -43,7 +43,7 @@ def _dropped(probability: float, head: nn.Module, inputs: tuple[Tensor, ...]) ->
 
 
 def _skip(model: Classifier, probability: float) -> None:
-    """From almost never at the first branch to `probability` at the last, in even steps."""
+    """The probability rises in even steps from the first branch to `probability` at the last."""
     branches = _branches(model.net)
     if not branches:
         raise StageError(
@@ -82,14 +82,14 @@ def _branches(net: nn.Module) -> list[nn.Module]:
 
 
 def _skipped(probability: float, model: nn.Module, _branch: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-    # Not the branch's own mode: a frozen norm is never in training.
+    # The network's mode, not the branch's: a frozen norm is never in training mode.
     return stochastic_depth(output, probability, "row", model.training)
 
 
 def training_mode(model: nn.Module) -> None:
-    """Training mode, but for norms whose own weights are frozen: they keep their running statistics too."""
+    """Training mode, except for modules with frozen weights: such a norm also keeps its running statistics."""
     model.train()
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if own and not any(parameter.requires_grad for parameter in own):
-            module.training = False  # its own alone: dropout inside of it goes on
+            module.training = False  # not recursive: dropout inside it stays on

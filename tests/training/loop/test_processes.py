@@ -20,7 +20,7 @@ from stages.runtime.files import write_json
 from stages.runtime.fingerprint import work_folder
 from stages.training.finetuning.finetuning import _drop_other_work
 from stages.training.loop.checkpoints.work import _of_lineage
-from stages.training.loop.processes import _first_failure
+from stages.training.loop.launching import _first_failure
 from tests.workspace import Workspace, written
 
 PRETRAIN: dict[str, Any] = {"epochs": 1, "batch_size": 32, "lr": 0.01, "warmup": 0.0}

@@ -1,4 +1,4 @@
-"""Checkpoints: what a killed training needs to end in the same bytes as an undisturbed one."""
+"""Checkpoint files. A killed training that resumes from one ends in the same bytes as an undisturbed one."""
 
 import io
 import pickle
@@ -13,7 +13,7 @@ from stages.runtime.files import replaced_file
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Writes the state aside and renames it, so that a kill leaves the old checkpoint or the new one."""
-    # Through memory: torch's own writer turns a full disk into an error that no longer says so.
+    # Through memory: torch's own writer reports a full disk as some other error.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with replaced_file(path) as aside:
