@@ -152,7 +152,8 @@ def take_again(
         KeyError, ValueError: what is recorded does not go together.
     """
     from stages.evaluation.predictions import version_predictions
-    from stages.registry.card.model_card import with_verdict, write_verdict
+    from stages.registry.card.model_card import with_verdict
+    from stages.registry.card.review_page import write_verdict
 
     run, predicted = gate_review.find_run(version.run_id), gate_review.recorded_predictions(version)
     metrics = gate_review.recorded_json(version, METRICS.as_posix())

@@ -241,7 +241,7 @@ def _made_with(form: str) -> str:
 
 def _record(version: Version, its_run: "Run", form: str, path: Path, figures: dict[str, Any]) -> None:
     """Files and figures as artifacts of the run, the page anew; the tag comes last."""
-    from stages.registry.card.model_card import with_exports
+    from stages.registry.card.review_page import with_exports
 
     exports = gate_review.recorded_exports(version) | {form: figures}
     with tempfile.TemporaryDirectory() as temporary:

@@ -291,7 +291,7 @@ def _about(name: str) -> str:
 
 def _log_files(name: str, run: "Run", review: "Review", answered: Answered) -> None:
     """Everything that a reviewer or a later comparison may want, as artifacts of the run."""
-    from stages.registry.card.model_card import write_verdict
+    from stages.registry.card.review_page import write_verdict
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -206,7 +206,7 @@ def test_the_contact_sheet_is_one_file_with_a_thumbnail_each(monkeypatch: pytest
     assert len(re.findall(r'src="data:image/jpeg;base64,', page)) == 7
     assert re.findall(r'alt="([^"]*)"', page) == [row["key"] for row in rows]
     assert "<script" not in page and "http" not in page
-    assert "prefers-color-scheme: dark" in page
+    assert "color-scheme: light dark" in page and "light-dark(" in page
     assert rows[0]["class"] in page
 
 

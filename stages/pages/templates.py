@@ -5,6 +5,7 @@ A page is one self-contained file: base.css is included, pictures are data URIs,
 
 import base64
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ def render(template: Path, finalize: Callable[[object], object] | None = None, *
     Raises:
         jinja2.UndefinedError: the template uses a name that is not among `values`.
     """
+    return _environment(template.parent, finalize).get_template(template.name).render(values)
+
+
+@cache
+def _environment(folder: Path, finalize: Callable[[object], object] | None) -> Environment:
     environment = Environment(
-        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=lambda name: bool(name and name.endswith(".html.j2")),
         undefined=StrictUndefined,
         finalize=finalize,
@@ -39,7 +45,7 @@ def render(template: Path, finalize: Callable[[object], object] | None = None, *
         "thousands": text.thousands, "words": text.words, "shortened": text.shortened,
         "breakable": breakable, "data_uri": data_uri,
     }  # fmt: skip
-    return environment.get_template(template.name).render(values)
+    return environment
 
 
 def data_uri(encoded: bytes, kind: str = "jpeg") -> str:

@@ -1,4 +1,4 @@
-"""What a reviewer reads: the model card (the version's description in MLflow) and the page that compares two versions.
+"""The model card: a version's description in MLflow.
 
 MLflow's version page shows neither metrics nor plots, so the card carries the figures. It is Markdown with tables, and
 at most 5,000 characters long: more does not fit into MLflow's own column on PostgreSQL. So its tables shrink until all
@@ -10,37 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from stages.evaluation.gate import Comparison, Verdict
 from stages.evaluation.predictions import VersionPredictions
-from stages.evaluation.statistics.intervals import paired_interval, wilson
+from stages.evaluation.statistics.intervals import wilson
+from stages.pages import templates
 from stages.pages.text import percent, percent_range, shortened
+from stages.registry.card.comparison import comparison_rows, figure_rows, with_interval
 from stages.registry.gate_review import BatchCounts, Candidate, Review, class_name
-from stages.runtime.files import write_json, write_text
 
 MOST_CHARACTERS = 5000
 ROOM_FOR_COMMIT = 100
 """Kept free: a commit that is named later is longer than what stands in for it until then."""
 ROWS = (6, 4, 3, 2, 1)
 """Of every table whose length depends on the data: the most that fits is taken."""
-MOST_CHANGED = 40
-"""Images of each kind that review.html names."""
 SECOND_PART = "### This model\n"
 """Begins what stays of a card when the gate is taken again."""
-EXPORTS_BEGIN, EXPORTS_END = "<!-- exports -->", "<!-- end of exports -->"
-"""Around a section of review.html. Nothing that the page tells can look like them: its text is escaped."""
 CUT = "\n\nThere is more than fits here: see the run.\n"
-FIGURES = {
-    "top1": ("top-1, %", 100, 1),
-    "worst_class_recall": ("recall of the worst class, %", 100, 1),
-    "macro_f1": ("macro-F1, %", 100, 1),
-    "ece": ("ECE", 1, 3),
-    "nll": ("NLL", 1, 3),
-    "latency_ms": ("one image when registered, ms", 1, 1),
-    "size_mb": ("weights, MB", 1, 1),
-}
-"""What of two versions stands side by side: label, scale and digits."""
 SPLITS = ("train", "val", "test", "fresh")
 SIGNS = {"passed": "✓ passed", "failed": "✗ **failed**", "inconclusive": "? inconclusive"}
 
@@ -65,50 +50,11 @@ def _fit(choices: Sequence[tuple[str, str]]) -> str:
     return f"{first}\n{second}"[: most - len(CUT)].rsplit("\n", 1)[0] + CUT
 
 
-def render_review(review: Review) -> str:
-    """One self-contained HTML page: the candidate beside the version in force, on the images that both answered."""
-    overall, classes, batches = _rows_of(review.verdict)
-    values = {
-        "review": review,
-        "verdict": review.verdict,
-        "overall": overall,
-        "classes": sorted(classes, key=lambda row: row["points"]),
-        "batches": batches,
-        "figures": figure_rows(review),
-        "widest": max((abs(row["points"]) for row in classes), default=0) or 1,
-        "changed": changed_images(review),
-        "most": MOST_CHANGED,
-    }
-    return _templates(None).get_template("review.html.j2").render(values)
-
-
-def with_exports(page: str, exports: Mapping[str, Any]) -> str:
-    """The same page review.html with its section `Exports` made anew, or added at its end; all else as it was.
-
-    Args:
-        exports: the figures of each format, as stages.export records them.
-    """
-    values = {"exports": exports, "begin": EXPORTS_BEGIN, "end": EXPORTS_END}
-    section = _templates(None).get_template("exports.html.j2").render(values)
-    before, begin, rest = page.partition(EXPORTS_BEGIN)
-    if begin:
-        return before + section + rest.partition(EXPORTS_END)[2]
-    before, _, after = page.rpartition("</body>")
-    return f"{before}{section}\n</body>{after}"
-
-
-def write_verdict(review: Review, folder: Path, exports: Mapping[str, Any] | None = None) -> None:
-    """gate.json and review.html, with what is recorded of exports."""
-    write_json(folder / "gate.json", review.verdict.to_dict())
-    page = render_review(review)
-    write_text(folder / "review.html", with_exports(page, exports) if exports else page)
-
-
 # ----------------------------------------------------------------------------------------------- verdict, comparison
 
 
 def _verdict_part(review: Review, rows: int) -> str:
-    overall, classes, batches = _rows_of(review.verdict)
+    overall, classes, batches = comparison_rows(review.verdict)
     batches.sort(key=lambda row: row["points"])
     ranked = sorted((row for row in classes if row["points"]), key=lambda row: row["points"])
     lost, gained = [row for row in ranked if row["points"] < 0], [row for row in ranked[::-1] if row["points"] > 0]
@@ -121,7 +67,7 @@ def _verdict_part(review: Review, rows: int) -> str:
         "batches": batches[:rows],
         "more_batches": len(batches[rows:]),
         "figures": figure_rows(review),
-        "alone": {"images": f"{len(test):,}", "now": _with_ends(test.mean(), float(low), float(high))},
+        "alone": {"images": f"{len(test):,}", "now": with_interval(test.mean(), float(low), float(high))},
         "conditions": [(each, SIGNS[each.result]) for each in review.verdict.conditions],
         "changes": [*gained[:rows], *lost[:rows][::-1]],
         "weakest": weakest_classes(review.candidate, review.classes, rows),
@@ -130,78 +76,6 @@ def _verdict_part(review: Review, rows: int) -> str:
         "classes": len(classes),
     }
     return _markdown("verdict.md.j2", values)
-
-
-def _rows_of(verdict: Verdict) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """The comparisons as people read them: overall, by class, and by batch of fresh images."""
-    compared = [each for each in verdict.comparisons if each.images]
-    rows = list(map(_row, compared, *_ends(compared, verdict)))
-    by_kind = {
-        kind: [row for row, each in zip(rows, compared, strict=True) if each.kind == kind]
-        for kind in ("test", "fresh", "class", "batch")
-    }
-    return by_kind["test"] + by_kind["fresh"], by_kind["class"], by_kind["batch"]
-
-
-def _ends(compared: Sequence[Comparison], verdict: Verdict) -> list[list[tuple[float, float]]]:
-    """Intervals of accuracy before and now, and of the difference, for each comparison."""
-    counts = np.array([(c.images, c.before, c.now, c.won, c.lost) for c in compared], dtype=np.int64).reshape(-1, 5)
-    images, before, now, won, lost = counts.T
-    confidence = 1 - verdict.alpha
-    ends = (
-        wilson(before, images, confidence),
-        wilson(now, images, confidence),
-        paired_interval(won, lost, images, confidence),
-    )
-    return [list(zip(low.tolist(), high.tolist(), strict=True)) for low, high in ends]
-
-
-def _row(
-    each: Comparison, before: tuple[float, float], now: tuple[float, float], difference: tuple[float, float]
-) -> dict[str, Any]:
-    return {
-        "name": each.name,
-        "images": f"{each.images:,}",
-        "before": _with_ends(each.before / each.images, *before),
-        "now": _with_ends(each.now / each.images, *now),
-        "before_only": percent(each.before / each.images),
-        "now_only": percent(each.now / each.images),
-        "points": 100 * each.difference,
-        "difference": f"{100 * each.difference:+.1f}",
-        "range": f"{100 * difference[0]:+.1f} … {100 * difference[1]:+.1f}",
-        "won": each.won,
-        "lost": each.lost,
-        "both": each.now - each.won,
-        "neither": each.images - each.now - each.lost,
-        "worse": each.worse,
-    }
-
-
-def figure_rows(review: Review) -> list[dict[str, str]]:
-    """The figures of both versions side by side; none where no version is in force.
-
-    Top-1 is among them only where the two could not be compared: else it stands above, on the same images.
-    """
-    if not review.against:
-        return []
-    return [
-        {"name": label, "before": _figure(review.figures_in_force, key), "now": _figure(review.figures, key)}
-        for key, (label, _, _) in FIGURES.items()
-        if key != "top1" or not review.verdict.comparisons
-    ]
-
-
-def _figure(figures: Mapping[str, float | None], key: str) -> str:
-    _, scale, digits = FIGURES[key]
-    value, low, high = (figures.get(name) for name in (key, f"{key}_low", f"{key}_high"))
-    if value is None:
-        return "–"
-    ends = "" if low is None or high is None else f" ({scale * low:.{digits}f} – {scale * high:.{digits}f})"
-    return f"{scale * value:.{digits}f}{ends}"
-
-
-def _with_ends(share: float, low: float, high: float) -> str:
-    return f"{percent(share)} ({100 * low:.1f} – {100 * high:.1f})"
 
 
 def weakest_classes(answers: VersionPredictions, classes: Sequence[str], count: int) -> list[dict[str, Any]]:
@@ -223,30 +97,6 @@ def weakest_classes(answers: VersionPredictions, classes: Sequence[str], count: 
 
 def _taken_for(predicted: np.ndarray, classes: Sequence[str]) -> str:
     return class_name(classes, int(np.bincount(predicted).argmax())) if len(predicted) else "–"
-
-
-def changed_images(review: Review) -> dict[str, list[dict[str, str]]]:
-    """Images that only the candidate has right (`won`), and that only the version in force has (`lost`), by key.
-
-    Under the same label, as the gate counts them.
-    """
-    changed: dict[str, list[dict[str, str]]] = {"won": [], "lost": []}
-    if review.in_force is None or not review.verdict.comparisons:
-        return changed
-    asked = zip(review.in_force.keys, review.in_force.labels.tolist(), strict=True)
-    before = dict(zip(asked, review.in_force.predicted.tolist(), strict=True))
-    now = zip(review.candidate.keys, review.candidate.labels.tolist(), review.candidate.predicted.tolist(), strict=True)
-    for key, label, predicted in now:
-        was = before.get((key, label))
-        if was is not None and (predicted == label) != (was == label):
-            said = {"key": key, "is": label, "before": was, "now": predicted}
-            changed["won" if predicted == label else "lost"].append(
-                {
-                    name: value if isinstance(value, str) else class_name(review.classes, value)
-                    for name, value in said.items()
-                }
-            )
-    return changed
 
 
 # ------------------------------------------------------------------------------------------------ the model itself
@@ -360,7 +210,7 @@ def _reproduce(git: Mapping[str, str]) -> str:
 
 
 def _markdown(template: str, values: Mapping[str, Any]) -> str:
-    text = _templates(markdown_cell).get_template(template).render(values).strip() + "\n"
+    text = templates.render(Path(__file__).with_name(template), markdown_cell, **values).strip() + "\n"
     # MLflow shows table cells without any padding, and trims blanks: an em space behind each keeps columns apart.
     return "\n".join(line.replace(" |", "&emsp;|") if line.startswith("| ") else line for line in text.split("\n"))
 
@@ -370,18 +220,3 @@ def markdown_cell(value: object) -> object:
     if not isinstance(value, str):
         return value
     return value.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-
-def _templates(finalize: Any) -> Environment:
-    # HTML is escaped by Jinja (autoescape); Markdown's tables by `finalize`.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: bool(name and ".html" in name),
-        undefined=StrictUndefined,
-        finalize=finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["shortened"] = shortened
-    return environment

@@ -9,17 +9,15 @@ import pytest
 from stages.evaluation.gate import judge
 from stages.evaluation.predictions import VersionPredictions, no_predictions
 from stages.params.gate import Gate
+from stages.registry.card.comparison import FIGURES, figure_rows
 from stages.registry.card.model_card import (
-    FIGURES,
     MOST_CHARACTERS,
     ROOM_FOR_COMMIT,
     SECOND_PART,
-    changed_images,
-    figure_rows,
     render_card,
-    render_review,
     with_verdict,
 )
+from stages.registry.card.review_page import changed_images, render_review
 from stages.registry.gate_review import BatchCounts, Candidate, Review
 from stages.registry.versions import COMMIT_TO_COME
 
