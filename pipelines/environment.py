@@ -25,7 +25,7 @@ def settings(root: Path = ROOT) -> dict[str, str]:
 
 
 def apply() -> None:
-    """Sets what is not set yet; call it before Prefect is imported, which reads its settings once."""
+    """Sets the variables that are not set yet. Call it before Prefect is imported, which reads its settings once."""
     for name, value in settings().items():
         os.environ.setdefault(name, value)
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect itself makes the last folder only
@@ -34,7 +34,7 @@ def apply() -> None:
 
 
 def shell_lines() -> str:
-    """The same as shell code, for .venv/bin/activate."""
+    """The settings as shell code, for .venv/bin/activate."""
     lines = [f": ${{{name}:={shlex.quote(value)}}}; export {name}" for name, value in settings().items()]
     return "\n".join(["# synset", *lines])
 

@@ -91,7 +91,7 @@ def _send_by_block(address: str, title: str, body: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The loggers that would write addresses down say nothing while this is open."""
+    """Silences the loggers that would write addresses down."""
     talkative = [logging.getLogger(name) for name in ("apprise", "httpx", "urllib3.connectionpool")]
     before = [each.disabled for each in talkative]
     for each in talkative:

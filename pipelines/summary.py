@@ -1,28 +1,25 @@
-"""What came out, in one short table: `python -m pipelines.summary`, the last line of `make repro`."""
+"""The results in one short table: `python -m pipelines.summary`, the end of `make repro`."""
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from stages.params.register import Register
 from stages.registry import versions
 from stages.registry.client import enabled, reachable, tracking_uri
+from stages.runtime import layout
 from stages.runtime.command import run
 from stages.runtime.params_file import load_section
 
-METRICS = Path("reports/metrics.json")
-RECEIPT = Path("models/registered.json")
-
 
 def summary_rows() -> list[tuple[str, str]]:
-    """Label and value per row, from reports/metrics.json and the registry; what is not there is left out or named.
+    """Label and value per row, from reports/metrics.json and the registry; what is missing is left out or named.
 
     Raises:
         StageError: the registry's server or database failed.
     """
-    metrics = json.loads(METRICS.read_text(encoding="utf-8")) if METRICS.exists() else {}
-    return [*_data_rows(metrics), *_accuracy_rows(metrics), *_version_rows(), *_look_rows()]
+    metrics = json.loads(layout.METRICS.read_text(encoding="utf-8")) if layout.METRICS.exists() else {}
+    return [*_data_rows(metrics), *_accuracy_rows(metrics), *_version_rows(), *_page_rows()]
 
 
 def _data_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -50,20 +47,20 @@ def _accuracy(part: dict[str, Any]) -> str:
 
 def _version_rows() -> list[tuple[str, str]]:
     name = load_section("register", Register).name
-    if not RECEIPT.exists():
+    if not layout.RECEIPT.exists():
         return [("model", f"{name}: not registered yet")]
     if not enabled():
         return [("model", f"{name}: not registered (SYNSET_TRACKING=off)")]
     with reachable():
-        version = versions.find_version(name, json.loads(RECEIPT.read_text(encoding="utf-8"))["sha256"])
+        version = versions.find_version(name, json.loads(layout.RECEIPT.read_text(encoding="utf-8"))["sha256"])
     if not version:
         return [("model", f"{name}: not in this registry ({tracking_uri()}); `dvc repro -f -s register` enters it")]
     aliases = "".join(f" @{alias}" for alias in version.aliases)
     return [("model", f"{name}, version {version.number}{aliases}"), ("gate", version.tags.get("gate", "not taken"))]
 
 
-def _look_rows() -> list[tuple[str, str]]:
-    pages = [page for page in ("reports/validation.html", "reports/report.html") if Path(page).exists()]
+def _page_rows() -> list[tuple[str, str]]:
+    pages = [str(page) for page in (layout.VALIDATION_PAGE, layout.REPORT_PAGE) if page.exists()]
     return [("look at it", "make ui"), *(("", page) for page in pages)]
 
 

@@ -1,25 +1,23 @@
-"""The MLflow UI with links to where one wants to go: `python -m pipelines.ui` (`make ui`)."""
+"""The MLflow UI, with links to its most useful pages: `python -m pipelines.ui` (`make ui`)."""
 
 import argparse
 import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from pipelines.processes.servers import HOST, MLFLOW_PORT, free_port, mlflow_server, start, stop, wait_until_ready
 from stages.params.register import Register
 from stages.registry import lineage, versions
 from stages.registry.client import is_server, reachable, tracking_uri
 from stages.registry.links import comparison_link, run_link, version_link
+from stages.runtime import layout
 from stages.runtime.command import StageError, run
 from stages.runtime.params_file import load_section
 
-LOG = Path(".synset/mlflow-server.log")
-
 
 def links(server: str, name: str) -> list[tuple[str, str]]:
-    """What to open, and where: the newest version, its run, all versions, the comparison of the newest runs.
+    """Label and link of the newest version, its run, all versions, and the comparison of the newest runs.
 
     Raises:
         StageError: the registry's server or database failed.
@@ -41,17 +39,17 @@ def links(server: str, name: str) -> list[tuple[str, str]]:
 
 @contextmanager
 def server(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """An MLflow server over the local database, healthy when yielded; its whole process group ends with the block.
+    """An MLflow server over the local database; it answers when yielded, and ends with the block.
 
     Raises:
         StageError: it ended, or was not healthy in time.
     """
     service = mlflow_server(HOST, port)
-    LOG.parent.mkdir(parents=True, exist_ok=True)
-    with LOG.open("wb") as log:
+    layout.MLFLOW_LOG.parent.mkdir(parents=True, exist_ok=True)
+    with layout.MLFLOW_LOG.open("wb") as log:
         process = start(service, log)
     try:
-        wait_until_ready(service, process, str(LOG))
+        wait_until_ready(service, process, str(layout.MLFLOW_LOG))
         yield process
     finally:
         stop(process)
@@ -76,7 +74,7 @@ def main() -> None:
         _print_links(f"http://{HOST}:{port}", name)
         print("Ctrl-C stops it", flush=True)
         process.wait()
-        raise StageError(f"the MLflow server ended with exit code {process.returncode}; see {LOG}")
+        raise StageError(f"the MLflow server ended with exit code {process.returncode}; see {layout.MLFLOW_LOG}")
 
 
 def _print_links(address: str, name: str) -> None:

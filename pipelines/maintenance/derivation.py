@@ -67,7 +67,7 @@ def choose(name: str, number: int | None, root: Path = ROOT) -> Version:
     """The version to verify.
 
     Raises:
-        StageError: there is none, or none that a commit alone gives again.
+        StageError: there is none, or its commit alone does not reproduce it.
     """
     found = versions.list_versions(name)
     if number is None:
@@ -100,7 +100,11 @@ def record(version: Version, finding: Finding) -> None:
 
 
 def derive(version: Version, command: Command) -> Finding:
-    """Raises StageError where it cannot be done: data that is gone, packages that cannot be had, a stage that fails."""
+    """Derives the version again and compares.
+
+    Raises:
+        StageError: it cannot be done: data is gone, packages cannot be installed, or a stage fails.
+    """
     if (held := _weights_in_registry(version)) != version.sha256:
         registered = f"sha256 {held}, by its tag {version.sha256}"
         return Finding(DIFFERS, f"what the registry holds is not what was registered: its weights have {registered}")
@@ -127,7 +131,7 @@ def derive(version: Version, command: Command) -> Finding:
 
 
 def _weights_in_registry(version: Version) -> str:
-    """sha256 of what would be served. It is not loaded: that it loads under today's packages says nothing of then."""
+    """sha256 of the weights that would be served. They are not loaded: that would only test today's packages."""
     with tempfile.TemporaryDirectory() as temporary:
         artifacts.download_model(version, Path(temporary))
         found = artifacts.weights_sha256(Path(temporary))
@@ -143,7 +147,7 @@ def _recorded(version: Version, into: Path) -> dict[str, Path]:
 
 
 def _python(tree: Path, commit: str, command: Command) -> str:
-    """The Python with the packages that the commit locks: this one, or one that the commit's own Makefile sets up."""
+    """A Python with the packages that the commit locks: this one, or one set up by the commit's own Makefile."""
     locked = text_at(ROOT, commit, LOCK)
     if not locked:
         raise StageError(f"its commit {commit[:12]} has no {LOCK}, so which packages it was made with is unknown")
@@ -167,7 +171,7 @@ def _environment(tree: Path, python: str | None) -> dict[str, str]:
 
 
 def _raw_data(tree: Path, python: str, env: Mapping[str, str], command: Command) -> None:
-    """Raises StageError where neither DVC's cache nor its remote has it: sources are never read again."""
+    """Checks raw data out of DVC's cache, or pulls it; sources are never read again. Raises StageError."""
     lock = tree / "dvc.lock"
     stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
     wanted = [name for name in stages if name.split("@")[0] == "ingest"]
@@ -206,7 +210,7 @@ def _compared(version: Version, tree: Path, recorded: Mapping[str, Path], machin
 
 
 def different_figures(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Dotted names of what is not the same, `null` included."""
+    """Dotted names of the figures that differ; `null` counts as a value."""
     one, other = flatten(before), flatten(now)
     missing = object()
     return sorted(name for name in one.keys() | other.keys() if one.get(name, missing) != other.get(name, missing))

@@ -22,11 +22,11 @@ from stages.runtime.git import IDENTITY, git, git_code
 logger = logging.getLogger(__name__)
 
 RECORDED = ("dvc.lock", "dvc.yaml", "params.yaml")
-"""Files that a registration logged, and that name the version's data: those in its commit may be older."""
+"""Files that a registration logged and that name the version's data; those in its commit may be older."""
 
 
 def tag_versions(name: str, root: Path = ROOT) -> list[str]:
-    """Tags what each registered version was made from, and removes the tags of versions that are registered no more.
+    """Tags what each registered version was made from; removes the tags of versions that are no longer registered.
 
     Args:
         name: of the model that params.yaml registers. Presets register others, whose data is in the same cache.
@@ -61,12 +61,12 @@ def tag_versions(name: str, root: Path = ROOT) -> list[str]:
 
 
 def _is_ours(version: Version, root: Path) -> bool:
-    """Whether this repository made a version of another model: a registry may be shared with other projects."""
+    """Whether a version of another model was made in this repository: other projects may share the registry."""
     return bool(version.sha256) and (not version.commit or bool(commit_of(root, version.commit)))
 
 
 def _remove_tags(wanted: set[str], models: list[str], root: Path) -> None:
-    """Those of models that this registry does not have stay: they may be another registry's."""
+    """Removes tags that are not wanted; those of models unknown here stay, they may belong to another registry."""
     present = git(root, "for-each-ref", "--format=%(refname:strip=2)", "refs/tags/model/").splitlines()
     for tag in sorted(set(present) - wanted):
         if tag.split("/")[1] in models:
@@ -76,7 +76,7 @@ def _remove_tags(wanted: set[str], models: list[str], root: Path) -> None:
 
 
 def _snapshot(version: Version, root: Path) -> str:
-    """The version's commit, if that names all data that its registration named; else one after it that does.
+    """The version's commit if it names all data that the registration named; else a new commit after it that does.
 
     A version is often registered first and its dvc.lock committed afterwards, or never.
     """
@@ -99,7 +99,7 @@ def _outputs(lock: str) -> set[tuple[str, str]]:
 
 
 def _commit_with(root: Path, base: str, texts: dict[str, str], message: str) -> str:
-    """A commit on top of `base` with other texts of some files, on no branch; the same one every time."""
+    """A commit on top of `base` that replaces the text of some files; on no branch, the same one every time."""
     with tempfile.TemporaryDirectory() as temporary:
         index = {"GIT_INDEX_FILE": str(Path(temporary, "index"))}  # that of the checkout stays as it is
         dates = {f"GIT_{who}_DATE": git(root, "log", "-1", "--format=%cI", base) for who in ("AUTHOR", "COMMITTER")}

@@ -1,7 +1,7 @@
 """The table of promotions in a registered model's description: the history that MLflow itself does not keep.
 
-MLflow knows where an alias points now, and not where it pointed before, since when, or why. The text around the table
-is its readers' own and stays as it is.
+MLflow knows where an alias points now, but not where it pointed before, since when, or why. The text around the table
+belongs to people and stays as it is.
 """
 
 import html
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 HEADING = "## Promotions"
 HEAD = ("| When (UTC) | Version | Instead of | Approved by | Verdict |", "|---|---|---|---|---|")
 LONGEST = 5000
-"""Characters that MLflow's databases hold of a description."""
+"""Longest description that MLflow's databases hold, in characters."""
 LEFT_OUT = "Older ones are left out; the tag `promoted` of a version says when it last came into force."
 _LINE = re.compile(r"\| (?P<when>[^|]+) \| \[(?P<version>\d+)\]\([^|]*\) \| (?P<instead_of>\d*) *\| (?P<rest>.*) \|")
 _SPECIAL = re.compile(r"[\\`*_\[\]|]")
@@ -34,28 +34,28 @@ class Promotion:
     instead_of: int | None
     """The version that was in force before it."""
     by: str
-    """From the tag `approved_by`; empty where nobody said."""
+    """From the tag `approved_by`; may be empty."""
     verdict: str
-    """Why it could: what the gate said, or what stood in for it."""
+    """Why it was promoted: the gate's verdict, or what replaced it."""
 
 
 def one_line(text: str) -> str:
-    """A person's words as the table keeps them: on one line, and not more than fit in a cell."""
+    """Text for a cell of the table: on one line, and cut to 300 characters."""
     return " ".join(text.split())[:300].strip()
 
 
 def promotions(description: str) -> list[Promotion]:
-    """What the table holds, newest first; lines that are none of ours are passed over."""
+    """The table's entries, newest first; lines of another form are skipped."""
     return [found for line in _parts(description)[1] if (found := _read(line))]
 
 
 def with_promotion(description: str, name: str, promotion: Promotion) -> str:
     """The description with a line for `promotion` on top of the table; unchanged where the table has it already.
 
-    Where it would become longer than a description may be, the oldest lines go; where what people wrote leaves no room
-    for a single one, nothing is written: a database that refuses it would stop every promotion after this one.
+    If it becomes too long, the oldest lines go. If other text leaves no room for a single line, nothing is written: a
+    database that refuses it would stop every later promotion.
     """
-    # Only the newest can be this one, from a run that was killed: an older line may be of the same second.
+    # Only the newest line can be this promotion, from a run that was killed; an older one may have the same second.
     same = (promotion.when, promotion.version, promotion.instead_of)
     if [(each.when, each.version, each.instead_of) for each in promotions(description)[:1]] == [same]:
         return description
@@ -78,7 +78,7 @@ def _parts(description: str) -> tuple[list[str], list[str], list[str]]:
         return lines, [], []
     start = lines.index(HEADING)
     rest = lines[start + 1 :]
-    # Ours is the one with our head, up to its first other line: one further down is somebody else's.
+    # Our table begins with our head and ends at the first other line; a table further down is somebody else's.
     begin = rest.index(HEAD[0]) if HEAD[0] in rest else len(rest)
     table = list(takewhile(lambda line: line.startswith("|"), rest[begin:]))
     return lines[:start], [line for line in table if line not in HEAD], rest[:begin] + rest[begin + len(table) :]
@@ -97,7 +97,7 @@ def _line(name: str, promotion: Promotion) -> str:
 
 
 def _cell(text: str) -> str:
-    """A person's words as one cell, shown as they were written: no end of line, no bar, no Markdown, no HTML."""
+    """Text escaped for one cell: no line end, bar, Markdown or HTML."""
     words = html.escape(one_line(text), quote=False)
     return _SPECIAL.sub(r"\\\g<0>", words)
 

@@ -1,7 +1,7 @@
-"""`batches` and `retrain.retracted` in the text of params.yaml: edited and united, every other line as it was.
+"""Edits and merges `batches` and `retrain.retracted` in the text of params.yaml; all other lines stay as they are.
 
-PyYAML says where a value begins and ends; the text between is changed, nothing is written anew. An entry of `batches`
-is its lines, with the comments above it.
+PyYAML tells where a value begins and ends; only the text between is changed. An entry of `batches` consists of its
+lines and the comments above it.
 """
 
 import json
@@ -74,11 +74,11 @@ def with_retracted(text: str, names: list[str]) -> str:
 
 
 def merge(ancestor: str, ours: str, theirs: str) -> str:
-    """params.yaml of two branches as one: their batches united, the rest as git merges it.
+    """Merges params.yaml of two branches: their batches by name, the rest as git does.
 
     Ours come first, in our order, then what is new in theirs. What one side removed or changed since the ancestor is
-    removed or changed. What was taken back stays away, also where the other side brings it as something new (a
-    squashed merge, say).
+    removed or changed. A batch that was taken back stays away, even if the other side has it as new (after a squashed
+    merge, say).
 
     Raises:
         StageError: both sides changed the same thing in different ways.
@@ -90,7 +90,7 @@ def merge(ancestor: str, ours: str, theirs: str) -> str:
 
 
 def three_way(ancestor: T, ours: T, theirs: T) -> T | None:
-    """The value that a merge ends in; None where both sides changed it in different ways."""
+    """The merged value; None where both sides changed it in different ways."""
     if ours in (ancestor, theirs):
         return theirs
     return ours if theirs == ancestor else None
@@ -133,7 +133,7 @@ def _merge_file(ours: str, ancestor: str, theirs: str) -> str:
 
 
 def merge_lock(ancestor: str, ours: str, theirs: str) -> str:
-    """dvc.lock of two branches as one, stage by stage; where both changed one, ours: it is made again anyway."""
+    """Merges dvc.lock of two branches, stage by stage; ours where both changed one: it is run again anyway."""
     before, own, other = (dict(yaml.safe_load(text) or {}) if text else {} for text in (ancestor, ours, theirs))
     stages: dict[str, Any] = {}
     for name in dict.fromkeys([*own.get("stages", {}), *other.get("stages", {})]):
@@ -172,7 +172,7 @@ def _load(text: str) -> dict[str, Any]:
 
 
 def _entries(text: str) -> Entries:
-    """The section `batches`, read line by line; written in braces, its entries are written out."""
+    """The section `batches`, read line by line; if it is in braces, its entries are rewritten as lines."""
     root = yaml.compose(text)
     key = next((key for key, _ in root.value if key.value == "batches"), None) if root else None
     section = _value(root, "batches")
@@ -220,7 +220,7 @@ def _value(node: Any, key: str) -> Any:
 
 
 def _last(node: Any) -> Any:
-    """Where a value's own text ends. Of a block, PyYAML gives the place where the next thing begins."""
+    """Where a value's own text ends. For a block, PyYAML gives the start of whatever follows it."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _last(last[1] if isinstance(last, tuple) else last)

@@ -1,4 +1,4 @@
-"""The branch that retraining commits to: what it and its base hold together, and the commit of a retraining.
+"""The branch that retraining commits to: its merge with the base, and the commit of a retraining.
 
 Everything happens in a worktree with a detached HEAD. The branch itself moves once, at the very end.
 """
@@ -21,7 +21,7 @@ from stages.runtime.params_file import check
 
 PARAMS, LOCK = "params.yaml", "dvc.lock"
 TRAILER = "Model-SHA256"
-"""Names the weights in the commit of a retraining: by it, one that was interrupted finds its version again."""
+"""The trailer of a retraining's commit that names the weights; a run after a kill finds the version by it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Branches:
     ahead: bool
     """Whether the base has what the branch lacks."""
     params: str
-    """params.yaml of both, united."""
+    """params.yaml of both, merged."""
     trained: float
     """When dvc.lock was last committed, in seconds since the epoch; 0 for never."""
 
@@ -47,12 +47,12 @@ class Branches:
 
     @property
     def policy(self) -> Retrain:
-        """The section `retrain` of both, united: what is committed counts, not what lies in somebody's checkout."""
+        """The merged section `retrain`: what is committed counts, not what lies in somebody's checkout."""
         return check("retrain", self.section("retrain"), Retrain, Path(f"{self.base}:{PARAMS}"))
 
     @property
     def rules(self) -> str:
-        """Stands for what a delivery is refused by: the limits, and what was taken back, which it may have repeated."""
+        """Identifies the rules that a delivery is judged by: the limits, and the batches that were taken back."""
         sections = [self.section("validate"), self.section("split"), list(self.policy.retracted)]
         return json.dumps(sections, sort_keys=True, default=str)
 
@@ -62,10 +62,10 @@ class Branches:
 
 
 def read_branches(root: Path, settings: Retrain) -> Branches:
-    """What the branch and its base hold.
+    """Reads the branch and its base.
 
     Raises:
-        StageError: there is no base, or their params.yaml cannot be united.
+        StageError: there is no base, or their params.yaml cannot be merged.
     """
     tip, base = commit_of(root, f"refs/heads/{settings.branch}"), commit_of(root, settings.base)
     if not base:
@@ -82,7 +82,7 @@ def read_branches(root: Path, settings: Retrain) -> Branches:
 
 
 def refuse_if_checked_out(root: Path, tree: Path, branch: str) -> None:
-    """Raises StageError where somebody has the branch checked out: it would move under their files."""
+    """Raises StageError where the branch is checked out: its files would no longer be those of the branch."""
     if where := worktree.checked_out(root, branch, besides=tree):
         raise StageError(f"the branch `{branch}` is checked out in {where}; `git switch` to another one there")
 
@@ -101,7 +101,7 @@ def prepare(root: Path, tree: Path, branches: Branches) -> None:
 
 
 def write_params(tree: Path, text: str) -> None:
-    """params.yaml, and a dvc.lock that knows no other batches."""
+    """Writes params.yaml, and removes other batches from dvc.lock."""
     write_text(tree / PARAMS, text)
     if (tree / LOCK).exists():
         lock = (tree / LOCK).read_text(encoding="utf-8")
@@ -110,7 +110,7 @@ def write_params(tree: Path, text: str) -> None:
 
 
 def commit_retraining(tree: Path, message: str, model_sha256: str) -> str:
-    """Commits what a retraining came to, on the detached HEAD; returns the commit."""
+    """Commits the results of a retraining on the detached HEAD; returns the commit."""
     return worktree.commit_all(tree, [PARAMS, LOCK, "reports"], f"{message.rstrip()}\n\n{TRAILER}: {model_sha256}\n")
 
 

@@ -1,4 +1,4 @@
-"""What came of a retraining, for the colleague who looks in the morning: a line, and a page in Markdown."""
+"""The report of a retraining: one line, and a page in Markdown."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ class Report:
     version: Version | None = None
     """What is registered now."""
     is_new: bool = False
-    """It was registered by this retraining, not before."""
+    """Whether this retraining registered it, and not an earlier one."""
     commit: str = ""
     branch: str = ""
     base: str = ""
@@ -32,14 +32,14 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def line(self) -> str:
-        """The whole in a sentence or two: the message of the flow's last state."""
+        """The report in a sentence or two: the message of the flow's last state."""
         parts = [self._outcome()]
         parts += [f"refused: {name} ({'; '.join(map(_brief, reasons))})" for name, reasons in self.refused.items()]
         parts += [f"left alone: {name} ({_brief(why)})" for name, why in self.left_alone.items()]
         return ". ".join([*parts, *self.notes])
 
     def page(self, server: str = "") -> str:
-        """The same as a page, with links where the registry has an address."""
+        """The report as a page, with links if the registry has an address."""
         parts = [f"# {self._outcome()}", *self._marked(), *self._under_review(server)]
         parts += _list("Accepted", {name: _counts(each) for name, each in self.accepted.items()})
         parts += _list("Refused", {name: "; ".join(reasons) for name, reasons in self.refused.items()})
@@ -48,7 +48,7 @@ class Report:
         return "\n".join(parts) + "\n"
 
     def worth_telling(self) -> bool:
-        """Whether somebody should hear of it: a verdict, a refusal, something taken back."""
+        """Whether people are notified: of a verdict, a refusal, a batch taken back."""
         return bool(self.version or self.refused or self.taken_back)
 
     def _outcome(self) -> str:
@@ -84,7 +84,7 @@ class Report:
 
 
 def _brief(reason: str) -> str:
-    """A reason of validation without the images that it names; the page has them."""
+    """A reason of validation without the names of images; the page has them."""
     return reason.partition(" First: ")[0].rstrip(".")
 
 

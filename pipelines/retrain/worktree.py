@@ -20,7 +20,7 @@ _PATHS = (
     *("gdrive_user_credentials_file", "gdrive_service_account_json_file_path"),
 )
 _FOREIGN_LOCK = 3.0
-"""Seconds that a lock of the repository, which others use too, may live before it counts as left by a kill."""
+"""Seconds after which a lock in the repository, which other processes use too, counts as left by a kill."""
 
 
 # ------------------------------------------------------------------------------------------------------ what is there
@@ -75,7 +75,7 @@ def checked_out(folder: Path, branch: str, besides: Path) -> Path | None:
 def open_tree(root: Path, tree: Path, commit: str) -> None:
     """The worktree `tree` of the checkout `root` at `commit`, with a detached HEAD and nothing changed.
 
-    Files that git ignores stay: they are what a run that was interrupted had made. A damaged tree is made again.
+    Files that git ignores stay: an interrupted run made them. A damaged tree is made again.
     """
     clear_locks(tree)
     if not is_tree(root, tree):
@@ -135,7 +135,7 @@ def connect(root: Path, tree: Path) -> None:
 
 
 def cache_folder(root: Path) -> Path:
-    """The DVC cache of the checkout, as `dvc cache dir` gives it, but in no time."""
+    """The DVC cache of the checkout: what `dvc cache dir` prints, without starting DVC."""
     files = [Path(folder, "config") for folder in (system_config_dir(), global_config_dir())]
     folder = root / ".dvc/cache"
     for path in (*files, root / ".dvc/config", root / ".dvc/config.local"):
@@ -175,7 +175,7 @@ def _absolute(value: str, folder: Path) -> str:
 
 
 def commit_all(tree: Path, paths: list[str], message: str) -> str:
-    """Commits what changed in `paths` (what is ignored stays so), also if nothing did; returns the commit."""
+    """Commits all changes in `paths`, except ignored files, even if there are none; returns the commit."""
     there = [path for path in paths if (tree / path).exists() or git(tree, "ls-files", "--", path)]
     git(tree, "add", "--all", "--", *there)
     return record(tree, message, "--allow-empty")
@@ -190,7 +190,7 @@ def record(tree: Path, message: str, *arguments: str) -> str:
 
 
 def move_branch(root: Path, branch: str, commit: str, before: str) -> None:
-    """Points the branch at `commit`, in one atomic write, provided that it still points at `before` (empty: is new).
+    """Moves the branch to `commit`, in one atomic write, if it still is at `before` (empty: does not exist yet).
 
     Raises:
         GitError: it does not.
@@ -201,7 +201,7 @@ def move_branch(root: Path, branch: str, commit: str, before: str) -> None:
 
 
 def _wait_for_lock(root: Path, branch: str) -> None:
-    """A lock on the branch is somebody's for milliseconds; one that stays was left by a kill."""
+    """Waits for the lock on a branch, which lives milliseconds, then removes it: it was left by a kill."""
     common = git(root, "rev-parse", "--path-format=absolute", "--git-common-dir")
     lock = Path(common, "refs/heads", f"{branch}.lock")
     until = time.monotonic() + _FOREIGN_LOCK
