@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from stages.runtime.params_file import ParamsError, Section, check, params_path, read_params
+from stages.runtime.params_file import NonEmpty, ParamsError, Section, check, params_path, read_params
 
 Role = Literal["pretrain", "finetune"]
 ROLES: tuple[Role, ...] = ("pretrain", "finetune")
@@ -17,7 +17,7 @@ class Batch(Section):
     """One delivery. `source` is a URI; a relative path resolves against SYNSET_INCOMING."""
 
     role: Role
-    source: Annotated[str, Field(min_length=1)]
+    source: NonEmpty
     """Where the images come from, and which of them: `sample:target?seed=1`, `imagenette?images_per_class=50`.
 
     A relative path resolves against SYNSET_INCOMING. Raw data is made once, so this is all that ingest depends on.

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from stages.runtime.params_file import Section
+from stages.runtime.params_file import Count, Section, Seed
 
 CORRUPTIONS = (
     "gaussian_noise",
@@ -28,7 +28,7 @@ CORRUPTIONS = (
 class Robustness(Section):
     """How the fine-tuned model does on corrupted, attacked and slightly moved images (docs/robustness.md)."""
 
-    images: Annotated[int, Field(ge=1)] = 60
+    images: Count = 60
     """Maximum number of test images, as evenly over classes as possible."""
     corruptions: list[str] = Field(default_factory=lambda: list(CORRUPTIONS))
     """Names, or `all`."""
@@ -36,7 +36,7 @@ class Robustness(Section):
     """Each corruption is applied at severities 1 to this."""
     epsilons: list[Annotated[float, Field(gt=0, le=255)]] = Field(default_factory=lambda: [1.0, 4.0])
     """Maximum change of a pixel by an attack, of 255; an empty list: no attacks."""
-    pgd_steps: Annotated[int, Field(ge=1)] = 20
+    pgd_steps: Count = 20
 
     @field_validator("corruptions", mode="before")
     @classmethod
@@ -62,7 +62,7 @@ class Robustness(Section):
 class Evaluate(Section):
     """Changing these reruns evaluate and register only."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 128
+    batch_size: Count = 128
     calibration_bins: Annotated[int, Field(ge=2)] = 15
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Confidence level of every interval."""
@@ -70,6 +70,6 @@ class Evaluate(Section):
     """Resamples for intervals without a closed form."""
     gallery: Annotated[int, Field(ge=0)] = 200
     """Maximum number of test images that the report shows, with class activation maps."""
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Seed = 1
     robustness: Robustness | None = Field(default_factory=Robustness)
     """Null: not measured."""

@@ -4,14 +4,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.params.training.recipe import Positive, Recipe
-from stages.runtime.params_file import Section
+from stages.params.training.recipe import Recipe
+from stages.runtime.params_file import Count, Positive, Section
 
 
 class Lora(Section):
     """Low-rank updates (Hu et al. 2022)."""
 
-    rank: Annotated[int, Field(ge=1)] = 8
+    rank: Count = 8
     alpha: Positive = 16.0
     """The update is scaled by alpha / rank."""
 
@@ -22,7 +22,7 @@ class Finetune(Recipe):
     strategy: Literal["head", "last_block", "full", "bias", "lora"] = "full"
     """`head`: only the new head; `last_block`: the head and the last block; `full`: every weight; `bias`: the head,
     biases and norms; `lora`: the head and low-rank updates."""
-    epochs: Annotated[int, Field(ge=1)] = 20
+    epochs: Count = 20
     batch_size: Annotated[int, Field(ge=4)] = 32
     lr: Positive = 0.05
     """Peak learning rate of the head, and of every weight when training from scratch."""

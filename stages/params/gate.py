@@ -4,10 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stages.runtime.params_file import Section
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+from stages.runtime.params_file import Count, Fraction, Positive, Section, Share
 
 
 class Gate(Section):
@@ -21,12 +18,12 @@ class Gate(Section):
     """Size of the weights, in units of 1,000,000 bytes."""
     max_latency_ms: Positive = 1000
     """Median time of one image on one CPU thread."""
-    margin: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    margin: Fraction = 0.01
     """Non-inferiority margin: top-1 on `test`, a class or a slice may be worse by this much."""
     alpha_inferior: Annotated[float, Field(gt=0, le=0.5)] = 0.3
     """Probability that a version which is worse on `test` by the whole margin still counts as not inferior. At 0.05 and
     a thousand test images, an equally good version would pass in one case of four; `alpha` holds for any value."""
-    min_n: Annotated[int, Field(ge=1)] = 50
+    min_n: Count = 50
     """Classes and slices with fewer images are shown, but not judged."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Joint error rate: probability that an equally good version passes."""

@@ -4,8 +4,8 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from stages.params.training.recipe import AtLeastZero, Positive, Recipe
-from stages.runtime.params_file import Section
+from stages.params.training.recipe import Recipe
+from stages.runtime.params_file import AtLeastZero, Count, NonEmpty, Positive, Section, Share
 
 SelfSupervisedMethod = Literal["simclr", "vicreg"]
 
@@ -23,15 +23,15 @@ class SelfSupervised(Section):
     variance: AtLeastZero = 25.0
     covariance: AtLeastZero = 1.0
     """Weights of VICReg's three terms."""
-    jitter: Annotated[float, Field(ge=0, le=1)] = 0.5
+    jitter: Share = 0.5
     """Strength of the colour jitter."""
-    grey: Annotated[float, Field(ge=0, le=1)] = 0.2
+    grey: Share = 0.2
     """Share of crops that become grey."""
-    blur: Annotated[float, Field(ge=0, le=1)] = 0.0
+    blur: Share = 0.0
     """Share of crops that are blurred."""
-    neighbours: Annotated[int, Field(ge=1)] = 20
+    neighbours: Count = 20
     """Number of neighbours that vote in the k-NN accuracy on val."""
-    neighbour_images: Annotated[int, Field(ge=1)] = 10_000
+    neighbour_images: Count = 10_000
     """Maximum number of labelled training images to search for neighbours."""
 
 
@@ -39,7 +39,7 @@ class Pretrain(Recipe):
     """`method: none` writes a random backbone by `seed`, or the one that `weights` names."""
 
     method: Literal["supervised", SelfSupervisedMethod, "none"] = "supervised"
-    weights: Annotated[str, Field(min_length=1)] | None = None
+    weights: NonEmpty | None = None
     """Weights to start from: `torchvision`, `torchvision:IMAGENET1K_V1` (a named set), or the path of a safetensors
     file with torchvision's names. Null: random weights."""
     self_supervised: SelfSupervised = SelfSupervised()

@@ -4,21 +4,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stages.runtime.params_file import Section
+from stages.runtime.params_file import AtLeastZero, Count, NonEmpty, Section
 
 
 class Retrain(Section):
     """No stage reads this section: it decides when something runs, not what comes out."""
 
-    base: Annotated[str, Field(min_length=1)] = "main"
+    base: NonEmpty = "main"
     """The branch that people work on; merged into `branch` before every retraining."""
-    branch: Annotated[str, Field(min_length=1)] = "retrain"
+    branch: NonEmpty = "retrain"
     """The branch that only retraining commits to."""
-    cron: Annotated[str, Field(min_length=1)] = "0 3 * * *"
+    cron: NonEmpty = "0 3 * * *"
     """When to look for deliveries, in UTC."""
-    min_images: Annotated[int, Field(ge=1)] = 1
+    min_images: Count = 1
     """Retraining is due from this many accepted training images in new batches."""
-    max_age_days: Annotated[float, Field(ge=0)] | None = 7
+    max_age_days: AtLeastZero | None = 7
     """Retraining is due for any new image once the last training is this old; null: never for that reason."""
     on_drift: bool = True
     """Retraining is due when a new batch drifts from the reference."""

@@ -4,13 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stages.runtime.params_file import Section
+from stages.runtime.params_file import NonEmpty, Section
 
 
 class Serve(Section):
     """No stage reads this section."""
 
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    host: NonEmpty = "127.0.0.1"
     """For any other address, put authentication in front (docs/deployment.md)."""
     port: Annotated[int, Field(ge=1, le=65535)] = 5001
     interval: Annotated[int, Field(ge=1, le=30)] = 10

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stages.runtime.params_file import Section
+from stages.runtime.params_file import Count, Section, Seed
 
 
 class Shard(Section):
@@ -13,8 +13,8 @@ class Shard(Section):
     resize: Annotated[int, Field(ge=8, le=4096)]
     """Shorter side in pixels; smaller images keep their size."""
     quality: Annotated[int, Field(ge=1, le=100)] = 90
-    images_per_shard: Annotated[int, Field(ge=1)] = 1000
-    seed: Annotated[int, Field(ge=0)] = 1
+    images_per_shard: Count = 1000
+    seed: Seed = 1
     """Seed of the global shuffle at writing."""
 
 

@@ -1,12 +1,6 @@
 """The section `split`: which accepted images are train, val, test and fresh."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from stages.runtime.params_file import Section
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from stages.runtime.params_file import Fraction, Section
 
 
 class Split(Section):

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.runtime.params_file import Section
+from stages.runtime.params_file import Count, Section, Seed
 
 SEARCHED = ("model", "finetune", "training")
 """Sections whose keys may be searched: a trial depends on these, on the data and on the backbone."""
@@ -42,14 +42,14 @@ class Distribution(Section):
 class Tune(Section):
     """No stage reads this section; a search writes its best trial as a params file."""
 
-    trials: Annotated[int, Field(ge=1)] = 20
+    trials: Count = 20
     metric: Literal["val_loss", "val_top1", "val_robust_top1"] = "val_loss"
     """Measured on val, of the weights that a trial saves: the last epoch's, or with `patience` the best epoch's."""
-    prune_after: Annotated[int, Field(ge=1)] | None = 3
+    prune_after: Count | None = 3
     """Median pruning: from this epoch on, a trial stops if its best epoch so far is worse than the median of at least
     three others up to the same epoch. Null: no pruning. Never where `finetune.epochs` is searched: at the same epoch a
     short training is nearer to its end than a long one."""
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Seed = 1
     space: dict[str, Distribution] = Field(default_factory=dict)
     """Dotted key -> values: `finetune.lr: {low: 0.01, high: 0.1}`."""
 

@@ -4,9 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from stages.runtime.params_file import Section
+from stages.runtime.params_file import AtLeastZero, Count, Positive, Section, Share
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 Severity = Literal["quarantine", "note", "stop"]
 
@@ -59,9 +58,9 @@ class Severities(Section):
 class Outliers(Section):
     """How far outside the middle half of its batch an image may lie, in widths of that half; null: any distance."""
 
-    resolution: Annotated[float, Field(gt=0)] | None = 3.0
+    resolution: Positive | None = 3.0
     """Of the logarithm of width times height; the middle half counts as at least one octave wide."""
-    brightness: Annotated[float, Field(gt=0)] | None = 2.0
+    brightness: Positive | None = 2.0
     """Of mean luminance; the middle half counts as at least 16 of 255 levels wide. At 2, about 1 % of Imagenette and
     Tiny ImageNet is noted; at 2.5 hardly any image could be too dark."""
 
@@ -96,27 +95,27 @@ class Validate(Section):
 
     formats: Annotated[tuple[Format, ...], Field(min_length=1, strict=False)] = ("JPEG", "PNG", "WEBP", "BMP")
     """By magic number; the name of a file does not count."""
-    min_side: Annotated[int, Field(ge=1)] = 16
+    min_side: Count = 16
     """Of the shorter side, in pixels."""
-    max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
+    max_pixels: Count = 178_956_970
     """Maximum of width times height; a larger file may be a decompression bomb."""
     max_aspect: Annotated[float, Field(ge=1)] = 10
     """Longer side over shorter side."""
-    min_contrast: Annotated[float, Field(ge=0)] = 1.0
+    min_contrast: AtLeastZero = 1.0
     """Minimum standard deviation of luminance (0-255); an image below it is one flat colour."""
     near_duplicate_distance: Annotated[int, Field(ge=0, le=8)] | None = 6
     """Two images are compared on pixels up to this Hamming distance of their 64-bit perceptual hashes; null: never.
 
     Above 8, unrelated pictures are compared, and the search for pairs takes hours at a million images.
     """
-    near_duplicate_difference: Annotated[float, Field(ge=0)] = 12.0
+    near_duplicate_difference: AtLeastZero = 12.0
     """Two images are one picture only up to this mean absolute difference (0-255) of 32x32 luminance thumbnails."""
-    near_duplicate_correlation: Annotated[float, Field(ge=0, le=1)] = 0.95
+    near_duplicate_correlation: Share = 0.95
     """And only from this correlation of the thumbnails on. On ImageNet, recoded, resized (to a quarter) and brightened
     copies lie above 0.96, the most similar pair of different pictures below 0.93."""
     max_quarantined: Share = 0.1
     """Maximum share of a batch."""
-    min_images_per_class: Annotated[int, Field(ge=1)] = 5
+    min_images_per_class: Count = 5
     """Minimum number of accepted training images of every class, over all batches of a role."""
     max_imbalance: Annotated[float, Field(ge=1)] = 10.0
     """Maximum ratio of training images between the largest class of a role and any other."""

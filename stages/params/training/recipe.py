@@ -4,13 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.runtime.params_file import Section
-
-Positive = Annotated[float, Field(gt=0)]
-AtLeastZero = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+from stages.runtime.params_file import AtLeastZero, Count, Fraction, Positive, Section, Seed, Share
 
 LOWER_IS_BETTER = ("train_loss", "val_loss")
 Monitor = Literal["train_loss", "train_top1", "val_loss", "val_top1", "val_robust_top1", "knn_top1"]
@@ -46,7 +40,7 @@ class Recipe(Section):
     """`sgd`: with Nesterov momentum; `adamw`; `muon`: Muon for matrices and convolutions, SGD for the rest."""
     lr: Positive = 0.1
     """The peak of the schedule."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Fraction = 0.9
     """Momentum of SGD and Muon; the first beta of AdamW."""
     muon_scale: Positive = 1.0
     """Learning rate of Muon's matrices, as a multiple of the rate of norms and biases (`backbone_lr` in fine-tuning,
@@ -56,11 +50,11 @@ class Recipe(Section):
     schedule: Literal["cosine", "one_cycle", "steps"] = "cosine"
     """`cosine`: a half cosine to 0 after the warm-up. `one_cycle`: the same, while momentum falls by 0.1 and rises
     again (Smith 2018). `steps`: divided by ten after each of `milestones`."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    warmup: Fraction = 0.2
     """Share of all steps during which the learning rate rises."""
     milestones: list[Count] = Field(default_factory=list)
     """Epochs after which `steps` divides the learning rate by ten."""
-    label_smoothing: Probability = 0.1
+    label_smoothing: Fraction = 0.1
     mixup: AtLeastZero = 0.0
     """Alpha of the Beta distribution by which two images are mixed (Zhang et al. 2018); 0: off. If `cutmix` is on too,
     each batch gets one of the two."""
@@ -80,12 +74,12 @@ class Recipe(Section):
     """Maximum rotation in degrees, either direction."""
     erasing: Share = 0.0
     """Share of images that get a window erased (Zhong et al. 2020)."""
-    ema: Probability = 0.0
+    ema: Fraction = 0.0
     """Decay per step of the moving average of weights (EMA), which is validated and saved; 0: no average."""
-    dropout: Probability | None = None
+    dropout: Fraction | None = None
     """Rate of every dropout layer, or before the head if there is none. Null: the architecture's own."""
-    stochastic_depth: Probability | None = None
-    """Probability that the last residual branch is skipped; earlier ones less, in proportion (Huang et al. 2016). Null:
+    stochastic_depth: Fraction | None = None
+    """Fraction that the last residual branch is skipped; earlier ones less, in proportion (Huang et al. 2016). Null:
     the architecture's own."""
     clip_norm: Positive | None = None
     """Maximum norm of all gradients together."""
@@ -103,7 +97,7 @@ class Recipe(Section):
     Null: trains all epochs, and saves the weights of the last."""
     adversarial: Adversarial | None = None
     """Null: no adversarial training."""
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Seed = 1
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

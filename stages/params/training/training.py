@@ -1,17 +1,17 @@
 """The section `training`: how any training runs on this machine."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from stages.runtime.params_file import Section
+from stages.runtime.params_file import Count, Section
 
 
 class Training(Section):
     """With the kind of machine, these decide bytes: so they are parameters and are not guessed from the cores."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Annotated[int, Field(ge=1)] = 2
+    threads: Count = 2
     """Threads of torch and of DALI. One and two threads give different bits."""
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 autocast where the hardware has bf16 arithmetic, else float32. `fp16` scales the loss."""
@@ -19,9 +19,9 @@ class Training(Section):
     deterministic: bool = True
     compile: bool = False
     """torch.compile: minutes at the start, then faster steps. Needs a C++ compiler on a CPU."""
-    world_size: Annotated[int, Field(ge=1)] = 1
+    world_size: Count = 1
     """Processes that share each batch, one per GPU (DDP, started by torchrun)."""
-    nodes: Annotated[int, Field(ge=1)] = 1
+    nodes: Count = 1
     """Machines that these processes run on (docs/scale-out.md)."""
     allow_inexact: bool = False
     """Resume a checkpoint of another world size. The result then has not the bytes of any uninterrupted run."""
