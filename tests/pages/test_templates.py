@@ -20,12 +20,9 @@ def test_a_misspelt_name_raises(tmp_path: Path) -> None:
 
 
 def test_html_is_escaped_and_markdown_is_not(tmp_path: Path) -> None:
-    for name, expected in (
-        ("page.html.j2", "&lt;b&gt; 1.0\N{NO-BREAK SPACE}%"),
-        ("card.md.j2", "<b> 1.0\N{NO-BREAK SPACE}%"),
-    ):
+    for name, shown in (("page.html.j2", "&lt;b&gt;"), ("card.md.j2", "<b>")):
         (tmp_path / name).write_text("{{ name }} {{ share | percent }}")
-        assert render(tmp_path / name, name="<b>", share=0.01) == f"{expected} 1.0\N{NO-BREAK SPACE}%"
+        assert render(tmp_path / name, name="<b>", share=0.01) == f"{shown} 1.0\N{NO-BREAK SPACE}%"
 
 
 def test_a_page_is_one_file(tmp_path: Path) -> None:
