@@ -79,7 +79,7 @@ class Recipe(Section):
     dropout: Fraction | None = None
     """Rate of every dropout layer, or before the head if there is none. Null: the architecture's own."""
     stochastic_depth: Fraction | None = None
-    """Fraction that the last residual branch is skipped; earlier ones less, in proportion (Huang et al. 2016). Null:
+    """Probability that the last residual branch is skipped; earlier ones less, in proportion (Huang et al. 2016). Null:
     the architecture's own."""
     clip_norm: Positive | None = None
     """Maximum norm of all gradients together."""
