@@ -102,8 +102,8 @@ def _dependencies(stage: str, declared: dict[str, Any]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, declared.get("deps", [])):
         files = [file for file in _files(path) if not ignored.match_file(file)]
-        # data/shards/<role> may hold no shard set yet; no other folder is empty.
-        if not files and not (path.is_relative_to(layout.SHARDS) and path.is_dir()):
+        # data/shards/<role> may hold no shard set yet; no other folder is empty. DVC itself refuses an ignored file.
+        if not files and not path.is_file() and not (path.is_relative_to(layout.SHARDS) and path.is_dir()):
             raise StageError(
                 f"{layout.DVC_YAML}: the stage `{stage}` depends on {path}, which is missing; `dvc repro` makes what "
                 f"stages before it write"
