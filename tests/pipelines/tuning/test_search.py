@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 import yaml
 
 from pipelines.tuning import search as tuning
+from pipelines.tuning import trial as trial_module
+from pipelines.tuning.trial import EpochWatch, Stop
 from stages.params.finetune import Finetune
 from stages.params.tune import Tune
 from stages.runtime.command import StageError
 from stages.runtime.params_file import ParamsError, check, load_section
-from tests.workspace import ROOT, Workspace, written
+from tests.workspace import ROOT, Workspace, held, until, written
 
 STAND_IN = '''
 """Its val loss is (lr - 0.1)^2 + 1 / epoch; it fails where weight_decay is above 0.5, and goes on where it was."""
@@ -34,12 +37,15 @@ progress = folder / "finetuned/progress.jsonl"
 progress.parent.mkdir(exist_ok=True)
 lines = progress.read_text().splitlines() if progress.exists() else []
 (folder / "begun.txt").open("a").write(f"{len(lines)}\\n")
-if os.environ.get("WAIT_FOR"):
-    fcntl.flock(open(os.environ["WAIT_FOR"]), fcntl.LOCK_EX)
+judged = folder / "judged.txt"
 for epoch in range(len(lines) + 1, 5):
-    time.sleep(float(os.environ.get("SECONDS_AN_EPOCH", 0)))
+    wait = lines and os.environ.get("WAIT_UNTIL_JUDGED")
+    while wait and not (judged.exists() and judged.read_text() == str(epoch - 1)):
+        time.sleep(0.01)
     lines.append(json.dumps({"epoch": epoch, "val_loss": (finetune["lr"] - 0.1) ** 2 + 1 / epoch}))
     progress.write_text("".join(line + "\\n" for line in lines))
+    if os.environ.get("WAIT_FOR"):
+        fcntl.flock(open(os.environ["WAIT_FOR"]), fcntl.LOCK_SH)
 '''
 SPACE: dict[str, Any] = {"finetune.lr": {"low": 0.001, "high": 10.0, "log": True}}
 
@@ -120,8 +126,24 @@ def test_a_search_that_is_over_does_nothing_more(place: Path) -> None:
     assert began == 4 == len(list(place.glob(".synset/tune/*/*/begun.txt")))
 
 
-def test_a_trial_worse_than_the_median_is_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECONDS_AN_EPOCH", "0.8")
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial begins an epoch only when the search has judged the one before."""
+    should_stop = EpochWatch.should_stop
+
+    def noted(watch: EpochWatch) -> bool:
+        stops = should_stop(watch)
+        if watch.epochs and not stops:
+            (watch.progress.parents[1] / "judged.txt").write_text(str(watch.epochs))
+        return stops
+
+    monkeypatch.setattr(EpochWatch, "should_stop", noted)
+    monkeypatch.setattr(trial_module, "Stop", lambda also, every: Stop(also, every=0))
+    monkeypatch.setenv("WAIT_UNTIL_JUDGED", "yes")
+
+
+@pytest.mark.usefixtures("judged")
+def test_a_trial_worse_than_the_median_is_stopped(place: Path) -> None:
     found = search(tune(trials=7, prune_after=2))
     far = {trial.number: (trial.params["finetune.lr"] - 0.1) ** 2 for trial in found.trials}
     pruned = [trial for trial in found.trials if trial.state.name == "PRUNED"]
@@ -140,8 +162,8 @@ def test_a_trial_that_fails_is_noted_and_the_search_goes_on(place: Path) -> None
     assert Path(said.split(": ")[-1][:-1]).read_text(encoding="utf-8") == "error: finetuned: the loss is nan\n"
 
 
-def test_short_trainings_are_no_measure_for_long_ones(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECONDS_AN_EPOCH", "0.4")
+@pytest.mark.usefixtures("judged")
+def test_short_trainings_are_no_measure_for_long_ones(place: Path) -> None:
     found = search(tune(trials=7, prune_after=1, space={"finetune.epochs": {"choices": [4, 16]}, **SPACE}))
     assert {trial.state.name for trial in found.trials} == {"COMPLETE"}
 
@@ -153,14 +175,14 @@ def test_a_search_whose_trials_all_fail_stops_and_says_why(place: Path) -> None:
         search(tune(trials=9, space={"finetune.weight_decay": {"low": 0.6, "high": 0.9}}))
 
 
-def worker(place: Path, trials: int, seconds: float, wait_for: str = "") -> "subprocess.Popen[str]":
-    """Another worker of the same study, as in another terminal; its trials wait for the lock of that file."""
+def worker(place: Path, trials: int, wait_for: str = "") -> "subprocess.Popen[str]":
+    """Another worker of the same study, as in another terminal; its trials wait in each epoch for that file's lock."""
     code = (
         "import sys; from pipelines.tune import tune_section; from pipelines.tuning.search import search\n"
         f"from stages.runtime.command import run\nwanted = tune_section({trials}, None)\n"
         "run(lambda: search(wanted, (sys.executable, 'stand_in.py')))"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SECONDS_AN_EPOCH": str(seconds), "WAIT_FOR": wait_for}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WAIT_FOR": wait_for}
     return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=place,
@@ -180,7 +202,10 @@ def with_space(place: Path) -> None:
 
 def test_two_workers_make_as_many_trials_as_wanted_together(place: Path) -> None:
     with_space(place)
-    workers = [worker(place, 6, 0.1) for _ in range(2)]
+    with held(place / "held"):
+        workers = [worker(place, 6, wait_for="held") for _ in range(2)]
+        for each in workers:
+            until(lambda: len(list(place.glob(".synset/tune/*/*/begun.txt"))) == 2, each)
     said = [each.communicate()[1] for each in workers]
     assert [each.returncode for each in workers] == [0, 0], said
     assert len(study().trials) == 6
@@ -189,19 +214,18 @@ def test_two_workers_make_as_many_trials_as_wanted_together(place: Path) -> None
 
 def test_a_trial_that_outlives_its_worker_is_not_begun_a_second_time(place: Path) -> None:
     with_space(place)
-    with (place / "held").open("w") as held:  # closed, and so let go, also where this test fails
-        fcntl.flock(held, fcntl.LOCK_EX)
-        killed = worker(place, 1, 0.05, wait_for="held")
+    with held(place / "held"):
+        killed = worker(place, 1, wait_for="held")
         began = written(place, ".synset/tune/*/0/begun.txt", killed)
         os.kill(killed.pid, signal.SIGKILL)
         killed.wait()
-        assert worker(place, 2, 0.05).wait() == 0
+        assert worker(place, 2).wait() == 0
         assert len(began.read_text(encoding="utf-8").split()) == 1, "the first process was still at it"
         running = [trial.number for trial in study().trials if trial.state.name == "RUNNING"]
         assert running == [0]
     with (began.parent / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # had as soon as that process has ended
-    assert worker(place, 2, 0.05).wait() == 0
+    assert worker(place, 2).wait() == 0
     assert [trial.state.name for trial in study().trials].count("COMPLETE") == 2
 
 
@@ -242,13 +266,18 @@ def test_a_key_below_one_that_is_null_is_searched(place: Path) -> None:
 
 def test_what_a_killed_worker_was_at_is_taken_up_and_goes_on(place: Path) -> None:
     with_space(place)
-    killed = worker(place, 2, 1.0)
-    begun = written(place, ".synset/tune/*/0/finetuned/progress.jsonl", killed)
-    os.kill(killed.pid, signal.SIGKILL)
-    for process in Path("/proc").glob("[0-9]*/cmdline"):  # its trial, which a closed terminal would end too
-        if str(begun.parents[1].relative_to(place)).encode() in process.read_bytes():
-            os.kill(int(process.parent.name), signal.SIGKILL)
-    assert worker(place, 2, 0.05).wait() == 0
+    with held(place / "held"):  # after its first epoch
+        killed = worker(place, 2, wait_for="held")
+        begun = written(place, ".synset/tune/*/0/finetuned/progress.jsonl", killed)
+        until(lambda: begun.read_text(encoding="utf-8"), killed)
+        trials = psutil.Process(killed.pid).children(recursive=True)
+        killed.kill()
+        killed.wait()
+        for process in trials:  # its trial, which a closed terminal would end too
+            process.kill()
+        assert trials
+        psutil.wait_procs(trials)
+    assert worker(place, 2).wait() == 0
     ended = [trial for trial in study().trials if trial.state.name == "COMPLETE"]
     assert len(ended) == 2
     assert ended[0].user_attrs["goes on"] == 0
