@@ -1,25 +1,23 @@
-"""Raw tars for tests, and their facts without the stage."""
+"""Raw tars for tests as ingest writes them, and their facts without the stage."""
 
-import tarfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from stages.data.scanning import TarPart, rows_of
+from stages.data.sources.dispatch import Source
 from stages.data.sources.parts import Group
+from stages.data.sources.subset import Choice
+from stages.data.sources.tar_writing import Tally, assemble, write_parts
 
 
 def write_tar(group: Group, folder: Path) -> list[str]:
     """Writes `<folder>/<split>/<class>.tar`; returns the names of its files."""
-    path = folder / group.split / f"{group.class_name}.tar"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = []
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for image in group.images():
-            info = tarfile.TarInfo(image.name)
-            info.size = image.size
-            tar.addfile(info, image.data)
-            names.append(image.name)
-    return names
+    with TemporaryDirectory() as name:
+        work = Path(name)
+        made = dict(write_parts(Source("test", [group], Choice()), work, 1, Tally()))
+        assemble([made[0]], work, folder)
+    return [image.name for image in group.names()]
 
 
 def scan_tar(path: Path, folder: Path, batch: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from stages.data.raw.tars import members, raw_tars, read_at
-from stages.data.sources import ingesting
+from stages.data.sources import tar_writing
 from stages.data.sources.digests import raw_digest, source_digest
 from tests.closure import ROOT
 from tests.packing import contents, official, parquet, tar_bytes, write
@@ -99,7 +99,7 @@ def sources(folder: Path) -> dict[str, list[str]]:
 def test_every_kind_becomes_the_same_tars_for_any_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingesting, "CUT_IMAGES", 3)
+    monkeypatch.setattr(tar_writing, "CUT_IMAGES", 3)
     # The constant is the module's, so ingest runs in this process.
     from stages.ingest import main
 

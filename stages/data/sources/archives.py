@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from stages.data.raw.images import IMAGE_SUFFIXES
-from stages.data.sources.locations import Place
+from stages.data.sources.locations import Location
 from stages.data.sources.parts import SPLITS, Image, Name, Unique, check_class
 from stages.data.sources.tars import decompressed, members, opened
 from stages.runtime.command import StageError
@@ -30,7 +30,7 @@ class Layout:
 class Archive:
     """One archive of class folders, with or without splits, with or without one folder around all."""
 
-    place: Place
+    location: Location
     stamp: str
     checksum: tuple[str, str] | None = None
     """Algorithm and expected value, in hex."""
@@ -39,7 +39,7 @@ class Archive:
     @property
     def title(self) -> str:
         """For people."""
-        return self.place.name
+        return self.location.name
 
     def images(self) -> Iterator[Image]:
         """Every file that lies in a class, in the archive's order.
@@ -47,11 +47,11 @@ class Archive:
         Raises:
             StageError: the archive is damaged, holds what is refused, or has another layout.
         """
-        where, unique, left_out = str(self.place), Unique(str(self.place)), 0
-        layout = layout_of(self.place)
-        with opened(self.place, self.checksum) as tar:
+        where, unique, left_out = str(self.location), Unique(str(self.location)), 0
+        layout = layout_of(self.location)
+        with opened(self.location, self.checksum) as tar:
             for member in members(tar, where):
-                if (found := _placed(member.path, layout, where)) is None:
+                if (found := _name_of(member.path, layout, where)) is None:
                     left_out += 1
                     continue
                 unique.check(*found)
@@ -61,35 +61,35 @@ class Archive:
 
     def names(self) -> Iterator[Name]:
         """The same without the bytes; of a compressed archive, all of it is read."""
-        layout = layout_of(self.place)
-        with opened(self.place, self.checksum) as tar:
-            for member in members(tar, str(self.place)):
-                if found := _placed(member.path, layout, str(self.place)):
+        layout = layout_of(self.location)
+        with opened(self.location, self.checksum) as tar:
+            for member in members(tar, str(self.location)):
+                if found := _name_of(member.path, layout, str(self.location)):
                     yield found
 
 
-def first_image(place: Place) -> list[str]:
+def first_image(location: Location) -> list[str]:
     """The parts of the name of the first image, by its suffix, in an archive; read from its beginning.
 
     Raises:
         StageError: it is no archive, or has no image.
     """
-    with place.open() as raw:
-        for member in members(decompressed(raw, str(place)), str(place)):
+    with location.open() as raw:
+        for member in members(decompressed(raw, str(location)), str(location)):
             if member.path[-1].lower().endswith(IMAGE_SUFFIXES):
                 return member.path
-    raise StageError(f"{place} holds no image (by their suffixes: {', '.join(IMAGE_SUFFIXES)})")
+    raise StageError(f"{location} holds no image (by their suffixes: {', '.join(IMAGE_SUFFIXES)})")
 
 
-def layout_of(place: Place) -> Layout:
+def layout_of(location: Location) -> Layout:
     """What the first image's name tells: `top/train/CLASS/*`, `train/CLASS/*`, `top/CLASS/*` or `CLASS/*`.
 
     Raises:
         StageError: the first image lies in no class folder, or the layout is one that is read unpacked.
     """
-    path = first_image(place)
+    path = first_image(location)
     if "CLS-LOC" in path or path[-2:-1] == ["images"]:
-        raise StageError(f"{place} is Kaggle's or Tiny ImageNet's archive; unpack it, and name the folder")
+        raise StageError(f"{location} is Kaggle's or Tiny ImageNet's archive; unpack it, and name the folder")
     if len(path) > 2 and path[0] in SPLITS:
         return Layout(None, True)
     if len(path) > 3 and path[1] in SPLITS:
@@ -98,10 +98,10 @@ def layout_of(place: Place) -> Layout:
         return Layout(None, False)
     if len(path) > 2:
         return Layout(path[0], False)
-    raise StageError(f"{place}: {'/'.join(path)} lies in no class folder (expected CLASS/*, or train/CLASS/*)")
+    raise StageError(f"{location}: {'/'.join(path)} lies in no class folder (expected CLASS/*, or train/CLASS/*)")
 
 
-def _placed(path: list[str], layout: Layout, where: str) -> Name | None:
+def _name_of(path: list[str], layout: Layout, where: str) -> Name | None:
     """Split, class and name of a member; None for a file that lies in no class folder.
 
     Raises:

@@ -6,7 +6,6 @@ A batch that was delivered carries its digest in params.yaml, so that a source w
 
 import argparse
 import hashlib
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 from stages.data.raw.tars import members, raw_tars, read_at
 from stages.data.sources.dispatch import Source, read_source
 from stages.data.sources.parts import Part
+from stages.runtime import layout
 from stages.runtime.command import StageError, run
 from stages.runtime.progress import progress, worker_count
 
@@ -68,8 +68,7 @@ def main() -> None:
     parser.add_argument("source", help="as in params.yaml; a relative path resolves against SYNSET_INCOMING")
     parser.add_argument("--raw", action="store_true", help="the source is a folder of raw tars, data/raw/ROLE/BATCH")
     given = parser.parse_args()
-    incoming = os.environ.get("SYNSET_INCOMING", "data/incoming")
-    print(raw_digest(Path(given.source)) if given.raw else source_digest(given.source, incoming))
+    print(raw_digest(Path(given.source)) if given.raw else source_digest(given.source, layout.incoming()))
 
 
 if __name__ == "__main__":

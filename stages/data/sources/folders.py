@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from stages.data.raw.images import IMAGE_SUFFIXES
-from stages.data.sources.locations import Entry, Place, check_size
+from stages.data.sources.locations import Entry, Location, check_size
 from stages.data.sources.parts import (
     SPLITS,
     Image,
@@ -34,7 +34,7 @@ class ClassFiles:
 
     split: str
     class_name: str  # empty: unlabelled
-    folder: Place
+    folder: Location
     stamp: str
     chosen: tuple[Entry, ...] | None = None
     piece: int | None = None
@@ -83,10 +83,10 @@ class _Class(NamedTuple):
 
     split: str
     class_name: str
-    folder: Place
+    folder: Location
 
 
-def image_folder(folder: Place) -> list[Part]:
+def image_folder(folder: Location) -> list[Part]:
     """`train/CLASS/*` with `val/` and `test/` where there are any, or one level of classes.
 
     Raises:
@@ -107,7 +107,7 @@ def image_folder(folder: Place) -> list[Part]:
     return _listed(classes)
 
 
-def tiny_imagenet(folder: Place) -> list[Part]:
+def tiny_imagenet(folder: Location) -> list[Part]:
     """Tiny ImageNet's own layout: images of train in a folder a class, those of val in one, with a table of labels.
 
     Raises:
@@ -130,7 +130,7 @@ def tiny_imagenet(folder: Place) -> list[Part]:
     return _listed(classes) + _labelled("val", folder.child("val/images"), labels, str(table))
 
 
-def kaggle(folder: Place) -> list[Part]:
+def kaggle(folder: Location) -> list[Part]:
     """`ILSVRC/Data/CLS-LOC` as Kaggle's archive unpacks; `folder` holds ILSVRC, or is it.
 
     Raises:
@@ -155,7 +155,7 @@ def kaggle(folder: Place) -> list[Part]:
 KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 
 
-def kaggle_labels(table: Place) -> dict[str, str]:
+def kaggle_labels(table: Location) -> dict[str, str]:
     """File name -> wnid, of a LOC_val_solution.csv.
 
     Raises:
@@ -173,7 +173,7 @@ def kaggle_labels(table: Place) -> dict[str, str]:
     return labels
 
 
-def flat_folder(folder: Place, split: str = "all") -> list[Part]:
+def flat_folder(folder: Location, split: str = "all") -> list[Part]:
     """Images without classes, in one folder or below it.
 
     Raises:
@@ -182,13 +182,24 @@ def flat_folder(folder: Place, split: str = "all") -> list[Part]:
     return _pieces(ClassFiles(split, "", folder, ""), folder.files_below())
 
 
-def is_flat(entries: list[Entry]) -> bool:
+def is_tiny_imagenet(_: Location, entries: list[Entry]) -> bool:
+    """Whether a folder has Tiny ImageNet's list of classes."""
+    return any(entry.name == "wnids.txt" for entry in entries)
+
+
+def is_kaggle(folder: Location, entries: list[Entry]) -> bool:
+    """Whether a folder holds Kaggle's layout, or is a folder of it."""
+    known = any(entry.name == "ILSVRC" for entry in entries) or folder.name == "CLS-LOC"
+    return known or any(folder.child(each).is_folder() for each in KAGGLE)
+
+
+def is_flat(_: Location, entries: list[Entry]) -> bool:
     """Whether a folder holds images itself, and no folders."""
     files = [entry for entry in entries if not entry.is_folder]
     return len(files) == len(entries) and any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in files)
 
 
-def _folders(folder: Place) -> list[str]:
+def _folders(folder: Location) -> list[str]:
     return [entry.name for entry in folder.entries() if entry.is_folder]
 
 
@@ -218,7 +229,7 @@ def _pieces(whole: ClassFiles, entries: list[Entry]) -> list[Part]:
     ]
 
 
-def _labelled(split: str, folder: Place, labels: dict[str, str], table: str) -> list[Part]:
+def _labelled(split: str, folder: Location, labels: dict[str, str], table: str) -> list[Part]:
     """A folder of files of all classes, and the table that tells which; each class as a part."""
     entries = {entry.name: entry for entry in folder.files_below()} if folder.is_folder() else {}
     if missing := sorted(labels.keys() - entries.keys()):

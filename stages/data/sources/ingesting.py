@@ -1,371 +1,65 @@
-"""Writing raw tars: the original bytes of a source's parts, deterministically, and so that a killed run goes on.
+"""Ingests one batch: reads its source and writes its raw tars."""
 
-Each part has a folder of its own while it is made, `parts/NNNNN/`; a whole tar in it is never written again, and
-`done.json` says that the part is whole. In the end all are linked under their names in a batch's folder:
-
-    parts/NNNNN/class.tar                    -> <split>/<class>.tar
-    parts/NNNNN/<split>-CCCCC.tar            -> <split>-NNNNN.tar, numbered by part, then cut
-    parts/NNNNN/unlabelled-<split>-CCCCC.tar -> unlabelled/<split>-NNNNN.tar
-"""
-
-import errno
-import json
 import logging
-import os
 import shutil
-import sys
-import tarfile
-import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from collections.abc import Iterable
 
 from stages.data.raw.tars import UNLABELLED
-from stages.data.sources.dispatch import Source
-from stages.data.sources.locations import unreadable
-from stages.data.sources.parts import Image, Part
+from stages.data.sources.digests import raw_digest
+from stages.data.sources.dispatch import read_source
+from stages.data.sources.tar_writing import Made, Tally, assemble, shown, write_parts
 from stages.data.sources.tars import ChangedError
+from stages.params.batches import Batch
+from stages.runtime import layout
 from stages.runtime.command import StageError
-from stages.runtime.files import replaced_file, write_json
-from stages.runtime.progress import SECONDS_BETWEEN_LINES
+from stages.runtime.files import replaced_directory
+from stages.runtime.fingerprint import fingerprint, prune, work_folder
+from stages.runtime.progress import worker_count
 
 logger = logging.getLogger(__name__)
-CUT_IMAGES, CUT_BYTES = 1_000, 2**30
-"""A mixed tar is full at either."""
-BUFFER = 2**20
-DONE = "done.json"
-CLASS_TAR = "class.tar"
+WAITING = 4
+"""How many parts of a remote source are read per core: most of the time they wait for the store."""
 
 
-class StoppedError(Exception):
-    """Another part failed, and this one need not go on."""
-
-
-class Made(NamedTuple):
-    """What a part became: its tars by file name with their sizes in bytes, and what was in it."""
-
-    tars: dict[str, int]
-    images: int
-    size: int
-    classes: list[str]
-    whole_class: tuple[str, str] | None
-
-
-@dataclass
-class Tally:
-    """How far all parts are; `stop` ends them at their next image."""
-
-    images: int = 0
-    size: int = 0
-    stop: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def check(self) -> None:
-        """Called before each image.
-
-        Raises:
-            StoppedError: another part failed.
-        """
-        if self.stop.is_set():
-            raise StoppedError
-
-    def add(self, images: int, size: int) -> None:
-        """Counts images and their bytes."""
-        with self.lock:
-            self.images += images
-            self.size += size
-
-
-def write_tar(part: Part, folder: Path) -> list[str]:
-    """Writes `<folder>/<split>/<class>.tar` of a part that is one class: no times, no owners.
-
-    Returns:
-        The names of its files.
-    """
-    if part.whole_class is None:
-        raise ValueError(f"{part.title} is no class")
-    split, class_name = part.whole_class
-    path = folder / split / f"{class_name}.tar"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = []
-    with path.open("wb", BUFFER) as file, _tar(file) as tar:
-        for image in part.images():
-            _add(tar, image.name, image)
-            names.append(image.name)
-    return names
-
-
-def write_parts(source: Source, work: Path, workers: int, tally: Tally) -> Iterator[tuple[int, Made]]:
-    """Makes the tars of every part below `work/parts/`, several at a time; what is there already is not made again.
-
-    Yields:
-        The number of a part and what it became, as they end.
+def ingest(name: str, batch: Batch) -> None:
+    """Writes the raw tars of a batch, from where a killed run left off.
 
     Raises:
-        StageError: a part cannot be read; what is whole stays.
+        StageError: there is no such source, or it is damaged, empty, without labels that the batch needs, or not the
+            one that the batch was accepted with.
     """
-    with ThreadPoolExecutor(workers) as pool:
-        numbers = iter(range(len(source.parts)))
-        pending: dict[Future[Made], int] = {}
-        try:
-            while True:
-                # A few at a time: the list of what waits must not grow with the source.
-                while len(pending) < 2 * workers and (number := next(numbers, None)) is not None:
-                    pending[pool.submit(_write_part, source, number, work, tally)] = number
-                if not pending:
-                    return
-                for ended in wait(pending, return_when=FIRST_COMPLETED).done:
-                    yield pending.pop(ended), ended.result()
-        except BaseException:
-            tally.stop.set()
-            raise
-
-
-def assemble(made: Iterable[Made], work: Path, folder: Path) -> int:
-    """Links all tars under their names in `folder`, mixed ones numbered by part and cut; copies where it must.
-
-    Returns:
-        How many there are.
-    """
-    numbers: Counter[str] = Counter()
-    for part, each in enumerate(made):
-        for name in each.tars:
-            target = folder / _final_name(name, each, numbers)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _link(_part_folder(work, part) / name, target)
-    return sum(numbers.values())
-
-
-@contextmanager
-def shown(tally: Tally, what: str) -> Iterator[None]:
-    """Shows how far it is, meanwhile: in a terminal every second, in a log every half a minute."""
-    ended = threading.Event()
-    thread = threading.Thread(target=_show, args=(tally, what, ended), daemon=True)
-    thread.start()
+    source = read_source(batch.source, layout.incoming())
+    work = work_folder(f"ingest@{name}", fingerprint(f"ingest@{name}", source=source.listing))
+    prune(work.parent, work)
+    tally = Tally()
     try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+        with shown(tally, f"ingest {name}"):
+            made = dict(write_parts(source, work, worker_count() * (WAITING if source.is_remote else 1), tally))
+    except ChangedError:
+        shutil.rmtree(work)
+        raise
+    source.check_classes(class_name for part in made.values() for class_name in part.classes)
+    if not tally.images:
+        raise StageError(f"source {batch.source} of batch {name} holds no file")
+    if batch.role == "finetune" and all(map(_is_unlabelled, made.values())):
+        raise StageError(f"source {batch.source} has no labels, and batch {name} is to fine-tune on: role: pretrain")
+    with replaced_directory(layout.raw(batch.role, name)) as aside:
+        count = assemble([made[part] for part in sorted(made)], work, aside)
+        if batch.digest and raw_digest(aside) != batch.digest:
+            shutil.rmtree(work)
+            raise StageError(
+                f"source {batch.source} is not what batch {name} was accepted with (its digest differs). A delivery is "
+                f"never changed: put it back as it was, `dvc pull` the raw data, or deliver it under a new name"
+            )
+    shutil.rmtree(work)
+    logger.info("ingest %s: %d files in %d tars%s", name, tally.images, count, _without_labels(made.values()))
 
 
-def _show(tally: Tally, what: str, ended: threading.Event) -> None:
-    terminal = sys.stderr.isatty()
-    while not ended.wait(1 if terminal else SECONDS_BETWEEN_LINES):
-        line = f"{what}: {tally.images:,} images, {tally.size / 1e9:.2f} GB"
-        if terminal:
-            print(f"\r{line} ", end="", file=sys.stderr, flush=True)
-        else:
-            logger.info("%s", line)
-    if terminal:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+def _is_unlabelled(part: Made) -> bool:
+    return all(tar.startswith(UNLABELLED) for tar in part.tars)
 
 
-def _final_name(name: str, of: Made, numbers: Counter[str]) -> str:
-    kind = name.rpartition("-")[0]
-    number = numbers[kind]
-    numbers[kind] += 1
-    if of.whole_class:
-        return f"{of.whole_class[0]}/{of.whole_class[1]}.tar"
-    split = kind.removeprefix(f"{UNLABELLED}-")
-    return f"{split}-{number:05d}.tar" if split == kind else f"{UNLABELLED}/{split}-{number:05d}.tar"
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        shutil.copyfile(source, target)
-
-
-def _part_folder(work: Path, number: int) -> Path:
-    return work / "parts" / f"{number:05d}"
-
-
-def _write_part(source: Source, number: int, work: Path, tally: Tally) -> Made:
-    part, folder = source.parts[number], _part_folder(work, number)
-    if (made := _made_before(folder)) is not None:
-        tally.add(made.images, made.size)
-        return made
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*"):
-        left.unlink()
-    whole_class, classes = source.whole_class(part), set()
-    with _Cutter(folder, whole_class) as cutter:
-        for image in part.images():
-            tally.check()
-            if source.choice.takes(image):
-                classes.add(image.class_name)
-                cutter.add(source.as_taken(image))
-                tally.add(1, image.size)
-    tars = {name: (folder / name).stat().st_size for name in sorted(cutter.tars)}
-    made = Made(tars, cutter.images, cutter.size, sorted(classes), whole_class)
-    write_json(folder / DONE, made._asdict())
-    return made
-
-
-def _made_before(folder: Path) -> Made | None:
-    """What an earlier run made of a part; None where it did not end it."""
-    path = folder / DONE
-    if not path.is_file():
-        return None
-    try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # a disk that lost it
-        return None
-    stored["whole_class"] = tuple(stored["whole_class"]) if stored["whole_class"] else None
-    made = Made(**stored)
-    sizes = {name: (folder / name).stat().st_size for name in made.tars if (folder / name).is_file()}
-    return made if sizes == made.tars else None
-
-
-class _Cutter:
-    """Puts the images of one part into tars of at most so many, by split; of a whole class, into one."""
-
-    def __init__(self, folder: Path, whole_class: tuple[str, str] | None) -> None:
-        self._folder, self._whole_class = folder, whole_class
-        self._open: dict[str, _Cut] = {}
-        self._cuts: Counter[str] = Counter()
-        self.tars: list[str] = []
-        self.images = self.size = 0
-
-    def __enter__(self) -> "_Cutter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            while kind is None and self._open:
-                self._open.popitem()[1].end()
-        finally:
-            for cut in self._open.values():
-                cut.drop()
-
-    def add(self, image: Image) -> None:
-        """Puts one image into the tar that is open for its like."""
-        kind = CLASS_TAR if self._whole_class else image.split if image.class_name else f"{UNLABELLED}-{image.split}"
-        cut = self._open.get(kind) or self._begun(kind)
-        cut.add(image.name if self._whole_class or not image.class_name else f"{image.class_name}/{image.name}", image)
-        self.images, self.size = self.images + 1, self.size + image.size
-        if not self._whole_class and (cut.images >= CUT_IMAGES or cut.size >= CUT_BYTES):
-            self._open.pop(kind).end()
-
-    def _begun(self, kind: str) -> "_Cut":
-        name = kind if kind == CLASS_TAR else f"{kind}-{self._cuts[kind]:05d}.tar"
-        self._cuts[kind] += 1
-        self._open[kind] = _Cut(self._folder / name)
-        self.tars.append(name)
-        return self._open[kind]
-
-
-class _Cut:
-    """One tar: written aside and renamed, or, where an earlier run made it whole, compared with what comes again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._aside = path, path.with_name(f".{path.name}.part")
-        self._there = path.is_file()
-        self._file: IO[bytes] = path.open("rb", BUFFER) if self._there else self._aside.open("wb", BUFFER)
-        self._tar = _tar(cast(IO[bytes], _Compared(self._file, path)) if self._there else self._file)
-        self.images = self.size = 0
-
-    def add(self, name: str, image: Image) -> None:
-        """Puts one image in."""
-        _add(self._tar, name, image)
-        self.images, self.size = self.images + 1, self.size + image.size
-
-    def end(self) -> None:
-        """The tar is whole."""
-        try:
-            self._tar.close()
-            rest = self._file.read(1) if self._there else b""
-            self._file.close()
-            if rest:
-                raise _changed(self._path)
-            if not self._there:
-                with replaced_file(self._path) as aside:
-                    self._aside.rename(aside)
-        except BaseException:
-            self.drop()
-            raise
-
-    def drop(self) -> None:
-        """The tar stays unfinished, and nothing of it is kept."""
-        if not self._there:
-            self._aside.unlink(missing_ok=True)
-        # What is in the buffer may not fit on the disk, and goes to a file that is no more.
-        with suppress(OSError):
-            self._file.close()
-
-
-class _Compared:
-    """Takes the bytes of a tar that is there already."""
-
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self._file, self._path = file, path
-
-    def tell(self) -> int:
-        """For tarfile, which asks once."""
-        return 0
-
-    def write(self, data: bytes) -> int:
-        """Compares."""
-        if self._file.read(len(data)) != data:
-            raise _changed(self._path)
-        return len(data)
-
-
-class _Whole:
-    """The bytes of an image, exactly as many as its size says."""
-
-    def __init__(self, image: Image) -> None:
-        self._image = image
-
-    def read(self, size: int) -> bytes:
-        """`size` bytes."""
-        chunks = []
-        while size > 0:
-            try:
-                data = self._image.data.read(size)
-            except OSError as error:
-                raise unreadable(_where(self._image), error) from error
-            if not data:
-                raise _resized(self._image)
-            chunks.append(data)
-            size -= len(data)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-def _changed(tar: Path) -> ChangedError:
-    return ChangedError(
-        f"the source does not give the same images as before it was interrupted ({tar.name} differs). What was made of "
-        f"it is removed; run again to begin anew"
-    )
-
-
-def _resized(image: Image) -> StageError:
-    return StageError(
-        f"{_where(image)} has not the {image.size} bytes that its source told; run again when nothing changes it"
-    )
-
-
-def _where(image: Image) -> str:
-    return f"{image.split}/{image.class_name}/{image.name}"
-
-
-def _tar(file: IO[bytes]) -> tarfile.TarFile:
-    """A tar that can only be written."""
-    return tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, copybufsize=BUFFER)
-
-
-def _add(tar: tarfile.TarFile, name: str, image: Image) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = image.size
-    tar.addfile(info, cast(IO[bytes], _Whole(image)))
-    tar.members.clear()  # type: ignore[attr-defined]  # or it would remember all, a kilobyte each
-    if image.data.read(1):
-        raise _resized(image)
+def _without_labels(made: Iterable[Made]) -> str:
+    """It is logged even if it is intended: an archive read as another layout than its owner thinks loses its labels."""
+    images = sum(part.images for part in made if _is_unlabelled(part))
+    return f", {images} of them without a label" if images else ""

@@ -1,4 +1,4 @@
-"""Places: files and folders that may be on this machine or anywhere that fsspec reads (s3://, gs://, https://)."""
+"""Locations: files and folders that may be on this machine or anywhere that fsspec reads (s3://, gs://, https://)."""
 
 import io
 import logging
@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
 from urllib.parse import unquote
+
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
 from stages.runtime.command import StageError
 
@@ -37,21 +39,21 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A file or folder: an absolute path of this machine, or a URL."""
 
     address: str
 
     @classmethod
-    def of(cls, location: str, incoming: Path | str) -> "Place":
-        """A location as people write it; a relative one lies below `incoming`, a folder or URL itself."""
-        location = location.removeprefix("file://")
-        if "://" in location:
-            return cls(location.rstrip("/"))
+    def of(cls, text: str, incoming: Path | str) -> "Location":
+        """An address as people write it; a relative one lies below `incoming`, a folder or URL itself."""
+        text = text.removeprefix("file://")
+        if "://" in text:
+            return cls(text.rstrip("/"))
         base = str(incoming).removeprefix("file://")
-        if "://" in base and not location.startswith("/"):
-            return cls(f"{base.rstrip('/')}/{location}".rstrip("/"))
-        return cls(str(Path(base).absolute() / location))
+        if "://" in base and not text.startswith("/"):
+            return cls(f"{base.rstrip('/')}/{text}".rstrip("/"))
+        return cls(str(Path(base).absolute() / text))
 
     @property
     def is_local(self) -> bool:
@@ -66,13 +68,13 @@ class Place:
     def __str__(self) -> str:
         return self.address
 
-    def child(self, name: str) -> "Place":
+    def child(self, name: str) -> "Location":
         """What lies below, by its path relative to this."""
-        return Place(f"{self.address.rstrip('/')}/{name}" if name else self.address)
+        return Location(f"{self.address.rstrip('/')}/{name}" if name else self.address)
 
-    def parent(self) -> "Place":
+    def parent(self) -> "Location":
         """The folder that it lies in."""
-        return Place(self.address.rstrip("/").rpartition("/")[0] or "/")
+        return Location(self.address.rstrip("/").rpartition("/")[0] or "/")
 
     def is_folder(self) -> bool:
         """Whether there is a folder."""
@@ -190,13 +192,11 @@ class Place:
                     yield _local_entry(os.path.join(root, name), below + name)  # noqa: PTH118 - a Path a file is slow
 
     def filesystem(self) -> tuple[Any, str]:
-        """fsspec's file system of a remote place, and its path in it.
+        """fsspec's file system of a remote location, and its path in it.
 
         Raises:
             StageError: there is no such kind of store.
         """
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
-
         logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # it tells where it found each setting
         logging.getLogger("s3fs").setLevel(logging.WARNING)
         try:
@@ -235,8 +235,8 @@ class RemoteFile:
     A web server that sends no parts of files is read as one stream: what lies before a byte is read to get there.
     """
 
-    def __init__(self, place: Place, to_and_fro: bool) -> None:
-        self._place, self._to_and_fro, self._position, self.closed = place, to_and_fro, 0, False
+    def __init__(self, location: Location, to_and_fro: bool) -> None:
+        self._location, self._to_and_fro, self._position, self.closed = location, to_and_fro, 0, False
         self._file: Any = None
         self._in_parts = True
         self._tried(self._opened)
@@ -298,7 +298,7 @@ class RemoteFile:
 
     def _opened(self) -> Any:
         if self._file is None or (not self._in_parts and self._file.tell() > self._position):
-            filesystem, path = self._place.filesystem()
+            filesystem, path = self._location.filesystem()
             block = BLOCK if self._in_parts else 0
             self._file = filesystem.open(path, "rb", block_size=block, cache_type="readahead")
         if self._in_parts and self._file.tell() != self._position:
@@ -309,7 +309,7 @@ class RemoteFile:
         return self._file
 
     def _tried(self, call: Callable[[], T]) -> T:
-        return _again(str(self._place), call, self._failed)
+        return _again(str(self._location), call, self._failed)
 
     def _failed(self, error: Exception) -> bool:
         """Whether to try again at once."""
@@ -317,7 +317,7 @@ class RemoteFile:
         if "range requests" not in str(error) or not self._in_parts:  # fsspec's words for such a server
             return False
         if self._to_and_fro:
-            raise StageError(f"{self._place}: this server sends whole files only; download it") from error
+            raise StageError(f"{self._location}: this server sends whole files only; download it") from error
         self._in_parts = False
         return True
 

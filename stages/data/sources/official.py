@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
+from scipy.io import loadmat
+
 from stages.data.sources.folders import LABELS, kaggle_labels
-from stages.data.sources.locations import LARGEST_TABLE, Place
+from stages.data.sources.locations import LARGEST_TABLE, Entry, Location
 from stages.data.sources.parts import Image, Name, Part, Unique, check_class, stamp_of
 from stages.data.sources.tars import Readable, Section, decompressed, members, opened
 from stages.runtime.command import StageError
@@ -23,7 +25,7 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 class ClassTar:
     """A class tar inside the tar of train: `size` bytes from `offset` on."""
 
-    place: Place
+    location: Location
     class_name: str
     offset: int
     size: int
@@ -45,9 +47,9 @@ class ClassTar:
         Raises:
             StageError: the tar is damaged, or holds what is refused.
         """
-        where = f"{self.place}: {self.class_name}.tar"
+        where = f"{self.location}: {self.class_name}.tar"
         unique = Unique(where)
-        with self.place.open(to_and_fro=True) as outer:
+        with self.location.open(to_and_fro=True) as outer:
             section = Section(cast(Readable, outer), self.offset, self.size)
             for member in members(section, where):
                 name = "/".join(member.path)
@@ -64,7 +66,7 @@ class ClassTar:
 class ValTar:
     """The flat tar of val, with the label of each file."""
 
-    place: Place
+    location: Location
     labels: dict[str, str]
     stamp: str
     whole_class: tuple[str, str] | None = field(default=None, init=False)
@@ -80,12 +82,12 @@ class ValTar:
         Raises:
             StageError: the tar is damaged, holds what is refused, or a file that has no label.
         """
-        unique = Unique(str(self.place))
-        with opened(self.place) as tar:
-            for member in members(tar, str(self.place)):
+        unique = Unique(str(self.location))
+        with opened(self.location) as tar:
+            for member in members(tar, str(self.location)):
                 name = member.path[-1]
                 if name not in self.labels:
-                    raise StageError(f"{self.place}: {'/'.join(member.path)} has no label beside it")
+                    raise StageError(f"{self.location}: {'/'.join(member.path)} has no label beside it")
                 unique.check(name)
                 yield Image("val", self.labels[name], name, member.size, member.data)
 
@@ -95,7 +97,12 @@ class ValTar:
             yield Name(image.split, image.class_name, image.name)
 
 
-def official(folder: Place) -> list[Part]:
+def is_official(_: Location, entries: list[Entry]) -> bool:
+    """Whether a folder holds one of the official archives."""
+    return any(entry.name in (TRAIN, VAL) for entry in entries)
+
+
+def official(folder: Location) -> list[Part]:
     """Train as a part a class, val as one, of the archives in one folder.
 
     Raises:
@@ -110,7 +117,7 @@ def official(folder: Place) -> list[Part]:
     return parts
 
 
-def _class_tars(train: Place) -> list[ClassTar]:
+def _class_tars(train: Location) -> list[ClassTar]:
     stamp, unique = stamp_of([train.entry()]), Unique(str(train))
     found: list[ClassTar] = []
     with train.open(to_and_fro=True) as file:
@@ -123,7 +130,7 @@ def _class_tars(train: Place) -> list[ClassTar]:
     return sorted(found, key=lambda part: part.class_name)
 
 
-def _val_labels(folder: Place) -> tuple[dict[str, str], Place]:
+def _val_labels(folder: Location) -> tuple[dict[str, str], Location]:
     devkit, table = folder.child(DEVKIT), folder.child(LABELS)
     if devkit.is_file():
         return _devkit_labels(devkit), devkit
@@ -132,7 +139,7 @@ def _val_labels(folder: Place) -> tuple[dict[str, str], Place]:
     raise StageError(f"{folder.child(VAL)} has no labels: put {DEVKIT} or {LABELS} beside it")
 
 
-def _devkit_labels(devkit: Place) -> dict[str, str]:
+def _devkit_labels(devkit: Location) -> dict[str, str]:
     """File name -> wnid: the table of val has numbers, and meta.mat tells the wnid of each."""
     wanted = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
     with devkit.open() as file:
@@ -154,8 +161,6 @@ def _devkit_labels(devkit: Place) -> dict[str, str]:
 
 def _wnids(meta: bytes, where: str) -> dict[int, str]:
     """ILSVRC2012_ID -> WNID."""
-    from scipy.io import loadmat
-
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         return {

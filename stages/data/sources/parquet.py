@@ -6,11 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
-from stages.data.sources.locations import Place, check_name, check_size, first_line, unreadable
-from stages.data.sources.parts import Image, Name, Part, check_class, splits_of, stamp_of
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.data.sources.locations import Location, check_name, check_size, first_line, unreadable
+from stages.data.sources.parts import Image, Name, Part, ShardPart, check_class, splits_of, stamp_of
 from stages.runtime.command import StageError
 
 logger = logging.getLogger(__name__)
@@ -21,23 +24,12 @@ READ_AHEAD = 2**20
 
 
 @dataclass(frozen=True)
-class ParquetFile:
-    """One shard: rows become `<shard>/<row>-<file name>`, for file names need not differ between rows."""
+class ParquetShard(ShardPart):
+    """Rows become `<shard>/<row>-<file name>`, as rows may have the same file name."""
 
-    place: Place
-    split: str
-    below: str
-    """The path of the shard, below what all have in common, without its suffix."""
     image: str
     label: str | None
     class_names: tuple[str, ...] | None
-    stamp: str
-    whole_class: tuple[str, str] | None = field(default=None, init=False)
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        return self.below
 
     def images(self) -> Iterator[Image]:
         """A row after the other; a row without an image becomes a file of no bytes, for validation to name it.
@@ -65,7 +57,7 @@ class ParquetFile:
 
     def _batches(self, column: str) -> Iterator[tuple[list[Any], list[Any]]]:
         """Cells of the images and their labels, a few rows at a time."""
-        with parquet_file(self.place) as file:
+        with parquet_file(self.location) as file:
             columns = [column] + ([self.label] if self.label else [])
             for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
                 found = dict(zip(batch.schema.names, batch.columns, strict=True))
@@ -99,32 +91,29 @@ class ParquetFile:
         return check_class(self.class_names[label], self._row(number))
 
     def _row(self, number: int) -> str:
-        return f"{self.place}, row {number}"
+        return f"{self.location}, row {number}"
 
 
 @contextmanager
-def parquet_file(place: Place) -> Iterator[Any]:
+def parquet_file(location: Location) -> Iterator[pq.ParquetFile]:
     """pyarrow's reader of a shard; whatever it finds wrong becomes one message.
 
     Raises:
         StageError: the shard is damaged.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with place.open(to_and_fro=True) as file:
+    with location.open(to_and_fro=True) as file:
         try:
-            source = pa.PythonFile(cast(Any, file), mode="r") if not place.is_local else file
+            source = pa.PythonFile(cast(Any, file), mode="r") if not location.is_local else file
             yield pq.ParquetFile(source, buffer_size=READ_AHEAD, pre_buffer=False, memory_map=False)
         except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise unreadable(str(place), error) from error
+                raise unreadable(str(location), error) from error
             what = f"no Parquet file, or a damaged one ({first_line(error)})"
-            raise StageError(f"{place} is {what}; bring it whole") from error
+            raise StageError(f"{location} is {what}; bring it whole") from error
 
 
 def parquet_shards(
-    shards: dict[str, Place], where: str, image: str | None, label: str | None, unlabelled: bool = False
+    shards: dict[str, Location], where: str, image: str | None, label: str | None, unlabelled: bool = False
 ) -> list[Part]:
     """Shards by their path below what they have in common, each a part.
 
@@ -139,7 +128,7 @@ def parquet_shards(
         StageError: a column is missing or of another type, or some names tell a split and others do not.
     """
     splits = splits_of(shards, where)
-    parts = [_part(place, splits[below], below, image or "image", label) for below, place in sorted(shards.items())]
+    parts = [_part(shard, splits[below], below, image or "image", label) for below, shard in sorted(shards.items())]
     test = [part for part in parts if part.split == "test"]
     others = [part for part in parts if part.split != "test"]
     if test and not unlabelled and any(part.label for part in others) and not any(map(_has_labels, test)):
@@ -148,37 +137,35 @@ def parquet_shards(
     return list(parts)
 
 
-def _has_labels(part: ParquetFile) -> bool:
+def _has_labels(part: ParquetShard) -> bool:
     return any(name.class_name for name in part.names())
 
 
-def _part(place: Place, split: str, below: str, image: str, label: str | None) -> ParquetFile:
-    with parquet_file(place) as file:
+def _part(location: Location, split: str, below: str, image: str, label: str | None) -> ParquetShard:
+    with parquet_file(location) as file:
         schema = file.schema_arrow
         for name in [image, *([label] if label else [])]:
             if name not in schema.names:
                 raise StageError(
-                    f"{place} has no column {name!r} (it has: {', '.join(schema.names)[:500]}); "
+                    f"{location} has no column {name!r} (it has: {', '.join(schema.names)[:500]}); "
                     f"name the right ones: ?image=COLUMN&label=COLUMN"
                 )
         label = label or ("label" if "label" in schema.names else None)
-        _check_types(place, schema, image, label)
+        _check_types(location, schema, image, label)
         names = _class_names(schema.metadata or {}, label)
-    return ParquetFile(place, split, below, image, label, names, stamp_of([place.entry()]))
+    return ParquetShard(location, split, below, stamp_of([location.entry()]), image, label, names)
 
 
-def _check_types(place: Place, schema: Any, image: str, label: str | None) -> None:
-    import pyarrow as pa
-
+def _check_types(location: Location, schema: pa.Schema, image: str, label: str | None) -> None:
     kind = schema.field(image).type
     held = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     if not (pa.types.is_binary(held) or pa.types.is_large_binary(held)):
-        raise StageError(f"{place}: the column {image!r} is {kind}; expected bytes, or a struct with bytes and path")
+        raise StageError(f"{location}: the column {image!r} is {kind}; expected bytes, or a struct with bytes and path")
     if label is not None:
         kind = schema.field(label).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise StageError(f"{place}: the column {label!r} is {kind}; expected numbers of classes, or their names")
+            raise StageError(f"{location}: the column {label!r} is {kind}; expected numbers of classes, or their names")
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str | None) -> tuple[str, ...] | None:

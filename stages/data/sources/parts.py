@@ -1,12 +1,11 @@
 """Parts: a source is a list of them, each readable by itself, in one pass, image after image."""
 
 import hashlib
-import heapq
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, NamedTuple, Protocol
 
-from stages.data.sources.locations import Entry, check_name
+from stages.data.sources.locations import Entry, Location, check_name
 from stages.runtime.command import StageError
 
 SPLITS = ("train", "val", "test")
@@ -94,67 +93,23 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which images of a source are taken. By hash of the name, so it does not depend on what else there is.
+class ShardPart:
+    """One file of a source that consists of shards; `below` is its path in the folder of all, without suffix."""
 
-    `limits` has, for each split and class, the highest rank that is taken.
-    """
-
-    seed: int = 0
-    classes: frozenset[str] | None = None
-    limits: dict[tuple[str, str], bytes] | None = None
-    unlabelled: bool = False
+    location: Location
+    split: str
+    below: str
+    stamp: str
 
     @property
-    def listing(self) -> str:
-        """All that decides which images are taken, as text that is the same in every process."""
-        limits = sorted((*key, limit.hex()) for key, limit in (self.limits or {}).items())
-        classes = None if self.classes is None else sorted(self.classes)
-        return repr((self.seed, classes, self.limits is None, limits, self.unlabelled))
+    def title(self) -> str:
+        """For people."""
+        return self.below
 
-    def takes(self, image: Image | Name) -> bool:
-        """Whether this one is."""
-        if self.classes is not None and image.class_name not in self.classes:
-            return False
-        limits = self.limits
-        return limits is None or rank(self.seed, image.name) <= limits.get((image.split, image.class_name), b"")
-
-
-@dataclass
-class Ranks:
-    """The `count` lowest ranks of each class in each split, as names go by; memory for those alone."""
-
-    seed: int
-    count: int | None
-    lowest: dict[tuple[str, str], list[int]] = field(default_factory=dict)
-
-    def see(self, name: Name) -> None:
-        """Takes one name in."""
-        heap = self.lowest.setdefault((name.split, name.class_name), [])
-        if self.count is not None:
-            self._keep(heap, -int.from_bytes(rank(self.seed, name.name), "big"))
-
-    def join(self, other: "Ranks") -> None:
-        """Takes in what another part saw."""
-        for key, heap in other.lowest.items():
-            own = self.lowest.setdefault(key, [])
-            for each in heap:
-                self._keep(own, each)
-
-    def limits(self) -> dict[tuple[str, str], bytes]:
-        """The highest rank that is taken, of each class in each split."""
-        return {key: (-heap[0]).to_bytes(32, "big") for key, heap in self.lowest.items() if heap}
-
-    def _keep(self, heap: list[int], item: int) -> None:
-        if len(heap) < (self.count or 0):
-            heapq.heappush(heap, item)
-        elif heap:
-            heapq.heappushpop(heap, item)
-
-
-def rank(seed: int, name: str) -> bytes:
-    """The place of a name in an order that is drawn by the seed."""
-    return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
+    @property
+    def whole_class(self) -> tuple[str, str] | None:
+        """None: a shard holds any class."""
+        return None
 
 
 def stamp_of(entries: Iterable[Entry]) -> str:

@@ -9,10 +9,13 @@ import hashlib
 import io
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from stages.data.sources.parts import Group, Part, SourceFile
 
 SAMPLES = ("upstream", "target")
 # <shape>_<colour>_<texture>. Every colour and texture, and most shapes, occur in several classes: none decides alone.
@@ -66,6 +69,15 @@ def draw(name: str, seed: int, images_per_class: int | None = None) -> Iterator[
     for path in sorted(pictures | plan.keys()):
         data = _dirty_file(plan[path], path, name, seed) if path in plan else _jpeg_file(path, name, seed)
         yield SampleFile(path, data)
+
+
+def sample_parts(name: str, seed: int, images_per_class: int | None, stamp: str) -> list[Part]:
+    """The sample as a source: a part per class and split, all with the same `stamp`."""
+    listed: dict[tuple[str, str], list[SourceFile]] = {}
+    for file in draw(name, seed, images_per_class):
+        split, class_name, file_name = file.path.split("/")
+        listed.setdefault((split, class_name), []).append(SourceFile(file_name, partial(io.BytesIO, file.data)))
+    return [Group(*key, files, stamp) for key, files in sorted(listed.items())]
 
 
 def planted(name: str, seed: int, images_per_class: int | None = None) -> dict[str, str]:

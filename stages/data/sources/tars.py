@@ -1,4 +1,4 @@
-"""Tars of other people, read as streams: plain files with decent names, or one clear error. Nothing is unpacked."""
+"""Tars of other people, read as streams without unpacking: plain files with safe names, or one clear error."""
 
 import bz2
 import gzip
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import IO, NamedTuple, Protocol, cast
 
 from stages.data.raw.tars import check_end
-from stages.data.sources.locations import LARGEST_FILE, Place, check_size, first_line, unreadable
+from stages.data.sources.locations import LARGEST_FILE, Location, check_size, first_line, unreadable
 from stages.data.sources.parts import check_path
 from stages.runtime.command import StageError
 
@@ -27,7 +27,7 @@ RATIO, RATIO_FROM = 200, 2**30
 
 
 class Readable(Protocol):
-    """What is asked of a stream."""
+    """A binary stream."""
 
     def read(self, size: int = -1, /) -> bytes:
         """Up to `size` bytes; none only at the end."""
@@ -48,8 +48,20 @@ class Member(NamedTuple):
     data: IO[bytes]
 
 
-class Checked:
-    """A stream whose checksum is taken as it is read."""
+class ForwardOnly:
+    """A stream that is read from its beginning to its end."""
+
+    def seekable(self) -> bool:
+        """Never."""
+        return False
+
+    def seek(self, _: int) -> int:
+        """Not possible."""
+        raise io.UnsupportedOperation("seek")
+
+
+class Checked(ForwardOnly):
+    """A stream whose checksum is computed as it is read."""
 
     def __init__(self, file: Readable, algorithm: str) -> None:
         self._file, self._hash, self.count = file, hashlib.new(algorithm, usedforsecurity=False), 0
@@ -61,14 +73,6 @@ class Checked:
         self.count += len(data)
         return data
 
-    def seekable(self) -> bool:
-        """Never: every byte counts."""
-        return False
-
-    def seek(self, _: int) -> int:
-        """Not possible."""
-        raise io.UnsupportedOperation("seek")
-
     def rest(self) -> str:
         """The checksum of the whole stream, in hex."""
         while self.read(CHUNK):
@@ -77,7 +81,7 @@ class Checked:
 
 
 class _Forward:
-    """What tarfile reads from: forward only, so much of headers at a time, and never past the end in silence."""
+    """The stream that tarfile reads: forward only, with a budget for headers, and an error at an early end."""
 
     def __init__(self, file: Readable, where: str) -> None:
         self._file, self._where, self._seekable = file, where, file.seekable()
@@ -234,35 +238,35 @@ def decompressed(file: Readable, where: str) -> Readable:
 
 
 @contextmanager
-def opened(place: Place, checksum: tuple[str, str] | None = None) -> Iterator[Readable]:
-    """The tar at a place, decompressed; at the end it has been read to its last byte, and its checksum is right.
+def opened(location: Location, checksum: tuple[str, str] | None = None) -> Iterator[Readable]:
+    """The tar at a location, decompressed; at the end its checksum is compared over all its bytes.
 
     Args:
-        place: of the tar.
+        location: of the tar.
         checksum: algorithm and expected value in hex, over the file as it is.
 
     Raises:
         StageError: the checksum is another, or the compressed stream is damaged.
     """
-    with place.open() as raw:
+    with location.open() as raw:
         checked = Checked(cast(Readable, raw), checksum[0]) if checksum else None
-        tar = decompressed(checked or cast(Readable, raw), str(place))
+        tar = decompressed(checked or cast(Readable, raw), str(location))
         yield tar
         if isinstance(tar, _Unpacked):
             tar.finish()
         if checksum and checked and (found := checked.rest()) != checksum[1]:
             raise ChangedError(
-                f"{place} is not what was asked for: its {checksum[0]} is {found}, and the source says {checksum[1]}. "
-                f"Nothing of it is kept; bring the right file, or correct the source"
+                f"{location} is not what was asked for: its {checksum[0]} is {found}, and the source says "
+                f"{checksum[1]}. Nothing of it is kept; bring the right file, or correct the source"
             )
 
 
 class ChangedError(StageError):
-    """The source is not the one that was asked for, or not the one of before; nothing made of it may stay."""
+    """The source differs from its checksum, or from what was read before; nothing made of it may stay."""
 
 
-class _Resumed:
-    """A stream of which the first bytes were read already."""
+class _Resumed(ForwardOnly):
+    """A stream whose first bytes, `head`, were read already."""
 
     def __init__(self, head: bytes, file: Readable) -> None:
         self._head, self._file, self.count = head, file, 0
@@ -275,15 +279,9 @@ class _Resumed:
         self.count += len(data)
         return data
 
-    def seekable(self) -> bool:
-        return False
 
-    def seek(self, _: int) -> int:
-        raise io.UnsupportedOperation("seek")
-
-
-class _Unpacked:
-    """A compressed stream: its errors in words, and no bomb."""
+class _Unpacked(ForwardOnly):
+    """The content of a compressed stream; raises StageError where that is damaged or a bomb."""
 
     def __init__(self, file: IO[bytes], packed: _Resumed, where: str) -> None:
         self._file, self._packed, self._where, self._count = file, packed, where, 0
@@ -299,12 +297,6 @@ class _Unpacked:
         if self._count > max(RATIO_FROM, RATIO * self._packed.count):
             raise StageError(f"{self._where} expands more than {RATIO}-fold, as no images do; it is refused as a bomb")
         return data
-
-    def seekable(self) -> bool:
-        return False
-
-    def seek(self, _: int) -> int:
-        raise io.UnsupportedOperation("seek")
 
     def finish(self) -> None:
         """Reads what follows the tar, so that the compression's own checksum is compared."""

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from stages.data.raw.images import IMAGE_SUFFIXES
-from stages.data.sources.locations import Place
+from stages.data.sources.locations import Location
 from stages.data.sources.parts import (
     Image,
     Name,
     Part,
+    ShardPart,
     Unique,
     check_class,
     splits_of,
@@ -40,22 +41,11 @@ class _Sample:
 
 
 @dataclass(frozen=True)
-class WebdatasetTar:
-    """One shard: samples become `<shard>/<key>.<suffix>`."""
+class WebdatasetShard(ShardPart):
+    """Samples become `<shard>/<key>.<suffix>`."""
 
-    place: Place
-    split: str
-    below: str
-    """The path of the shard, below what all have in common, without its suffix."""
     class_names: tuple[str, ...] | None
-    stamp: str
-    labelled: bool = True
-    whole_class: tuple[str, str] | None = field(default=None, init=False)
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        return self.below
+    labelled: bool
 
     def images(self) -> Iterator[Image]:
         """A sample after the other.
@@ -71,10 +61,10 @@ class WebdatasetTar:
             yield Name(image.split, image.class_name, image.name)
 
     def _samples(self, with_bytes: bool) -> Iterator[Image]:
-        unique, without_image = Unique(str(self.place)), 0
+        unique, without_image = Unique(str(self.location)), 0
         sample: _Sample | None = None
-        with opened(self.place) as tar:
-            for member in members(tar, str(self.place)):
+        with opened(self.location) as tar:
+            for member in members(tar, str(self.location)):
                 key, suffix = _key(member.path)
                 if sample is None or sample.key != key:
                     if sample is not None and sample.image:
@@ -87,10 +77,10 @@ class WebdatasetTar:
                 yield self._image(sample)
             without_image += sample is not None and not sample.image
         if without_image and with_bytes:
-            logger.info("%s: %d samples have no image and are left out", self.place, without_image)
+            logger.info("%s: %d samples have no image and are left out", self.location, without_image)
 
     def _take(self, sample: _Sample, suffix: str, member: Member, with_bytes: bool) -> None:
-        where = f"{self.place}: {'/'.join(member.path)}"
+        where = f"{self.location}: {'/'.join(member.path)}"
         if f".{suffix}" in IMAGE_SUFFIXES:
             if sample.image:
                 raise StageError(f"{where} is the second image of its sample; a sample has one image and one label")
@@ -108,7 +98,7 @@ class WebdatasetTar:
         return Image(self.split, class_name, name, len(sample.data), io.BytesIO(sample.data))
 
     def _class_name(self, sample: _Sample) -> str:
-        where = f"{self.place}: {sample.key}"
+        where = f"{self.location}: {sample.key}"
         kind = next((kind for kind in LABELS if kind in sample.labels), None)
         if kind is None:
             return ""
@@ -128,7 +118,7 @@ class WebdatasetTar:
 
 
 def webdataset_shards(
-    shards: dict[str, Place], where: str, class_names: tuple[str, ...] | None, labelled: bool
+    shards: dict[str, Location], where: str, class_names: tuple[str, ...] | None, labelled: bool
 ) -> list[Part]:
     """Shards by their path below what they have in common, each a part.
 
@@ -143,8 +133,8 @@ def webdataset_shards(
     """
     splits = splits_of(shards, where)
     return [
-        WebdatasetTar(place, splits[below], below, class_names, stamp_of([place.entry()]), labelled)
-        for below, place in sorted(shards.items())
+        WebdatasetShard(location, splits[below], below, stamp_of([location.entry()]), class_names, labelled)
+        for below, location in sorted(shards.items())
     ]
 
 
