@@ -73,8 +73,8 @@ repro: setup ## everything that is not up to date, from images to a model under 
 
 .PHONY: test
 test: setup ## the tests, without those marked slow or gpu
-# A test that hangs is named after ten minutes, with every thread's stack, and its worker ends; one more would run it again.
-	@$(BIN)/pytest -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true --max-worker-restart=0
+# A test that hangs is named after half an hour, with every thread's stack, and its worker ends; one more would run it again.
+	@$(BIN)/pytest -o faulthandler_timeout=1800 -o faulthandler_exit_on_timeout=true --max-worker-restart=0
 
 .PHONY: slow
 slow: setup ## the tests that take minutes (CONTRIBUTING.md says what each proves)

@@ -115,6 +115,19 @@ def test_what_only_observes_is_there_and_is_no_dependency() -> None:
     assert not OBSERVERS & {Path(dep) for stage in STAGES for dep in declared_code(stage)}
 
 
+def test_dvc_does_not_see_what_decides_no_byte() -> None:
+    from dvc.repo import Repo
+
+    with Repo(str(ROOT)) as repo:
+        seen = [
+            path
+            for path in ["stages/runtime/README.md", "stages/runtime/__pycache__/files.cpython-311.pyc", *OBSERVERS]
+            if not repo.dvcignore.is_ignored(repo.fs, str(ROOT / path))
+        ]
+        assert not repo.dvcignore.is_ignored(repo.fs, str(ROOT / "stages/runtime/files.py"))
+    assert not seen
+
+
 @pytest.mark.parametrize("name", counts.LIMITS)
 def test_the_house_stays_easy_to_enter(name: str) -> None:
     assert counts.figures()[name] <= counts.LIMITS[name], "python -m tests.counts"
