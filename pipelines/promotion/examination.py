@@ -13,7 +13,7 @@ from stages.runtime.command import StageError
 
 
 @dataclass(frozen=True)
-class Examination:
+class ExaminationResult:
     """What `python -m stages.examine` found."""
 
     sound: bool
@@ -23,7 +23,7 @@ class Examination:
     reasons: tuple[str, ...]
 
 
-def examine(version: Version, against: str, run: Callable[[Sequence[str]], object]) -> Examination:
+def examine(version: Version, against: str, run: Callable[[Sequence[str]], object]) -> ExaminationResult:
     """Examines a registered version in a process of its own, which loads it.
 
     Args:
@@ -43,4 +43,4 @@ def examine(version: Version, against: str, run: Callable[[Sequence[str]], objec
         except StageError as error:
             raise StageError(f"version {version.number} was not examined: {error}") from error
         content = json.loads(result.read_text(encoding="utf-8"))
-    return Examination(content["sound"], content["gate"], tuple(content["reasons"]))
+    return ExaminationResult(content["sound"], content["gate"], tuple(content["reasons"]))
