@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from pipelines.environment import ROOT
+from pipelines.retrain.worktree import cache_folder
 from stages.runtime.command import StageError
 from stages.runtime.git import git
 
@@ -20,7 +21,7 @@ def collect(root: Path = ROOT, dry: bool = False, own_cache: bool = False) -> st
         StageError: the cache may be others' too, a worktree is not there, or DVC failed, most likely because it is at
             work in this checkout. Nothing was removed.
     """
-    cache = Path(_dvc(root, "cache", "dir")[-1])
+    cache = cache_folder(root)
     trees = _worktrees(root)
     if not (own_cache or dry or any(cache.resolve().is_relative_to(tree.resolve()) for tree in (root, *trees))):
         raise StageError(

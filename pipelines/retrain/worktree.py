@@ -3,22 +3,15 @@
 A flow works in it only while it holds its flow lock, so every lock file found there was left by a killed process.
 """
 
-import configparser
-import re
 import shutil
 import time
 from pathlib import Path
 
-from dvc.dirs import global_config_dir, system_config_dir
+from dvc.config import Config, merge
 
 from stages.runtime.command import StageError
 from stages.runtime.git import IDENTITY, GitError, git, git_code
 
-# What DVC resolves against the folder of its config file (dvc.config.Config._map_dirs).
-_PATHS = (
-    *("url", "credentialpath", "configpath", "keyfile", "cert_path", "key_path"),
-    *("gdrive_user_credentials_file", "gdrive_service_account_json_file_path"),
-)
 _FOREIGN_LOCK = 3.0
 """Seconds after which a lock in the repository, which other processes use too, counts as left by a kill."""
 
@@ -117,58 +110,28 @@ def clear_locks(tree: Path) -> None:
 
 
 def connect(root: Path, tree: Path) -> None:
-    """Gives DVC in `tree` the cache of `root`, its settings and credentials, and what they name by a relative path."""
-    own, local = _config(root / ".dvc/config"), _config(root / ".dvc/config.local")
-    for section in (each for each in own.sections() if each.startswith("'remote ")):
-        for key in (key for key in _PATHS if own.has_option(section, key)):
-            if not (local.has_section(section) and local.has_option(section, key)):
-                _set(local, section, key, own.get(section, key))
-    for section in local.sections():
-        for key in (key for key in _PATHS if local.has_option(section, key)):
-            local.set(section, key, _absolute(local.get(section, key), root / ".dvc"))
-    _set(local, "cache", "dir", str(cache_folder(root)))
-    path = tree / ".dvc/config.local"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        local.write(file)
-    path.chmod(0o600)  # it may hold credentials
+    """Gives DVC in `tree` the cache and the remotes of `root`, with its local settings and credentials."""
+    own = _dvc_config(root)
+    with _dvc_config(tree).edit("local", validate=False) as settings:
+        settings.clear()
+        merge(settings, {"remote": own.load_one("repo")["remote"]})
+        merge(settings, own.load_one("local"))
+        merge(settings, {"cache": {"dir": str(cache_folder(root))}})
+    (tree / ".dvc/config.local").chmod(0o600)  # it may hold credentials
 
 
 def cache_folder(root: Path) -> Path:
-    """The DVC cache of the checkout: what `dvc cache dir` prints, without starting DVC."""
-    files = [Path(folder, "config") for folder in (system_config_dir(), global_config_dir())]
-    folder = root / ".dvc/cache"
-    for path in (*files, root / ".dvc/config", root / ".dvc/config.local"):
-        if value := _config(path).get("cache", "dir", fallback=""):
-            folder = Path(_absolute(value, path.parent))
-    return folder
+    """The DVC cache of the checkout: what `dvc cache dir` prints."""
+    return Path(_dvc_config(root)["cache"].get("dir") or root / ".dvc/cache")
 
 
 def default_remote(root: Path) -> str:
     """The name of the checkout's default DVC remote; empty where it has none."""
-    for path in (root / ".dvc/config.local", root / ".dvc/config"):
-        if name := _config(path).get("core", "remote", fallback=""):
-            return name
-    return ""
+    return str(_dvc_config(root)["core"].get("remote", ""))
 
 
-def _config(path: Path) -> configparser.RawConfigParser:
-    parser = configparser.RawConfigParser(strict=False, empty_lines_in_values=False)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]  # as it is written
-    parser.read(path, encoding="utf-8")
-    return parser
-
-
-def _set(config: configparser.RawConfigParser, section: str, key: str, value: str) -> None:
-    if not config.has_section(section):
-        config.add_section(section)
-    config.set(section, key, value)
-
-
-def _absolute(value: str, folder: Path) -> str:
-    if re.match(r"\w+://", value) or value.startswith("~"):
-        return value
-    return str((folder / value).resolve())
+def _dvc_config(checkout: Path) -> Config:
+    return Config(str(checkout / ".dvc"), validate=False)  # `dvc` itself does that, and says more about it
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
