@@ -97,7 +97,7 @@ class Trials:
 
     def hits(self, trained: Path, params: dict[str, Any]) -> tuple[int, int]:
         """How many test images the model in the folder `trained` recognises, and of how many."""
-        from stages.evaluation.inference import all_answers
+        from stages.evaluation.inference import ImageFormat, predict
         from stages.params.training.training import Training
         from stages.training.networks.devices import set_up
         from stages.training.networks.models import load_classifier
@@ -105,9 +105,8 @@ class Trials:
         compute, test = set_up(Training(**params["training"])), self.test()
         model, config = load_classifier(trained)
         compute.place(model).eval()
-        logits = all_answers(
-            test, {"": model}, image_size=config["image_size"], resize=config["resize"], batch_size=128, compute=compute
-        )[""].logits
+        image = ImageFormat(config["image_size"], config["resize"], batch_size=128)
+        logits = predict(test, {"": model}, image, compute)[""].logits
         return int((logits.argmax(1) == np.asarray(test.label)).sum()), len(test)
 
     def _run(self, *command: str) -> None:

@@ -1,7 +1,7 @@
 """How long evaluation's own part takes at ImageNet's size: figures, slices, plots and page of made-up answers.
 
-50,000 test images of 1,000 classes in groups of ten that are taken for each other, as a ResNet-50 does; no model is
-asked, so this is what comes on top of inference. `--out DIR` keeps the reports, to be looked at.
+50,000 test images of 1,000 classes in groups of ten that are taken for each other, as a ResNet-50 does; no model
+runs, so this is what comes on top of inference. `--out DIR` keeps the reports, to be looked at.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,20 @@ import numpy as np
 import pandas as pd
 
 from bench.rounds import machine
-from stages import evaluate
 from stages.data.raw.facts import ACCEPTED, QUARANTINE, write_table
 from stages.data.shards.loading.samples.index import Samples
+from stages.evaluation import evaluating
+from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluators import galleries, label_errors
 from stages.evaluation.evaluators.cam import overlaid
-from stages.evaluation.evaluators.galleries import Galleries, Neighbour, Picture, Suspect, choose
-from stages.evaluation.evaluators.training_images import TrainingImages
+from stages.evaluation.evaluators.galleries import GalleryPicture, Neighbour
+from stages.evaluation.evaluators.gallery_choice import choose
+from stages.evaluation.metrics import Int64
 from stages.evaluation.predictions import Predictions
+from stages.evaluation.training_pass import TrainingPredictions
 from stages.pages.images import thumbnail
 from stages.params.evaluate import Evaluate
+from stages.runtime import layout
 
 GROUP = 10
 SIDE = 224
@@ -42,7 +46,7 @@ def main() -> int:
     options = parser.parse_args()
     here = machine()
     with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):
-        test, facts = answers(options.images, options.classes)
+        test, facts = predictions(options.images, options.classes)
         write_inputs(facts)
         parts = built(test, [f"class {i:04d}" for i in range(options.classes)])
         size = Path("reports/report.html").stat().st_size
@@ -55,7 +59,7 @@ def main() -> int:
     return 0
 
 
-def answers(images: int, classes: int) -> tuple[Predictions, pd.DataFrame]:
+def predictions(images: int, classes: int) -> tuple[Predictions, pd.DataFrame]:
     """About 76 % right and overconfident; most mistakes within a group of ten classes."""
     rng = np.random.default_rng(1)
     labels = np.arange(images) % classes
@@ -81,7 +85,7 @@ def answers(images: int, classes: int) -> tuple[Predictions, pd.DataFrame]:
 def write_inputs(facts: pd.DataFrame) -> None:
     """What evaluate reads besides the models' answers."""
     write_table(facts.reindex(columns=ACCEPTED.names), ACCEPTED, Path("data/accepted/finetune/made-up.parquet"))
-    write_table(pd.DataFrame(columns=QUARANTINE.names), QUARANTINE, evaluate.QUARANTINE)
+    write_table(pd.DataFrame(columns=QUARANTINE.names), QUARANTINE, layout.QUARANTINE)
     for path in ("models/finetuned/model.safetensors", "reports/finetune/metrics.json"):
         Path(path).parent.mkdir(parents=True)
         Path(path).write_text(json.dumps({}))
@@ -89,56 +93,73 @@ def write_inputs(facts: pd.DataFrame) -> None:
 
 def built(test: Predictions, classes: list[str]) -> dict[str, float]:
     """Writes reports/ and says how many seconds each part took."""
-    settings, parts = Evaluate(), {}
-    config: dict[str, Any] = {"classes": classes, "architecture": "made-up"}
-    config |= {"image_size": SIDE, "resize": 256}
-    train = test.samples
-    nobody = np.empty(0, np.int64)
-    seen = TrainingImages(np.empty((0, 0), np.float32), np.empty(0), np.empty(0), nobody, nobody)
-    fresh = Predictions(test.samples.at([]), test.finetuned[:0])
-    shown = _galleries(test, classes, settings)
-    found = evaluate.Found(test, fresh, seen, nobody, shown, None)
-
-    @contextlib.contextmanager
-    def timed(name: str) -> Iterator[None]:
+    settings, parts, n, none = Evaluate(robustness=None), {}, len(test.samples), np.empty(0, np.int64)
+    config: dict[str, Any] = {"classes": classes, "architecture": "made-up", "image_size": SIDE, "resize": 256}
+    no_model: Any = None
+    inputs = EvaluationInputs(
+        settings=settings,
+        config=config,
+        model=no_model,
+        compute=no_model,
+        train=test.samples,
+        test=test,
+        fresh=Predictions(test.samples.at([]), test.finetuned[:0]),
+        training=TrainingPredictions(
+            np.empty((0, 0), np.float32), np.ones(n), np.zeros(n), np.zeros(n, np.int64), none
+        ),
+        chosen=choose(test.scores, test.labels, settings.gallery),
+    )
+    results = {}
+    for evaluator in evaluating.EVALUATORS:
         began = time.perf_counter()
-        yield
-        parts[name] = time.perf_counter() - began
-
-    with timed("slices"):
-        weak = evaluate.find_slices(found, train, config, settings)
-    with timed("figures"):
-        figures = evaluate.rounded(evaluate.collect_metrics(found, weak, settings))
-    with timed("files"):
-        evaluate.write(found, train, weak, figures, config, settings)
-    return parts
+        made_up = MADE_UP.get(evaluator.name, evaluator.measure)
+        results[evaluator.name] = made_up(inputs)
+        parts[evaluator.name] = time.perf_counter() - began
+    began = time.perf_counter()
+    evaluating.write(inputs, results)
+    return parts | {"files": time.perf_counter() - began}
 
 
-def _galleries(test: Predictions, classes: list[str], settings: Evaluate) -> Galleries:
-    """As many pictures as evaluate chooses, with the spectrum of photographs, so that their files are as large."""
+def _picture() -> tuple[bytes, bytes]:
+    """An image with the spectrum of photographs, so that its file is as large, and one with a heat map."""
     rng = np.random.default_rng(2)
-    chosen = choose(test.finetuned, test.samples.label, settings.gallery)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(SIDE), np.fft.fftfreq(SIDE))) + 1 / SIDE
     waves = [np.fft.ifft2(np.fft.fft2(rng.normal(size=(SIDE, SIDE))) / frequency).real for _ in range(4)]
     light, *colours = (each / each.std() for each in waves)
     pixels = 128 + 55 * light[..., None] + 15 * np.stack(colours, axis=2)
     image = np.clip(pixels, 0, 255).astype(np.uint8)
-    encoded = thumbnail(image)
-    heat = thumbnail(overlaid(image, np.linspace(0, 1, SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE)))
+    heat = np.linspace(0, 1, SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE)
+    return thumbnail(image), thumbnail(overlaid(image, heat))
 
-    def picture(place: int) -> Picture:
-        near = [Neighbour("made-up", classes[0], encoded)] * 3 if place in chosen.mistakes else []
-        return Picture(
-            test.samples.key[place], classes[test.samples.label[place]], classes[0], 0.9, encoded, heat, near
-        )
 
-    suspects = [Suspect("made-up", classes[0], classes[1], 0.1, 0.8, encoded)] * 24
-    return Galleries(
-        [picture(int(i)) for i in chosen.mistakes],
-        [picture(int(i)) for i in chosen.hits],
-        {classes[label]: [picture(int(i)) for i in some] for label, some in chosen.by_class.items()},
-        suspects,
-    )
+def _galleries(inputs: EvaluationInputs) -> Result:
+    """As many pictures as evaluate shows."""
+    test, classes, chosen, (encoded, heat) = inputs.test.samples, inputs.classes, inputs.chosen, _picture()
+
+    def pictures(indexes: Int64) -> list[GalleryPicture]:
+        return [
+            GalleryPicture(
+                test.key[i], classes[test.label[i]], classes[0], 0.9, encoded, heat,
+                [Neighbour("made-up", classes[0], encoded)] * 3 if i in chosen.mistakes else [],
+            )
+            for i in indexes
+        ]  # fmt: skip
+
+    by_class = {classes[label]: pictures(some) for label, some in chosen.by_class.items()}
+    values = {"mistakes": pictures(chosen.mistakes), "correct": pictures(chosen.correct), "by_class": by_class}
+    return Result(Section(TEMPLATES / "galleries.html.j2", values))
+
+
+def _label_errors(inputs: EvaluationInputs) -> Result:
+    encoded, _ = _picture()
+    suspect = {"key": "made-up", "label": inputs.classes[0], "suggested": inputs.classes[1], "jpeg": encoded}
+    suspects = [suspect | {"label_probability": 0.1, "suggested_probability": 0.8}] * label_errors.SHOWN
+    return Result(Section(TEMPLATES / "label_errors.html.j2", {"suspects": suspects, "found": len(suspects)}))
+
+
+TEMPLATES = Path(galleries.__file__).parent
+MADE_UP = {"galleries": _galleries, "label_errors": _label_errors}
+"""Of evaluators that need a model or images."""
 
 
 if __name__ == "__main__":

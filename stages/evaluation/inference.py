@@ -1,6 +1,6 @@
-"""Inference: what models say to the images of a split, and a head without training for the frozen backbone.
+"""Inference: features and logits of models on the images of a split, and a head without training for the backbone.
 
-One pass decodes each image once and shows it to every model, so that all are judged on the same pixels.
+One pass decodes each image once and gives it to every model, so that all are judged on the same pixels.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -21,89 +21,98 @@ Floats32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 SCALE = 10.0
-"""Cosine similarities are within -1 to 1; times this they are logits. Order and accuracy do not depend on it."""
+"""Factor from cosine similarities, within -1 to 1, to logits. Order and accuracy do not depend on it."""
 
 
-class Answer(NamedTuple):
-    """What a model makes of n images."""
+class ImageFormat(NamedTuple):
+    """How images are prepared and batched."""
+
+    image_size: int
+    """Side of the centre crop in pixels."""
+    resize: int
+    """Shorter side in pixels, before the crop."""
+    batch_size: int
+
+
+class ModelOutput(NamedTuple):
+    """What a model computes for n images."""
 
     features: Floats32
-    """(n, D)"""
+    """(n, D), the input of the head."""
     logits: Floats32
     """(n, C)"""
 
 
-def all_answers(
-    samples: Samples, models: Mapping[str, Classifier], *, image_size: int, resize: int, batch_size: int,
-    compute: Compute, featured: Collection[str] = (),
-) -> dict[str, Answer]:  # fmt: skip
-    """Every model's answers to all images, by name, in the order of `samples`.
+def predict(
+    samples: Samples,
+    models: Mapping[str, Classifier],
+    image: ImageFormat,
+    compute: Compute,
+    featured: Collection[str] = (),
+) -> dict[str, ModelOutput]:
+    """Every model's output for all images, by name, in the order of `samples`.
 
     Args:
         models: on the device, in evaluation mode.
-        featured: whose features are kept; of the others they are (N, 0).
+        featured: names of the models whose features are kept; those of the others are (N, 0).
 
     Raises:
-        StageError: a model gives what is not a number.
+        StageError: a model gives NaN or infinity.
     """
-    kept: dict[str, Answer] = {}
+    outputs: dict[str, ModelOutput] = {}
     start = 0
-    for batch in answers(samples, models, image_size=image_size, resize=resize, batch_size=batch_size, compute=compute):
+    for batch in predict_batches(samples, models, image, compute):
         for name, (features, logits) in batch.items():
-            if name not in kept:
-                width = features.shape[1] if name in featured else 0
-                kept[name] = Answer(*(np.empty((len(samples), each), np.float32) for each in (width, logits.shape[1])))
+            if name not in outputs:
+                widths = features.shape[1] if name in featured else 0, logits.shape[1]
+                outputs[name] = ModelOutput(*(np.empty((len(samples), width), np.float32) for width in widths))
             rows = slice(start, start + len(logits))
-            kept[name].logits[rows] = logits
+            outputs[name].logits[rows] = logits
             if name in featured:
-                kept[name].features[rows] = features
+                outputs[name].features[rows] = features
         start += len(next(iter(batch.values())).logits)
-    nothing = Answer(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
-    return {name: kept.get(name, nothing) for name in models}
+    nothing = ModelOutput(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
+    return {name: outputs.get(name, nothing) for name in models}
 
 
-def answers(
-    samples: Samples, models: Mapping[str, Classifier], *, image_size: int, resize: int, batch_size: int,
-    compute: Compute,
-) -> Iterator[dict[str, Answer]]:  # fmt: skip
-    """Every model's answers batch by batch, in the order of `samples`: for what is too many to be kept.
+def predict_batches(
+    samples: Samples, models: Mapping[str, Classifier], image: ImageFormat, compute: Compute
+) -> Iterator[dict[str, ModelOutput]]:
+    """Every model's output batch by batch, in the order of `samples`, where all of it would not fit into memory.
 
     Raises:
-        StageError: a model gives what is not a number.
+        StageError: a model gives NaN or infinity.
     """
-    batches = evaluation_batches(
-        samples, image_size=image_size, resize=resize, batch_size=batch_size,
-        threads=compute.threads, device=compute.device,
-    )  # fmt: skip
+    batches = evaluation_batches(samples, **image._asdict(), threads=compute.threads, device=compute.device)
     with torch.inference_mode(), compute.autocast():
         for images, _ in batches:
-            yield {name: _answer(name, *model.features_and_logits(images)) for name, model in models.items()}
+            yield {name: _checked(name, *model.features_and_logits(images)) for name, model in models.items()}
 
 
-def _answer(name: str, features: Tensor, logits: Tensor) -> Answer:
-    answer = Answer(features.cpu().numpy(), logits.cpu().numpy())
-    if not (np.isfinite(answer.features).all() and np.isfinite(answer.logits).all()):
+def _checked(name: str, features: Tensor, logits: Tensor) -> ModelOutput:
+    output = ModelOutput(features.cpu().numpy(), logits.cpu().numpy())
+    if not (np.isfinite(output.features).all() and np.isfinite(output.logits).all()):
         raise StageError(f"models/{name} gives what is not a number; its weights are damaged or its training diverged")
-    return answer
+    return output
 
 
 def add_directions(sums: Floats32, features: Floats32, labels: Int64) -> None:
-    """Adds up the directions of features (n, D) by class, in place; `unit` of the sums (C, D) is the classes' means."""
+    """Adds the directions of features (n, D) to the sums (C, D) of their classes, in place; `unit` gives the means."""
     np.add.at(sums, labels, unit(features))
 
 
 def nearest_class_mean(features: Floats32, means: Floats32) -> Floats32:
     """Logits (N, C) by cosine similarity to the class means: a head that needs no training (Mensink et al. 2013).
 
-    They rank classes; they are no probabilities, so nothing about their calibration means anything.
+    They rank classes but are no probabilities, so figures of calibration mean nothing for them.
     """
     logits = (SCALE * unit(features) @ means.T).astype(np.float32)
-    # A class without training images cannot be found; at 0 it would come before opposite directions.
+    # A class without training images is never predicted; with 0 it would rank above opposite directions.
     logits[:, ~means.any(axis=1)] = -SCALE
     return logits
 
 
 def unit(vectors: Floats32) -> Floats32:
-    """Of length 1, or 0 where they were: (N, D)."""
+    """(N, D) vectors scaled to length 1; zeros stay zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)

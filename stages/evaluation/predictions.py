@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from stages.data.raw.facts import write_table
 from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.loading.samples.shard_sets import shard_sets
-from stages.evaluation.metrics import Bools, Floats, Int64, predicted_classes
+from stages.evaluation.metrics import Bools, Floats, ImageScores, Int64, image_scores, predicted_classes
 from stages.runtime.command import StageError
 
 SCHEMA = pa.schema(
@@ -45,10 +46,10 @@ class Predictions:
         """(N,) true classes."""
         return self.samples.label
 
-    @property
-    def correct(self) -> Bools:
-        """(N,) whether the fine-tuned model is right."""
-        return predicted_classes(self.finetuned) == self.labels
+    @cached_property
+    def scores(self) -> ImageScores:
+        """Of the fine-tuned model."""
+        return image_scores(self.finetuned, self.labels)
 
 
 def write_predictions(test: Predictions, fresh: Predictions, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Robustness: how often a model is still right, or of the same opinion, on images that are spoilt, attacked or moved.
+"""Robustness: how often a model is still correct on corrupted or attacked images, or predicts the same on moved ones.
 
 All on the same images, beside the clean top-1 on just these:
 
@@ -13,12 +13,14 @@ All on the same images, beside the clean top-1 on just these:
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -26,16 +28,21 @@ from torchvision.transforms.v2.functional import pad, rotate
 
 from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
 from stages.data.shards.loading.samples.index import Samples
+from stages.evaluation.evaluator import EvaluationInputs, Result, Section
 from stages.evaluation.evaluators.corruptions import corrupted
 from stages.evaluation.metrics import Bools, Float64, Int64
 from stages.evaluation.statistics.bootstrap import mean_interval
 from stages.evaluation.statistics.intervals import wilson
+from stages.pages.images import thumbnail
+from stages.pages.text import words
 from stages.params.evaluate import Evaluate, Robustness
 from stages.params.training.recipe import Adversarial
 from stages.runtime.command import StageError
 from stages.training.networks.attacks import attacked
 from stages.training.networks.devices import Compute
 from stages.training.networks.models import Classifier
+
+name = "robustness"
 
 PART = 50
 """Images at a time, whatever `batch_size`: an attack draws its start for all of them at once."""
@@ -44,10 +51,12 @@ SHIFTS = (0.01, 0.02, 0.03, 0.04)
 DEGREES = 10.0
 EXAMPLES = 2
 EXAMPLE_SEVERITY = 3
+COLUMNS = ["kind", "change", "top1", "low", "high", *(f"severity_{severity}" for severity in range(1, 6))]
+"""Of reports/plots/robustness.csv."""
 
-Answers = dict[tuple[str, str, str], Bools]
-"""(N,) each: right or not, or the same as without the change; by what was asked, such as ("clean", "", ""),
-("corruptions", "fog", "3"), ("attacks", "pgd", "4"), ("consistency", "shift", "left 2")."""
+Outcomes = dict[tuple[str, str, str], Bools]
+"""(N,) each: whether the prediction is correct (consistency: unchanged), by group, kind and change, such as
+("clean", "", ""), ("corruptions", "fog", "3"), ("attacks", "pgd", "4"), ("consistency", "shift", "left 2")."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +71,38 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """`figures` is what `measure` describes; `examples` are for a gallery."""
+class Robust:
+    """`figures` is what `measure_robustness` describes; `examples` are for the report."""
 
     figures: dict[str, Any]
     examples: list[Example]
 
 
-def measure(
+def measure(inputs: EvaluationInputs) -> Result:
+    """`robustness`: as `measure_robustness` has it, of each corruption only the mean error; None if not wanted."""
+    template, wanted, config = Path(__file__).with_suffix(".html.j2"), inputs.settings.robustness, inputs.config
+    if not wanted:
+        table = pd.DataFrame([], columns=COLUMNS)
+        return Result(Section(template, {"robust": None, "examples": []}), {name: None}, {name: table})
+    found = measure_robustness(
+        inputs.model,
+        inputs.test.samples,
+        wanted,
+        image_size=config["image_size"],
+        resize=config["resize"],
+        settings=inputs.settings,
+        compute=inputs.compute,
+    )
+    errors = {kind: figures["error"] for kind, figures in found.figures["corruptions"].items()}
+    values = {"robust": found.figures, "examples": [_pictures(example) for example in found.examples]}
+    return Result(
+        Section(template, values),
+        {name: found.figures | {"corruptions": errors}},
+        {name: pd.DataFrame(rows(found.figures), columns=COLUMNS)},
+    )
+
+
+def measure_robustness(
     model: Classifier,
     samples: Samples,
     wanted: Robustness,
@@ -78,8 +111,8 @@ def measure(
     resize: int,
     settings: Evaluate,
     compute: Compute,
-) -> Findings:
-    """Asks the model about all changes of at most `wanted.images` of the images.
+) -> Robust:
+    """Predicts all changes of at most `wanted.images` of the images.
 
     Shares in 0-1. `*_low` and `*_high` are ends of the interval: Wilson's of proportions; of means over changes of the
     same image, which are no proportions of independent draws, the bootstrap's over images.
@@ -109,16 +142,16 @@ def measure(
     batches = evaluation_batches(
         chosen, image_size=resize, resize=resize, batch_size=PART, threads=compute.threads, device=compute.device
     )
-    parts: list[Answers] = []
+    parts: list[Outcomes] = []
     examples: list[Example] = []
     keys = iter(chosen.key)
     for wide, labels in ((images.cpu(), labels.cpu()) for images, labels in batches):
         these = list(itertools.islice(keys, len(labels)))
-        asked = _Asked(model, compute, _cropped(wide, image_size), labels, these, wanted, settings.seed)
-        parts.append({**asked.clean(), **asked.corruptions(), **asked.attacks(), **asked.moves(wide)})
-        examples += asked.examples(EXAMPLES - len(examples))
-    answers = {what: np.concatenate([part[what] for part in parts]) for what in parts[0]}
-    return Findings(figures(answers, settings), examples)
+        batch = _Perturbed(model, compute, _cropped(wide, image_size), labels, these, wanted, settings.seed)
+        parts.append({**batch.clean(), **batch.corruptions(), **batch.attacks(), **batch.moves(wide)})
+        examples += batch.examples(EXAMPLES - len(examples))
+    outcomes = {what: np.concatenate([part[what] for part in parts]) for what in parts[0]}
+    return Robust(figures(outcomes, settings), examples)
 
 
 def spread(labels: Int64, count: int, seed: int) -> Int64:
@@ -145,8 +178,8 @@ def _cropped(wide: Tensor, side: int, down: int = 0, right: int = 0) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A model, and images that it is asked about, (n, 3, H, W) uint8 on the CPU."""
+class _Perturbed:
+    """A batch of images (n, 3, H, W) uint8 on the CPU, and what the model predicts for changed versions of them."""
 
     model: Classifier
     compute: Compute
@@ -165,7 +198,7 @@ class _Asked:
         predicted: Int64 = logits.argmax(1).cpu().numpy()
         return predicted
 
-    def right(self, images: Tensor) -> Bools:
+    def correct(self, images: Tensor) -> Bools:
         """Whether it is right, (n,)."""
         return np.asarray(self.classes(images) == self.labels.numpy())
 
@@ -174,31 +207,31 @@ class _Asked:
         """What it takes the images for as they are, (n,)."""
         return self.classes(self.images)
 
-    def clean(self) -> Answers:
+    def clean(self) -> Outcomes:
         return {("clean", "", ""): self.predicted == self.labels.numpy()}
 
-    def corruptions(self) -> Answers:
+    def corruptions(self) -> Outcomes:
         return {
-            ("corruptions", name, str(severity)): self.right(self.spoilt(name, severity))
+            ("corruptions", name, str(severity)): self.correct(self.corrupted(name, severity))
             for name in self.wanted.corruptions
             for severity in range(1, self.wanted.severities + 1)
         }
 
-    def spoilt(self, name: str, severity: int) -> Tensor:
+    def corrupted(self, name: str, severity: int) -> Tensor:
         """The images; what happens to one depends on the seed and its key, not on which others are there."""
         return corrupted(self.images, name, severity, [_seed(self.seed, name, key) for key in self.keys])
 
-    def attacks(self) -> Answers:
-        answers: Answers = {}
+    def attacks(self) -> Outcomes:
+        outcomes: Outcomes = {}
         (right,) = self.clean().values()
         standing = right
         for epsilon in sorted(self.wanted.epsilons):
             fgsm = self._withstood(right, Adversarial(method="fgsm", epsilon=epsilon))
             pgd = Adversarial(method="pgd", epsilon=epsilon, steps=self.wanted.pgd_steps)
             standing = self._withstood(standing & fgsm, pgd)
-            answers["attacks", "fgsm", f"{epsilon:g}"] = fgsm
-            answers["attacks", "pgd", f"{epsilon:g}"] = standing
-        return answers
+            outcomes["attacks", "fgsm", f"{epsilon:g}"] = fgsm
+            outcomes["attacks", "pgd", f"{epsilon:g}"] = standing
+        return outcomes
 
     def _withstood(self, standing: Bools, settings: Adversarial) -> Bools:
         """Which of those that stand still do, (n,)."""
@@ -220,7 +253,7 @@ class _Asked:
         left[standing] = self.classes(worst) == self.labels[standing].numpy()
         return left
 
-    def moves(self, wide: Tensor) -> Answers:
+    def moves(self, wide: Tensor) -> Outcomes:
         """Whether the class stays the same; `wide` is what the images are the middle of."""
         return {
             ("consistency", *what): np.asarray(self.classes(images) == self.predicted)
@@ -232,12 +265,12 @@ class _Asked:
         severity = min(EXAMPLE_SEVERITY, self.wanted.severities)
         _, first = np.unique(self.labels.numpy(), return_index=True)
         places = np.sort(first)[: max(count, 0)]
-        few = _Asked(self.model, self.compute, self.images[places], self.labels[places],
+        few = _Perturbed(self.model, self.compute, self.images[places], self.labels[places],
                      [self.keys[i] for i in places], self.wanted, self.seed)  # fmt: skip
-        spoilt = {name: few.spoilt(name, severity) for name in self.wanted.corruptions}
+        changed = {name: few.corrupted(name, severity) for name in self.wanted.corruptions}
         return [
             Example(few.keys[i], int(few.labels[i]), severity, _picture(few.images[i]),
-                    {name: _picture(images[i]) for name, images in spoilt.items()})
+                    {name: _picture(images[i]) for name, images in changed.items()})
             for i in range(len(places))
         ]  # fmt: skip
 
@@ -279,12 +312,12 @@ def moved(wide: Tensor, side: int) -> Iterator[tuple[tuple[str, str], Tensor]]:
         yield ("rotation", f"{degrees:+g}"), _cropped(rotated, side)
 
 
-def figures(answers: Answers, settings: Evaluate) -> dict[str, Any]:
+def figures(outcomes: Outcomes, settings: Evaluate) -> dict[str, Any]:
     """As `measure` describes them, of what was answered."""
-    clean = answers["clean", "", ""]
+    clean = outcomes["clean", "", ""]
     errors = {
         name: np.mean([~right for right in each.values()], axis=0)
-        for name, each in _kinds(answers, "corruptions").items()
+        for name, each in _kinds(outcomes, "corruptions").items()
     }
     found: dict[str, Any] = {"images": len(clean), "clean": _share("top1", clean, settings)}
     if errors:
@@ -294,26 +327,26 @@ def figures(answers: Answers, settings: Evaluate) -> dict[str, Any]:
             **_errors(errors[name], clean, settings),
             "top1": {severity: _share("top1", right, settings) for severity, right in each.items()},
         }
-        for name, each in _kinds(answers, "corruptions").items()
+        for name, each in _kinds(outcomes, "corruptions").items()
     }
     found["attacks"] = {
         method: {epsilon: _share("top1", right, settings) for epsilon, right in each.items()}
-        for method, each in _kinds(answers, "attacks").items()
+        for method, each in _kinds(outcomes, "attacks").items()
     }
     found["consistency"] = {
         kind: {
             **_share("same", np.all(list(each.values()), axis=0), settings),
             **_mean("mean", np.mean(list(each.values()), axis=0), settings),
         }
-        for kind, each in _kinds(answers, "consistency").items()
+        for kind, each in _kinds(outcomes, "consistency").items()
     }
     return found
 
 
-def _kinds(answers: Answers, group: str) -> dict[str, dict[str, Bools]]:
+def _kinds(outcomes: Outcomes, group: str) -> dict[str, dict[str, Bools]]:
     """Those of one group, by kind and by change."""
     found: dict[str, dict[str, Bools]] = {}
-    for (of, kind, change), each in answers.items():
+    for (of, kind, change), each in outcomes.items():
         if of == group:
             found.setdefault(kind, {})[change] = each
     return found
@@ -332,3 +365,37 @@ def _share(name: str, hits: Bools, settings: Evaluate) -> dict[str, float]:
 def _mean(name: str, values: Float64, settings: Evaluate) -> dict[str, float]:
     low, high = mean_interval(values, settings.bootstrap, settings.seed, settings.confidence)
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
+def rows(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every kind of change as a row of reports/plots/robustness.csv, shares 0-1 with their intervals.
+
+    Of corruptions the mean over severities, and each severity in a column.
+
+    Args:
+        figures: as `measure_robustness` describes them.
+    """
+    table = [_change("clean", "as they are", figures["clean"], "top1")]
+    for kind, each in figures["corruptions"].items():
+        mean = {"top1": 1 - each["error"], "low": 1 - each["error_high"], "high": 1 - each["error_low"]}
+        severities = {f"severity_{severity}": top1["top1"] for severity, top1 in each["top1"].items()}
+        table.append({"kind": "corruption", "change": words(kind)} | mean | severities)
+    for method, by_epsilon in figures["attacks"].items():
+        table += [
+            _change("attack", f"{method}, epsilon {epsilon}", top1, "top1") for epsilon, top1 in by_epsilon.items()
+        ]
+    table += [
+        _change("consistency", f"same after {kind}", each, "same") for kind, each in figures["consistency"].items()
+    ]
+    return table
+
+
+def _change(kind: str, change: str, figures: Mapping[str, float], figure: str) -> dict[str, Any]:
+    ends = {"top1": figures[figure], "low": figures[f"{figure}_low"], "high": figures[f"{figure}_high"]}
+    return {"kind": kind, "change": change} | ends
+
+
+def _pictures(example: Example) -> dict[str, Any]:
+    """An image as it was and in every corruption, encoded."""
+    pictures = {"as it is": example.clean} | example.corrupted
+    return {"severity": example.severity, "pictures": {words(kind): thumbnail(each) for kind, each in pictures.items()}}

@@ -7,16 +7,23 @@ and in intervals (Bonferroni), so that what is said of the first of them is true
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom
 
+from stages.evaluation.evaluator import EvaluationInputs, Result, Section
 from stages.evaluation.metrics import Bools, Float64, Int64
 from stages.evaluation.statistics.intervals import holm, newcombe, wilson
+from stages.runtime import layout
 
+name = "slices"
+
+MOST_SHOWN, FEW_SHOWN = 20, 5
+"""Slices in the report and in reports/plots/slices.csv; the report shows few where none is below the rest."""
 BINS = 4
 """Of each attribute, with equally many images."""
 LEAST = 10
@@ -61,6 +68,35 @@ class _Attribute:
     name: str
     values: Sequence[str]
     index: Int64
+
+
+def measure(inputs: EvaluationInputs) -> Result:
+    """`slices`: how many were tested, how many are below the rest, and the figures of the first one.
+
+    Over test and fresh images together.
+    """
+    both, settings = (inputs.test, inputs.fresh), inputs.settings
+    keys = [key for split in both for key in split.samples.key]
+    columns = ["key", "batch", "split", "width", "height", "bytes", "brightness", "contrast", "format", "mode"]
+    files = sorted((layout.ACCEPTED / "finetune").glob("*.parquet"))
+    facts = pd.concat([pd.read_parquet(path, columns=columns) for path in files]).set_index("key").loc[keys]
+    labels = np.concatenate([split.labels for split in both])
+    correct = np.concatenate([split.scores.correct for split in both])
+    per_class = np.bincount(inputs.train.label, minlength=len(inputs.classes))
+    found = slices(facts, correct, labels, inputs.classes, per_class, settings.confidence)
+    weak = below(found, settings.confidence)
+    values = {
+        "slices": found,
+        "weak": weak,
+        "shown_slices": weak[:MOST_SHOWN] or found[:FEW_SHOWN],
+        "error_rate": error_rate(settings.confidence),
+    }
+    table = pd.DataFrame(
+        [{"slice": row.name} | vars(row) for row in found[:MOST_SHOWN]],
+        columns=["slice", *(column.name for column in fields(Slice))],
+    )
+    section = Section(Path(__file__).with_suffix(".html.j2"), values)
+    return Result(section, {name: figures(found, settings.confidence)}, {name: table})
 
 
 def slices(

@@ -24,7 +24,6 @@ from stages.evaluation.metrics import (
     balanced_accuracy,
     bin_indices,
     calibration_error,
-    confidences,
     confusion_matrix,
     debiased_calibration_error,
     image_scores,
@@ -277,19 +276,15 @@ def calibration_interval(
     estimate = np.abs(gaps.sum(axis=0)).sum() / n
     errors = bootstrap.resampled(n, draws, seed, lambda counts: np.abs(counts @ gaps).sum(axis=1, keepdims=True) / n)
     low, high = bootstrap.percentiles(errors[:, 0], confidence)
-    contradicted = estimate > np.quantile(_noise(confident, bins, draws, seed), (1 + confidence) / 2)
+    contradicted = estimate > np.quantile(calibration_noise(confident, bins, draws, seed), (1 + confidence) / 2)
     return Interval(float(max(0, 2 * estimate - high)) if contradicted else 0.0, float(2 * estimate - low))
 
 
-def calibration_noise(logits: Floats, bins: int, draws: int, seed: int) -> Float64:
+def calibration_noise(confident: Float64, bins: int, draws: int, seed: int) -> Float64:
     """(draws,) ECEs of a perfectly calibrated model with these confidences, each from new random outcomes.
 
     Consistency resampling (Bröcker and Smith 2007): each prediction is right with the probability that it claims.
     """
-    return _noise(confidences(logits), bins, draws, seed)
-
-
-def _noise(confident: Float64, bins: int, draws: int, seed: int) -> Float64:
     n = len(confident)
     if not n:
         return np.full(draws, np.nan)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from stages.evaluation.evaluators.cam import _attributed, last_map, overlaid
-from stages.evaluation.evaluators.galleries import choose
+from stages.evaluation.evaluators.gallery_choice import Chosen, choose
+from stages.evaluation.metrics import image_scores
 from stages.training.networks.models import build
 
 
@@ -23,15 +24,19 @@ def made_up(n: int) -> tuple[np.ndarray, np.ndarray]:
     return logits, labels
 
 
+def chosen_from(logits: np.ndarray, labels: np.ndarray, most: int) -> Chosen:
+    return choose(image_scores(logits, labels), labels, most)
+
+
 def test_the_surest_mistakes_and_the_least_sure_hits() -> None:
     logits, labels = made_up(400)
-    chosen = choose(logits, labels, 200)
+    chosen = chosen_from(logits, labels, 200)
     sure = torch.from_numpy(logits).softmax(1).amax(1).numpy()
     right = logits.argmax(1) == labels
-    assert len(chosen.mistakes) == 24 and len(chosen.hits) == 12 and len(chosen.by_class) == 10
-    assert not right[chosen.mistakes].any() and right[chosen.hits].all()
+    assert len(chosen.mistakes) == 24 and len(chosen.correct) == 12 and len(chosen.by_class) == 10
+    assert not right[chosen.mistakes].any() and right[chosen.correct].all()
     assert sure[chosen.mistakes].min() >= np.sort(sure[~right])[-24] - 1e-6
-    assert sure[chosen.hits].max() <= np.sort(sure[right])[11] + 1e-6
+    assert sure[chosen.correct].max() <= np.sort(sure[right])[11] + 1e-6
     recall = [right[labels == label].mean() for label in chosen.by_class]
     assert recall == sorted(recall)
     for label, some in chosen.by_class.items():
@@ -40,14 +45,14 @@ def test_the_surest_mistakes_and_the_least_sure_hits() -> None:
 
 @pytest.mark.parametrize("most", [0, 5, 30, 37, 60])
 def test_never_more_than_asked_for(most: int) -> None:
-    assert len(choose(*made_up(400), most).all) <= most
+    assert len(chosen_from(*made_up(400), most).all) <= most
 
 
 def test_everything_right_or_wrong() -> None:
     logits, _ = made_up(50)
-    everything_right = choose(logits, logits.argmax(1), 100)
-    assert everything_right.mistakes.size == 0 and len(everything_right.hits) == 12
-    assert choose(logits, (logits.argmax(1) + 1) % 10, 100).hits.size == 0
+    everything_right = chosen_from(logits, logits.argmax(1), 100)
+    assert everything_right.mistakes.size == 0 and len(everything_right.correct) == 12
+    assert chosen_from(logits, (logits.argmax(1) + 1) % 10, 100).correct.size == 0
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.writing import write_shard_set
 from stages.evaluation.evaluators import robustness
 from stages.evaluation.evaluators.corruptions import CORRUPTIONS
-from stages.evaluation.evaluators.robustness import figures, measure, moved, spread
-from stages.evaluation.inference import all_answers
+from stages.evaluation.evaluators.robustness import figures, measure_robustness, moved, spread
+from stages.evaluation.inference import ImageFormat, predict
 from stages.evaluation.statistics.intervals import wilson
 from stages.params import evaluate
 from stages.params.evaluate import Evaluate, Robustness
@@ -30,6 +30,7 @@ from tests import shard_batch
 from tests.shard_batch import SHARD, accepted_batch
 
 SIZE, RESIZE = 32, SHARD.resize
+SIZES = {"image_size": SIZE, "resize": RESIZE}
 COMPUTE = Compute("cpu", None, True, 1)
 SETTINGS = Evaluate(bootstrap=200)
 FEW = Robustness(images=12, corruptions=["gaussian_noise", "jpeg_compression"], severities=2, epsilons=[], pgd_steps=3)
@@ -105,7 +106,9 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 
 def asked(model: Classifier, samples: Samples, wanted: Robustness, settings: Evaluate = SETTINGS) -> dict[str, Any]:
     """The figures."""
-    found = measure(model, samples, wanted, image_size=SIZE, resize=RESIZE, settings=settings, compute=COMPUTE)
+    found = measure_robustness(
+        model, samples, wanted, image_size=SIZE, resize=RESIZE, settings=settings, compute=COMPUTE
+    )
     return found.figures
 
 
@@ -143,8 +146,7 @@ def test_no_more_images_than_asked_for_are_shown(samples: Samples) -> None:
 def test_clean_top1_is_that_of_the_same_images_as_all_figures_see_them(samples: Samples) -> None:
     model = untrained()
     chosen = samples.at(spread(samples.label, 40, SETTINGS.seed))
-    asked_once = all_answers(chosen, {"it": model}, image_size=SIZE, resize=RESIZE, batch_size=7, compute=COMPUTE)
-    logits = asked_once["it"].logits
+    logits = predict(chosen, {"it": model}, ImageFormat(SIZE, RESIZE, batch_size=7), COMPUTE)["it"].logits
     hits = int((logits.argmax(1) == chosen.label).sum())
     low, high = wilson(hits, 40, 0.95)
     found = asked(model, samples, FEW.model_copy(update={"images": 40}))["clean"]
@@ -183,7 +185,9 @@ def test_figures_are_the_same_again_and_for_other_parts_and_leave_chance_alone(
 def test_what_chance_does_depends_on_the_seed(samples: Samples) -> None:
     everything = FEW.model_copy(update={"images": len(samples)})
     one, other = (
-        measure(untrained(), samples, everything, image_size=SIZE, resize=RESIZE, settings=settings, compute=COMPUTE)
+        measure_robustness(
+            untrained(), samples, everything, image_size=SIZE, resize=RESIZE, settings=settings, compute=COMPUTE
+        )
         for settings in (SETTINGS, Evaluate(bootstrap=200, seed=2))
     )
     for each, again in zip(one.examples, other.examples, strict=True):
@@ -286,7 +290,9 @@ def test_a_corruption_is_right_where_the_model_sees_through_it(halves: Samples) 
 
 def test_examples_are_of_two_classes_in_all_corruptions(samples: Samples) -> None:
     wanted = Robustness(images=12, severities=4, epsilons=[])
-    found = measure(untrained(), samples, wanted, image_size=SIZE, resize=RESIZE, settings=SETTINGS, compute=COMPUTE)
+    found = measure_robustness(
+        untrained(), samples, wanted, image_size=SIZE, resize=RESIZE, settings=SETTINGS, compute=COMPUTE
+    )
     assert len(found.examples) == 2 and found.examples[0].label != found.examples[1].label
     for each in found.examples:
         assert samples.label[samples.key.index(each.key)] == each.label
