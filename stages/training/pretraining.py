@@ -14,18 +14,11 @@ from stages.runtime import layout
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256, write_json
 from stages.runtime.fingerprint import prune
+from stages.training.loop import start
 from stages.training.loop.checkpoints.work import training_work
 from stages.training.loop.loop import fit
 from stages.training.loop.objectives import Metrics, Objective, Supervised
 from stages.training.loop.processes import is_first, run_together
-from stages.training.loop.start import (
-    Recorder,
-    check_sizes,
-    class_names,
-    network_config,
-    recorded,
-    validation_view,
-)
 from stages.training.loop.state import Setup
 from stages.training.loop.train_batches import Feed, train_batches
 from stages.training.methods.self_supervision import SelfSupervision
@@ -41,7 +34,7 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 """torchvision's normalisation, for a backbone that has seen none of our images."""
 
 
-def pretrain_backbone(pretrain: Pretrain, model: Model, training: Training, record: Recorder) -> None:
+def pretrain_backbone(pretrain: Pretrain, model: Model, training: Training, record: start.Recorder) -> None:
     """Trains the backbone in `training.world_size` processes; writes it untrained where `method` is none.
 
     Raises:
@@ -54,14 +47,14 @@ def pretrain_backbone(pretrain: Pretrain, model: Model, training: Training, reco
 
 
 def _write_untrained(pretrain: Pretrain, model: Model) -> None:
-    config = network_config(model, [], model.image_size, _published_normalisation(pretrain, model) or IMAGENET)
+    config = start.network_config(model, [], model.image_size, _published_normalisation(pretrain, model) or IMAGENET)
     save_classifier(_start(pretrain, model, config), config, layout.BACKBONE)
     write_json(METRICS, {"epochs": []})
     prune(layout.work("pretrain"), keep=Path())  # checkpoints of an earlier training
     logger.info("pretrain: %s (`pretrain.method` is none)", pretrain.weights or "a random backbone")
 
 
-def _train(pretrain: Pretrain, model: Model, training: Training, record: Recorder) -> None:
+def _train(pretrain: Pretrain, model: Model, training: Training, record: start.Recorder) -> None:
     compute = set_up(training)
     sets = shard_sets("pretrain")
     if not sets:
@@ -75,7 +68,7 @@ def _train(pretrain: Pretrain, model: Model, training: Training, record: Recorde
     regularise(backbone, pretrain.dropout, pretrain.stochastic_depth)  # now that a projector may replace the head
     work = training_work("pretrain", compute.kind, training, source=_weights_file(pretrain))
     params = {"pretrain": pretrain.model_dump(), "model": model.model_dump(), "training": training.model_dump()}
-    with recorded(record, "pretrain", params, work) as run:
+    with start.recorded(record, "pretrain", params, work) as run:
         groups = every_weight(backbone, pretrain.lr)
         count, share = trainable(backbone)
         run.log({"trainable_parameters": count, "trainable_share": share}, 0)
@@ -107,7 +100,7 @@ def _start(pretrain: Pretrain, model: Model, config: dict[str, Any]) -> Classifi
     backbone = build(config, pretrain.seed, auxiliary)
     if pretrain.weights:
         start_from(backbone, model.architecture, pretrain.weights)
-    check_sizes(backbone, pretrain, model.image_size)
+    start.check_sizes(backbone, pretrain, model.image_size)
     return backbone
 
 
@@ -116,7 +109,7 @@ def _task(
 ) -> tuple[Feed, Objective]:
     """The training images, and the loss to minimise on them."""
     images, val = read_samples(sets, "train"), read_samples(sets, "val").labelled()
-    labelled, view = images.labelled(), validation_view(val, config, pretrain)
+    labelled, view = images.labelled(), start.validation_view(val, config, pretrain)
     if pretrain.method == "supervised":
         counts = len(labelled), len(images) - len(labelled), len(val)
         logger.info("pretrain: %d images, %d unlabelled ones left out, %d for val", *counts)
@@ -130,7 +123,8 @@ def _task(
 def _config(pretrain: Pretrain, model: Model, sets: list[Path]) -> dict[str, Any]:
     indexes = [read_index(shard_set) for shard_set in sets]
     statistics = _published_normalisation(pretrain, model) or pooled_statistics(indexes) or IMAGENET
-    return network_config(model, class_names("pretrain"), max(index["resize"] for index in indexes), statistics)
+    resize = max(index["resize"] for index in indexes)
+    return start.network_config(model, start.class_names("pretrain"), resize, statistics)
 
 
 def _published_normalisation(pretrain: Pretrain, model: Model) -> dict[str, list[float]] | None:

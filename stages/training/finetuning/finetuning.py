@@ -19,19 +19,11 @@ from stages.runtime.command import StageError
 from stages.runtime.files import replaced_directory, sha256, write_json, write_text
 from stages.runtime.fingerprint import fingerprint
 from stages.training.finetuning.strategies import STRATEGIES, merge
+from stages.training.loop import start
 from stages.training.loop.checkpoints.work import training_work
 from stages.training.loop.loop import fit
 from stages.training.loop.objectives import Metrics, Supervised
 from stages.training.loop.processes import is_first, run_together, wait_for_first
-from stages.training.loop.start import (
-    Recorder,
-    RunLog,
-    check_sizes,
-    class_names,
-    network_config,
-    recorded,
-    validation_view,
-)
 from stages.training.loop.state import Setup
 from stages.training.loop.train_batches import train_batches
 from stages.training.networks.devices import Compute, set_up
@@ -55,7 +47,7 @@ class Target:
 
 
 def finetune_target(
-    finetune: Finetune, model: Model, training: Training, record: Recorder, trial: Path | None = None
+    finetune: Finetune, model: Model, training: Training, record: start.Recorder, trial: Path | None = None
 ) -> None:
     """Trains from the backbone and from scratch, in `training.world_size` processes.
 
@@ -72,12 +64,12 @@ def finetune_target(
     run_together("stages.finetune", arguments, training, partial(train, finetune, model, training, record))
 
 
-def _train_both(finetune: Finetune, model: Model, training: Training, record: Recorder) -> None:
+def _train_both(finetune: Finetune, model: Model, training: Training, record: start.Recorder) -> None:
     """The stage: from the backbone, and from scratch."""
     compute = set_up(training)
     config = _config(model)
     work = training_work("finetune", compute.kind, training)
-    with recorded(record, "finetune", _params(finetune, model, training), work) as run:
+    with start.recorded(record, "finetune", _params(finetune, model, training), work) as run:
         target = _target(finetune, model, config, compute)
         curves = {"finetuned": _train(target, "finetuned", work.folder, layout.FINETUNED, run, work.prune)}
         if finetune.scratch:
@@ -92,7 +84,7 @@ def _train_both(finetune: Finetune, model: Model, training: Training, record: Re
             run.log_artifacts(layout.FINETUNE_REPORTS)
 
 
-def _train_trial(folder: Path, finetune: Finetune, model: Model, training: Training, record: Recorder) -> None:
+def _train_trial(folder: Path, finetune: Finetune, model: Model, training: Training, record: start.Recorder) -> None:
     """One trial of a search: from the backbone alone; `folder` keeps the checkpoint too."""
     compute = set_up(training)
     if is_first():
@@ -101,7 +93,7 @@ def _train_trial(folder: Path, finetune: Finetune, model: Model, training: Train
     # An unfinished run of this trial is found again by its folder.
     tags = {"trial": folder.name, "machine": compute.kind, "fingerprint": str(folder.absolute())}
     resumed = (folder / "finetuned").is_dir()
-    with record("tune", _params(finetune, model, training), tags, resumed=resumed) as run:
+    with record("tune", _params(finetune, model, training), tags, resumed) as run:
         target = _target(finetune, model, _config(model), compute)
         curve = _train(target, "finetuned", folder, folder / "model", run)
     if is_first():
@@ -125,7 +117,7 @@ def _target(finetune: Finetune, model: Model, config: dict[str, Any], compute: C
 
 
 def _train(
-    target: Target, name: str, work: Path, out: Path, run: RunLog, on_epoch: Callable[[], None] = lambda: None
+    target: Target, name: str, work: Path, out: Path, run: start.RunLog, on_epoch: Callable[[], None] = lambda: None
 ) -> list[Metrics]:
     """Trains the model called `name`, writes it to `out`, and returns its curve.
 
@@ -145,7 +137,7 @@ def _train(
     network, groups = _start(target, name)
     count, share = trainable(network)
     log({"trainable_parameters": count, "trainable_share": share}, 0)
-    objective = Supervised(network, finetune, validation_view(target.val, target.config, finetune), compute)
+    objective = Supervised(network, finetune, start.validation_view(target.val, target.config, finetune), compute)
     feed = train_batches(target.train, finetune, compute)
     setup = Setup(name, network, groups, feed, objective, finetune, target.model.image_size, compute)
     curve = fit(setup, work / name, end_epoch)
@@ -159,7 +151,7 @@ def _start(target: Target, name: str) -> tuple[Classifier, Groups]:
     """The network before its first step, and the parameters to train."""
     finetune, model = target.finetune, target.model
     network = build(target.config, finetune.seed, model.auxiliary_heads)
-    check_sizes(network, finetune, model.image_size)
+    start.check_sizes(network, finetune, model.image_size)
     if name == "scratch":
         groups = every_weight(network, finetune.lr)
     else:
@@ -180,4 +172,4 @@ def _config(model: Model) -> dict[str, Any]:
         raise StageError(f"{layout.BACKBONE} holds no model; `dvc repro pretrain` makes it")
     backbone = json.loads(path.read_text(encoding="utf-8"))
     resize = max(read_index(shard_set)["resize"] for shard_set in shard_sets("finetune"))
-    return network_config(model, class_names("finetune"), resize, backbone)
+    return start.network_config(model, start.class_names("finetune"), resize, backbone)

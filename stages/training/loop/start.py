@@ -1,7 +1,7 @@
 """What both training stages do before and after the loop: config, checks, the record of the run."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,19 +30,14 @@ class RunLog(Protocol):
         """The files of `folder`."""
 
 
-class Recorder(Protocol):
-    """Begins a record; the stage modules pass MLflow's, `stages.registry.runs.training_run`."""
-
-    def __call__(
-        self, stage: str, params: Mapping[str, Any], tags: Mapping[str, str], *, resumed: bool
-    ) -> AbstractContextManager[RunLog]:
-        """The record of a run of `stage`, ended with the context."""
+Recorder = Callable[[str, Mapping[str, Any], Mapping[str, str], bool], AbstractContextManager[RunLog]]
+"""(stage, params, tags, resumed) -> the record of a run; the stage modules pass `stages.registry.runs.training_run`."""
 
 
 @contextmanager
 def recorded(record: Recorder, stage: str, params: Mapping[str, Any], work: TrainingWork) -> Iterator[RunLog]:
     """The record of a stage's training. Its checkpoints are removed afterwards, unless an error was raised."""
-    with record(stage, params, work.tags, resumed=work.resumed) as run:
+    with record(stage, params, work.tags, work.resumed) as run:
         yield run
     wait_for_first()
     if is_first():

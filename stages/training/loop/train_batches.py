@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -37,27 +38,11 @@ def train_batches(
 ) -> Feed:
     """Random crops of the shards' images, augmented as the recipe says; two an image for self-supervision."""
     own = self_supervised
-    augmentation = Augmentation(
-        policy=recipe.augment,
-        operations=recipe.rand_operations,
-        magnitude=recipe.rand_magnitude,
-        rotation=recipe.rotation,
-        jitter=own.jitter if own else 0.0,
-        grey=own.grey if own else 0.0,
-        blur=own.blur if own else 0.0,
-        erasing=recipe.erasing,
-    )
-    loader = TrainLoader(
-        train,
-        recipe.batch_size,
-        recipe.min_crop_area,
-        recipe.seed,
-        compute.threads,
-        compute.device,
-        recipe.flip,
-        views=2 if own else 1,
-        augmentation=augmentation,
-        rank=rank(),
-        world_size=world_size(),
-    )
+    policy = recipe.augment, recipe.rand_operations, recipe.rand_magnitude
+    colours = (own.jitter, own.grey, own.blur) if own else (0.0, 0.0, 0.0)
+    augmentation = Augmentation(*policy, recipe.rotation, *colours, recipe.erasing)
+    crops: dict[str, Any] = {"flip": recipe.flip, "views": 2 if own else 1, "augmentation": augmentation}
+    place: dict[str, Any] = {"threads": compute.threads, "device": compute.device}
+    place |= {"rank": rank(), "world_size": world_size()}
+    loader = TrainLoader(train, recipe.batch_size, recipe.min_crop_area, recipe.seed, **crops, **place)
     return Feed(len(train), loader.views, loader.batches)

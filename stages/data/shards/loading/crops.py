@@ -74,7 +74,8 @@ def resize(window: npt.NDArray[np.uint8], mirrored: bool, out: npt.NDArray[np.ui
 
     A window is smoothed before it is made smaller. Sampling with a triangle as wide as the reduction (what PIL and
     torchvision do) is close to a Gaussian followed by bilinear sampling; a triangle of half width r has the variance
-    r²/6, so the Gaussian's is (r² - 1)/6. On ImageNet the result is within 40 to 50 dB of PIL's, at half of area averaging's cost.
+    r²/6, so the Gaussian's is (r² - 1)/6. On ImageNet the result is within 40 to 50 dB of PIL's, at half the cost of
+    area averaging.
     """
     side = out.shape[0]
     ratios = [max(length / side, 1.0) for length in window.shape[1::-1]]

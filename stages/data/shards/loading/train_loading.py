@@ -8,7 +8,7 @@ place in the epoch) alone: not on the number of threads or processes, not on wha
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,10 @@ from stages.data.shards.loading.samples.index import Encoded, Int64, Samples, eq
 from stages.runtime.command import StageError
 
 Floats = npt.NDArray[np.float64]
+Windowed = Iterator[tuple[Encoded, Windows]]
+"""The encoded images of each batch, with their windows."""
+WINDOWED = [types.UINT8, types.INT32, types.INT32]
+"""DALI's types of an encoded image, and of its window's anchor and shape."""
 NO_AUGMENTATION = Augmentation()
 
 
@@ -79,13 +83,12 @@ class TrainLoader:
         sizes = [len(batch) for batch in batches]
         parts = [np.array_split(batch, self.world_size)[self.rank] for batch in batches[start:]]
         of_crops = [np.tile(part, self.views) for part in parts]
+        counts = [len(crop_indexes) for crop_indexes in of_crops]
         for_windows = self._draws(epoch, 1, sizes, start, partial(crops.random_draws, min_area=self.min_crop_area))
         for_augmentation = self._draws(epoch, 2, sizes, start, augmentations.random_draws)
         source = _with_windows(self.samples, of_crops, for_windows, self.flip)
-        largest = max(map(len, of_crops), default=0)
-        pipeline_settings = settings(largest, self.threads, self.device)
-        make = _crops_on_gpu if self.device == "cuda" else _crops_on_cpu
-        images = make(source, len(parts), image_size, pipeline_settings, self.augmentation, for_augmentation)
+        make = self._crops_on_gpu if self.device == "cuda" else self._crops_on_cpu
+        images = make(source, for_augmentation, counts, image_size)
         yield from with_labels(images, self.samples, parts, self.device)
 
     def _draws(
@@ -101,81 +104,91 @@ class TrainLoader:
             by_view = drawn.reshape(self.views, -1, drawn.shape[1])
             yield np.concatenate([np.array_split(view, self.world_size)[self.rank] for view in by_view])
 
+    def _settings(self, counts: list[int]) -> dict[str, Any]:
+        return settings(max(counts, default=0), self.threads, self.device)
 
-def _with_windows(
-    samples: Samples, batches: list[Int64], drawn: Iterator[Floats], flip: bool
-) -> Iterator[tuple[Encoded, Windows]]:
+    def _crops_on_cpu(
+        self, source: Windowed, drawn: Iterator[Floats], counts: list[int], side: int
+    ) -> Iterator[Tensor]:
+        """DALI decodes; our threads resize; DALI augments. `counts`: crops of each batch."""
+        augmentation, plain = self.augmentation, self._plain_crops_on_cpu(source, counts, side)
+        if not augmentation.is_on:
+            yield from plain
+            return
+        names = augmentations.needed(augmentation)
+
+        def read() -> Iterator[tuple[Any, ...]]:
+            for pixels, numbers in zip(plain, drawn, strict=True):
+                chosen = augmentations.choices(numbers, augmentation)
+                yield pixels.permute(0, 2, 3, 1).numpy(), *(getattr(chosen, name) for name in names)
+
+        @pipeline_def(**self._settings(counts), enable_conditionals=True)
+        def pipeline() -> Any:
+            kinds, dimensions = augmentations.input_types(names)
+            layout = ["HWC", *("" for _ in kinds)]
+            pixels, *inputs = _inputs(read(), [types.UINT8, *kinds], [3, *dimensions], layout=layout)
+            return augmentations.augmented(pixels, augmentation, inputs, side)
+
+        yield from tensors(_built(pipeline), len(counts), "cpu")
+
+    def _plain_crops_on_cpu(self, source: Windowed, counts: list[int], side: int) -> Iterator[Tensor]:
+        """DALI decodes the windows alone; our threads resize one batch while DALI decodes the next."""
+        cv2.setNumThreads(0)  # an image is too small to share out
+        mirrored: deque[npt.NDArray[np.bool_]] = deque()
+
+        def read() -> Iterator[tuple[Any, ...]]:
+            for jpegs, chosen in source:
+                mirrored.append(chosen.mirrored)
+                yield jpegs, chosen.anchor, chosen.shape
+
+        @pipeline_def(**self._settings(counts))
+        def pipeline() -> Any:
+            jpegs, anchor, shape = _inputs(read(), WINDOWED, [1, 1, 1])
+            return fn.decoders.image_slice(jpegs, anchor, shape, axis_names="HW", output_type=types.RGB)
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            begun: deque[tuple[Tensor, list[Future[None]]]] = deque()
+            for (decoded,) in run(pipeline(), len(counts)):
+                out = torch.empty((len(decoded), side, side, 3), dtype=torch.uint8)
+                parts = np.array_split(np.arange(len(decoded)), self.threads)
+                flips = mirrored.popleft()
+                begun.append((out, [pool.submit(_resize_all, decoded, flips, out.numpy(), part) for part in parts]))
+                if len(begun) > 1:
+                    yield _finished(*begun.popleft())
+            while begun:
+                yield _finished(*begun.popleft())
+
+    def _crops_on_gpu(
+        self, source: Windowed, drawn: Iterator[Floats], counts: list[int], side: int
+    ) -> Iterator[Tensor]:
+        """All by DALI: the CPU decodes the windows, the GPU does the rest."""
+        augmentation, names = self.augmentation, augmentations.needed(self.augmentation)
+
+        def read() -> Iterator[tuple[Any, ...]]:
+            for (jpegs, chosen), numbers in zip(source, drawn, strict=True):
+                more = augmentations.choices(numbers, augmentation)
+                flips = chosen.mirrored.astype(np.int32)
+                yield jpegs, chosen.anchor, chosen.shape, flips, *(getattr(more, name) for name in names)
+
+        @pipeline_def(**self._settings(counts), enable_conditionals=True)
+        def pipeline() -> Any:
+            kinds, dimensions = augmentations.input_types(names)
+            nodes = _inputs(read(), [*WINDOWED, types.INT32, *kinds], [1, 1, 1, 0, *dimensions])
+            jpegs, anchor, shape, mirrored, *inputs = nodes
+            # Not "mixed": beside training nvJPEG brought 1,650 images/s where training takes 4,700
+            # (docs/performance.md).
+            images = fn.decoders.image_slice(jpegs, anchor, shape, axis_names="HW", output_type=types.RGB).gpu()
+            images = fn.resize(images, size=[side, side], interp_type=types.INTERP_TRIANGULAR, antialias=True)
+            return augmentations.augmented(fn.flip(images, horizontal=mirrored), augmentation, inputs, side)
+
+        yield from tensors(_built(pipeline), len(counts), "cuda")
+
+
+def _with_windows(samples: Samples, batches: list[Int64], drawn: Iterator[Floats], flip: bool) -> Windowed:
     for jpegs, numbers in zip(read_ahead(samples, batches), drawn, strict=True):
         sizes = np.array([simplejpeg.decode_jpeg_header(jpeg)[:2] for jpeg in jpegs], np.int64).reshape(-1, 2)
         chosen = windows(numbers, sizes)
         yield jpegs, chosen if flip else chosen._replace(mirrored=np.zeros_like(chosen.mirrored))
-
-
-def _crops_on_cpu(
-    source: Iterator[tuple[Encoded, Windows]],
-    count: int,
-    side: int,
-    pipeline_settings: dict[str, Any],
-    augmentation: Augmentation,
-    drawn: Iterator[Floats],
-) -> Iterator[Tensor]:
-    """DALI decodes; our threads resize; DALI augments."""
-    plain = _plain_crops_on_cpu(source, count, side, pipeline_settings)
-    if not augmentation.is_on:
-        yield from plain
-        return
-    names = augmentations.needed(augmentation)
-
-    def read() -> Iterator[tuple[Any, ...]]:
-        for pixels, numbers in zip(plain, drawn, strict=True):
-            chosen = augmentations.choices(numbers, augmentation)
-            yield pixels.permute(0, 2, 3, 1).numpy(), *(getattr(chosen, name) for name in names)
-
-    @pipeline_def(**pipeline_settings, enable_conditionals=True)
-    def pipeline() -> Any:
-        kinds, dimensions = augmentations.input_types(names)
-        pixels, *inputs = fn.external_source(
-            source=read(),
-            num_outputs=1 + len(kinds),
-            batch=True,
-            dtype=[types.UINT8, *kinds],
-            ndim=[3, *dimensions],
-            layout=["HWC", *("" for _ in kinds)],
-        )
-        return augmentations.augmented(pixels, augmentation, inputs, side)
-
-    yield from tensors(_built(pipeline), count, "cpu")
-
-
-def _plain_crops_on_cpu(
-    source: Iterator[tuple[Encoded, Windows]], count: int, side: int, pipeline_settings: dict[str, Any]
-) -> Iterator[Tensor]:
-    """DALI decodes the windows alone; our threads resize one batch while DALI decodes the next."""
-    cv2.setNumThreads(0)  # an image is too small to share out
-    threads = pipeline_settings["num_threads"]
-    mirrored: deque[npt.NDArray[np.bool_]] = deque()
-
-    def read() -> Iterator[tuple[Any, ...]]:
-        for jpegs, chosen in source:
-            mirrored.append(chosen.mirrored)
-            yield jpegs, chosen.anchor, chosen.shape
-
-    @pipeline_def(**pipeline_settings)
-    def pipeline() -> Any:
-        jpegs, anchor, shape = _windowed(read())
-        return fn.decoders.image_slice(jpegs, anchor, shape, axis_names="HW", output_type=types.RGB)
-
-    with ThreadPoolExecutor(threads) as pool:
-        begun: deque[tuple[Tensor, list[Future[None]]]] = deque()
-        for (decoded,) in run(pipeline(), count):
-            out = torch.empty((len(decoded), side, side, 3), dtype=torch.uint8)
-            parts = np.array_split(np.arange(len(decoded)), threads)
-            flips = mirrored.popleft()
-            begun.append((out, [pool.submit(_resize_all, decoded, flips, out.numpy(), part) for part in parts]))
-            if len(begun) > 1:
-                yield _finished(*begun.popleft())
-        while begun:
-            yield _finished(*begun.popleft())
 
 
 def _resize_all(decoded: Any, mirrored: npt.NDArray[np.bool_], out: npt.NDArray[np.uint8], part: Int64) -> None:
@@ -189,39 +202,9 @@ def _finished(out: Tensor, parts: list[Future[None]]) -> Tensor:
     return out.permute(0, 3, 1, 2)
 
 
-def _crops_on_gpu(
-    source: Iterator[tuple[Encoded, Windows]],
-    count: int,
-    side: int,
-    pipeline_settings: dict[str, Any],
-    augmentation: Augmentation,
-    drawn: Iterator[Floats],
-) -> Iterator[Tensor]:
-    """All by DALI: the CPU decodes the windows, the GPU does the rest."""
-    names = augmentations.needed(augmentation)
-
-    def read() -> Iterator[tuple[Any, ...]]:
-        for (jpegs, chosen), numbers in zip(source, drawn, strict=True):
-            more = augmentations.choices(numbers, augmentation)
-            flips = chosen.mirrored.astype(np.int32)
-            yield jpegs, chosen.anchor, chosen.shape, flips, *(getattr(more, name) for name in names)
-
-    @pipeline_def(**pipeline_settings, enable_conditionals=True)
-    def pipeline() -> Any:
-        kinds, dimensions = augmentations.input_types(names)
-        jpegs, anchor, shape, mirrored, *inputs = _windowed(read(), [types.INT32, *kinds], [0, *dimensions])
-        # Not "mixed": beside training nvJPEG brought 1,650 images/s where training takes 4,700 (docs/performance.md).
-        images = fn.decoders.image_slice(jpegs, anchor, shape, axis_names="HW", output_type=types.RGB).gpu()
-        images = fn.resize(images, size=[side, side], interp_type=types.INTERP_TRIANGULAR, antialias=True)
-        return augmentations.augmented(fn.flip(images, horizontal=mirrored), augmentation, inputs, side)
-
-    yield from tensors(_built(pipeline), count, "cuda")
-
-
-def _windowed(source: Iterator[tuple[Any, ...]], more: Sequence[Any] = (), dimensions: Sequence[int] = ()) -> Any:
-    """Nodes of encoded images, anchors and shapes, then of further inputs by type and number of dimensions."""
-    kinds, dimensions = [types.UINT8, types.INT32, types.INT32, *more], [1, 1, 1, *dimensions]
-    return fn.external_source(source=source, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=dimensions)
+def _inputs(source: Iterator[tuple[Any, ...]], kinds: list[Any], dimensions: list[int], **more: Any) -> Any:
+    """DALI's nodes of what `source` yields, by type and number of dimensions."""
+    return fn.external_source(source=source, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=dimensions, **more)
 
 
 def _built(define: Callable[[], Any]) -> Any:

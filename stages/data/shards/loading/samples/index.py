@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from urllib.parse import unquote
 
 import numpy as np
@@ -91,31 +91,22 @@ def read_samples(shard_sets: Sequence[Path], split: str) -> Samples:
     ]
     with ThreadPoolExecutor() as pool:
         entries = list(pool.map(lambda shard: _checked_entries(shard[1], shard[2]), listed))
-    counts = [len(shard.key) for shard in entries]
-    nothing = np.empty(0, np.int64)
+    counts = [len(keys) for keys, _ in entries]
+    numbers = np.concatenate([np.empty((3, 0), np.int64), *(numbers for _, numbers in entries)], axis=1)
     return Samples(
-        key=[key for shard in entries for key in shard.key],
+        key=[key for keys, _ in entries for key in keys],
         batch=np.repeat(np.array([number for number, _, _ in listed], np.int32), counts),
         batch_names=[shard_set.name for shard_set in shard_sets],
         shards=[shard_set / entry["file"] for _, shard_set, entry in listed],
         shard=np.repeat(np.arange(len(listed), dtype=np.int32), counts),
-        offset=np.concatenate([nothing, *(shard.offset for shard in entries)]),
-        size=np.concatenate([nothing, *(shard.size for shard in entries)]),
-        label=np.concatenate([nothing, *(shard.label for shard in entries)]),
+        offset=numbers[0],
+        size=numbers[1],
+        label=numbers[2],
     )
 
 
-class _Entries(NamedTuple):
-    """The images of one shard, as in `Samples`."""
-
-    key: list[str]
-    offset: Int64
-    size: Int64
-    label: Int64
-
-
-def _checked_entries(folder: Path, entry: dict[str, Any]) -> _Entries:
-    """The images of a shard, once the checksums of its files were found right."""
+def _checked_entries(folder: Path, entry: dict[str, Any]) -> tuple[list[str], Int64]:
+    """Keys (n,), and offset, size and label (3, n), of a shard's images, once its checksums were found right."""
     path = folder / entry["file"]
     idx = path.with_suffix(".idx")
     for file, expected in ((path, entry["sha256"]), (idx, entry["idx_sha256"])):
@@ -131,12 +122,8 @@ def _checked_entries(folder: Path, entry: dict[str, Any]) -> _Entries:
     lines = [line.split(" ") for line in idx.read_text(encoding="utf-8").splitlines()[1:]]
     with path.open("rb") as tar:
         labels = [int(os.pread(tar.fileno(), int(line[6]), int(line[5]))) for line in lines]
-    return _Entries(
-        key=[unquote(line[3].removesuffix(".jpg"), errors="surrogateescape") for line in lines],
-        offset=np.array([int(line[1]) for line in lines], np.int64),
-        size=np.array([int(line[2]) for line in lines], np.int64),
-        label=np.array(labels, np.int64),
-    )
+    keys = [unquote(line[3].removesuffix(".jpg"), errors="surrogateescape") for line in lines]
+    return keys, np.array([[int(line[1]) for line in lines], [int(line[2]) for line in lines], labels], np.int64)
 
 
 def _unusable(file: Path, how: str) -> StageError:

@@ -1,4 +1,4 @@
-"""Shard sets as those who read them see them: the shards of a batch with `index.json`."""
+"""Shard sets as their readers see them: the shards of a batch, and `index.json`."""
 
 import json
 from pathlib import Path
@@ -6,19 +6,20 @@ from typing import Any
 
 import numpy as np
 
+from stages.runtime import layout
 from stages.runtime.command import StageError
 
 
 def shard_sets(role: str) -> list[Path]:
     """The shard sets of a role, sorted by name. Those of batches no longer listed have been removed by validate."""
-    return sorted(path.parent for path in (Path("data/shards") / role).glob("[!.]*/index.json"))  # dot: half-made
+    return sorted(path.parent for path in (layout.SHARDS / role).glob("[!.]*/index.json"))  # dot: half-made
 
 
 def read_index(shard_set: Path) -> dict[str, Any]:
     """`index.json` of a shard set.
 
     Raises:
-        StageError: it is not there.
+        StageError: there is none.
     """
     path = shard_set / "index.json"
     if not path.is_file():
@@ -27,7 +28,7 @@ def read_index(shard_set: Path) -> dict[str, Any]:
 
 
 def check_resize(sets: list[Path], image_size: int) -> None:
-    """Holds the size that shards were written in against the one that a model sees.
+    """Compares the size that shards were written in with the size that a model takes.
 
     Raises:
         StageError: the crop of the model is larger than the images.
@@ -41,7 +42,7 @@ def check_resize(sets: list[Path], image_size: int) -> None:
 
 
 def pooled_statistics(indexes: list[dict[str, Any]]) -> dict[str, list[float]] | None:
-    """Mean and standard deviation of R, G and B over several shard sets, by number of training images.
+    """Mean and standard deviation of R, G and B over several shard sets, weighted by training images.
 
     None where there are no training images.
     """
