@@ -188,12 +188,7 @@ def image_facts(data: bytes) -> dict[str, Any]:
     except ValueError as error:
         return facts | {"error": str(error)}
     brightness, contrast = brightness_and_contrast(luminance)
-    return facts | {
-        "decodes": True,
-        "hash": difference_hash(luminance),
-        "brightness": brightness,
-        "contrast": contrast,
-    }
+    return facts | {"decodes": True, "hash": difference_hash(luminance), "brightness": brightness, "contrast": contrast}
 
 
 def _undecoded(header: Header, sha256: str, error: str = "") -> dict[str, Any]:

@@ -15,9 +15,8 @@ import logging
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +50,10 @@ FILES = {"": "tar", "idx_": "idx"}
 """Prefix of a checksum in a shard's entry -> suffix of the file."""
 
 
+PixelSums = list[int]
+"""Number of pixels, then the sums of R, G, B, then of their squares: exact, so that the order does not matter."""
+
+
 class RawImage(NamedTuple):
     """Where an accepted image lies in the raw tars, and its label."""
 
@@ -72,15 +75,6 @@ class PlannedShard(NamedTuple):
     def name(self) -> str:
         """Of its files, without their suffix."""
         return f"{self.split}-{self.number:05d}"
-
-
-@dataclass(frozen=True)
-class PixelSums:
-    """Exact sums over all pixels of each channel, so that their order does not matter."""
-
-    pixels: int
-    sums: tuple[int, ...]
-    squares: tuple[int, ...]
 
 
 def shard(batch: str, role: str, shards: Shards) -> None:
@@ -145,13 +139,12 @@ def write_shard_set(
     return len(accepted)
 
 
-def channel_statistics(parts: list[PixelSums]) -> dict[str, list[float] | None]:
+def channel_statistics(parts: Sequence[PixelSums]) -> dict[str, list[float] | None]:
     """Mean and standard deviation of R, G and B, in 0-1, over all pixels; null where there are none."""
-    count = sum(part.pixels for part in parts)
+    count, *sums = _add_up(parts)
     if not count:
         return {"mean": None, "std": None}
-    means = [sum(part.sums[c] for part in parts) / count for c in range(3)]
-    squares = [sum(part.squares[c] for part in parts) / count for c in range(3)]
+    means, squares = ([total / count for total in totals] for totals in (sums[:3], sums[3:]))
     stds = [max(square - mean**2, 0.0) ** 0.5 for square, mean in zip(squares, means, strict=True)]
     return {"mean": [round(m / 255, 6) for m in means], "std": [round(s / 255, 6) for s in stds]}
 
@@ -174,7 +167,7 @@ def write_shard(planned: PlannedShard, work: Path, raw: Path, resize: int, quali
         write_text(idx, "\n".join([f"v1.2 {len(lines)}", *lines, ""]))
         entry = {"file": tar.name, "count": len(images), "bytes": tar.stat().st_size}
         entry |= {"sha256": sha256(tar), "idx_sha256": sha256(idx)}
-        entry |= {"pixels": asdict(pixels), "processor": processor()}
+        entry |= {"pixels": pixels, "processor": processor()}
         for path in (tar, idx):
             path.replace(work / "shards" / path.name)
         write_json(Path(name) / "entry", entry)
@@ -277,19 +270,12 @@ def _add(tar: tarfile.TarFile, name: str, extension: str, data: bytes) -> str:
 
 def _pixel_sums(pixels: np.ndarray) -> PixelSums:
     # OpenCV's figures are double precision: whole numbers after rounding, up to 10 billion pixels.
-    return PixelSums(
-        pixels=pixels.shape[0] * pixels.shape[1],
-        sums=tuple(round(value) for value in cv2.sumElems(pixels)[:3]),
-        squares=tuple(round(cv2.norm(channel, cv2.NORM_L2SQR)) for channel in cv2.split(pixels)),
-    )
+    sums = [round(value) for value in cv2.sumElems(pixels)[:3]]
+    return [pixels.shape[0] * pixels.shape[1], *sums, *(round(cv2.norm(c, cv2.NORM_L2SQR)) for c in cv2.split(pixels))]
 
 
-def _add_up(parts: list[PixelSums]) -> PixelSums:
-    return PixelSums(
-        pixels=sum(part.pixels for part in parts),
-        sums=tuple(sum(part.sums[c] for part in parts) for c in range(3)),
-        squares=tuple(sum(part.squares[c] for part in parts) for c in range(3)),
-    )
+def _add_up(parts: Sequence[PixelSums]) -> PixelSums:
+    return [sum(column) for column in zip([0] * 7, *parts, strict=True)]
 
 
 def _contents(accepted: pd.DataFrame, entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -300,7 +286,7 @@ def _contents(accepted: pd.DataFrame, entries: Iterable[dict[str, Any]]) -> dict
         split = entry["file"].rpartition("-")[0]
         splits.setdefault(split, []).append({name: entry[name] for name in IN_INDEX})
         if split == "train":
-            pixels.append(PixelSums(**entry["pixels"]))
+            pixels.append(entry["pixels"])
     counts = {split: accepted.loc[accepted["split"] == split, "label"].value_counts().sort_index() for split in splits}
     return {
         "splits": {split: {"count": int(counts[split].sum()), "shards": shards} for split, shards in splits.items()},

@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.locations import Location
-from stages.data.sources.parts import SPLITS, Image, Name, Unique, check_class
+from stages.data.sources.parts import SPLITS, Image, Name, Part, Unique, check_class
 from stages.data.sources.tars import decompressed, members, opened
 from stages.runtime.command import StageError
 
@@ -27,18 +27,16 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Archive:
+class Archive(Part):
     """One archive of class folders, with or without splits, with or without one folder around all."""
 
     location: Location
     stamp: str
     checksum: tuple[str, str] | None = None
     """Algorithm and expected value, in hex."""
-    whole_class: tuple[str, str] | None = field(default=None, init=False)
 
     @property
     def title(self) -> str:
-        """For people."""
         return self.location.name
 
     def images(self) -> Iterator[Image]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from stages.data.sources.official import TRAIN, VAL, is_official, official
 from stages.data.sources.parquet import parquet_shards
 from stages.data.sources.parts import Image, Part, stamp_of
 from stages.data.sources.sample import SAMPLES, sample_parts
-from stages.data.sources.subset import Choice, check_classes, choose
+from stages.data.sources.subset import Choice, choose
 from stages.data.sources.uri import ARCHIVES, CHECKSUMS, SourceUri, expanded, missing_source
 from stages.data.sources.webdataset import webdataset_shards
 from stages.runtime.command import StageError
@@ -74,14 +74,6 @@ class Source:
     def whole_class(self, part: Part) -> tuple[str, str] | None:
         """Split and class where the part is all of one class, and is taken as such."""
         return None if self.choice.unlabelled else part.whole_class
-
-    def check_classes(self, found: Iterable[str]) -> None:
-        """Compares the classes that were asked for with those that the source turned out to have.
-
-        Raises:
-            StageError: one is not there.
-        """
-        check_classes(self.text, self.choice, found)
 
 
 def read_source(text: str, incoming: Path | str) -> Source:

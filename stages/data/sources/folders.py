@@ -10,14 +10,7 @@ from typing import NamedTuple
 
 from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.locations import Entry, Location, check_size
-from stages.data.sources.parts import (
-    SPLITS,
-    Image,
-    Name,
-    Part,
-    check_class,
-    stamp_of,
-)
+from stages.data.sources.parts import SPLITS, Image, Name, Part, check_class, stamp_of
 from stages.runtime.command import StageError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +22,7 @@ LABELS = "LOC_val_solution.csv"
 
 
 @dataclass(frozen=True)
-class ClassFiles:
+class ClassFiles(Part):
     """A class of one split in a folder; with `chosen`, these files of it alone, in this order."""
 
     split: str
@@ -41,12 +34,10 @@ class ClassFiles:
 
     @property
     def title(self) -> str:
-        """For people."""
         return f"{self.split}/{self.class_name}" + (f" ({self.piece})" if self.piece is not None else "")
 
     @property
     def whole_class(self) -> tuple[str, str] | None:
-        """Where it is no piece and has a label."""
         return (self.split, self.class_name) if self.class_name and self.piece is None else None
 
     def images(self) -> Iterator[Image]:
@@ -65,7 +56,6 @@ class ClassFiles:
                 yield Image(self.split, self.class_name, entry.name, size, data)
 
     def names(self) -> Iterator[Name]:
-        """The same without the bytes."""
         for entry in self._entries():
             yield Name(self.split, self.class_name, entry.name)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from stages.data.raw.tars import UNLABELLED
 from stages.data.sources.digests import raw_digest
 from stages.data.sources.dispatch import read_source
+from stages.data.sources.subset import check_classes
 from stages.data.sources.tar_writing import Made, Tally, assemble, shown, write_parts
 from stages.data.sources.tars import ChangedError
 from stages.params.batches import Batch
@@ -38,7 +39,7 @@ def ingest(name: str, batch: Batch) -> None:
     except ChangedError:
         shutil.rmtree(work)
         raise
-    source.check_classes(class_name for part in made.values() for class_name in part.classes)
+    check_classes(source.text, source.choice, (class_name for part in made.values() for class_name in part.classes))
     if not tally.images:
         raise StageError(f"source {batch.source} of batch {name} holds no file")
     if batch.role == "finetune" and all(map(_is_unlabelled, made.values())):

@@ -3,14 +3,14 @@
 import io
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 from scipy.io import loadmat
 
 from stages.data.sources.folders import LABELS, kaggle_labels
 from stages.data.sources.locations import LARGEST_TABLE, Entry, Location
-from stages.data.sources.parts import Image, Name, Part, Unique, check_class, stamp_of
+from stages.data.sources.parts import Image, Part, Unique, check_class, stamp_of
 from stages.data.sources.tars import Readable, Section, decompressed, members, opened
 from stages.runtime.command import StageError
 
@@ -22,7 +22,7 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 
 @dataclass(frozen=True)
-class ClassTar:
+class ClassTar(Part):
     """A class tar inside the tar of train: `size` bytes from `offset` on."""
 
     location: Location
@@ -33,12 +33,10 @@ class ClassTar:
 
     @property
     def title(self) -> str:
-        """For people."""
         return f"train/{self.class_name}"
 
     @property
     def whole_class(self) -> tuple[str, str] | None:
-        """Always."""
         return "train", self.class_name
 
     def images(self) -> Iterator[Image]:
@@ -56,24 +54,17 @@ class ClassTar:
                 unique.check(name)
                 yield Image("train", self.class_name, name, member.size, member.data)
 
-    def names(self) -> Iterator[Name]:
-        """The same without the bytes."""
-        for image in self.images():
-            yield Name(image.split, image.class_name, image.name)
-
 
 @dataclass(frozen=True)
-class ValTar:
+class ValTar(Part):
     """The flat tar of val, with the label of each file."""
 
     location: Location
     labels: dict[str, str]
     stamp: str
-    whole_class: tuple[str, str] | None = field(default=None, init=False)
 
     @property
     def title(self) -> str:
-        """For people."""
         return "val"
 
     def images(self) -> Iterator[Image]:
@@ -90,11 +81,6 @@ class ValTar:
                     raise StageError(f"{self.location}: {'/'.join(member.path)} has no label beside it")
                 unique.check(name)
                 yield Image("val", self.labels[name], name, member.size, member.data)
-
-    def names(self) -> Iterator[Name]:
-        """The same without the bytes."""
-        for image in self.images():
-            yield Name(image.split, image.class_name, image.name)
 
 
 def is_official(_: Location, entries: list[Entry]) -> bool:

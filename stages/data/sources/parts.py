@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, NamedTuple, Protocol
+from typing import IO, NamedTuple
 
 from stages.data.sources.locations import Entry, Location, check_name
 from stages.runtime.command import StageError
@@ -29,26 +29,30 @@ class Name(NamedTuple):
     name: str
 
 
-class Part(Protocol):
-    """What one worker reads in one pass."""
+class Part:
+    """What one worker reads in one pass. Every kind of source has a class of its own for its parts."""
+
+    stamp: str
+    """Changes with the content: made of names, sizes, and etags or times."""
 
     @property
     def title(self) -> str:
         """For people, and unique within the source."""
-
-    @property
-    def stamp(self) -> str:
-        """Changes when the content does: made of names, sizes, and etags or times."""
+        raise NotImplementedError
 
     @property
     def whole_class(self) -> tuple[str, str] | None:
         """Split and class where the part is all of one class in one split; else None."""
+        return None
 
     def images(self) -> Iterator[Image]:
         """Every file, in an order that never changes."""
+        raise NotImplementedError
 
     def names(self) -> Iterator[Name]:
         """The same without the bytes."""
+        for image in self.images():
+            yield Name(image.split, image.class_name, image.name)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(Part):
     """The files of one class in one split of a source, at hand. A source without splits has the split `all`."""
 
     split: str
@@ -70,12 +74,10 @@ class Group:
 
     @property
     def title(self) -> str:
-        """For people."""
         return f"{self.split}/{self.class_name}"
 
     @property
     def whole_class(self) -> tuple[str, str] | None:
-        """Always."""
         return self.split, self.class_name
 
     def images(self) -> Iterator[Image]:
@@ -87,13 +89,12 @@ class Group:
                 yield Image(self.split, self.class_name, file.name, size, data)
 
     def names(self) -> Iterator[Name]:
-        """The same without the bytes."""
         for file in self.files:
             yield Name(self.split, self.class_name, file.name)
 
 
 @dataclass(frozen=True)
-class ShardPart:
+class ShardPart(Part):
     """One file of a source that consists of shards; `below` is its path in the folder of all, without suffix."""
 
     location: Location
@@ -103,13 +104,7 @@ class ShardPart:
 
     @property
     def title(self) -> str:
-        """For people."""
         return self.below
-
-    @property
-    def whole_class(self) -> tuple[str, str] | None:
-        """None: a shard holds any class."""
-        return None
 
 
 def stamp_of(entries: Iterable[Entry]) -> str:

@@ -9,16 +9,7 @@ from dataclasses import dataclass, field
 
 from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.locations import Location
-from stages.data.sources.parts import (
-    Image,
-    Name,
-    Part,
-    ShardPart,
-    Unique,
-    check_class,
-    splits_of,
-    stamp_of,
-)
+from stages.data.sources.parts import Image, Name, Part, ShardPart, Unique, check_class, splits_of, stamp_of
 from stages.data.sources.tars import Member, members, opened
 from stages.runtime.command import StageError
 
@@ -56,7 +47,6 @@ class WebdatasetShard(ShardPart):
         yield from self._samples(with_bytes=True)
 
     def names(self) -> Iterator[Name]:
-        """The same without the bytes."""
         for image in self._samples(with_bytes=False):
             yield Name(image.split, image.class_name, image.name)
 

@@ -53,10 +53,7 @@ class ValidationResult:
 
 
 def judge(
-    images: pd.DataFrame,
-    batches: dict[str, Batch],
-    limits: Validate,
-    confirmation: Confirmation = pixel_confirmation,
+    images: pd.DataFrame, batches: dict[str, Batch], limits: Validate, confirmation: Confirmation = pixel_confirmation
 ) -> ValidationResult:
     """First each image by itself, then as a duplicate of those before it, then batches, classes and drift.
 
