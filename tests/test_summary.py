@@ -110,7 +110,7 @@ def test_the_server_starts_shows_the_links_and_ends_with_all_its_processes(tree:
     with urllib.request.urlopen(f"{address}/health") as answer:
         assert answer.status == 200
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 0
+    assert process.wait() == 0
     time.sleep(0.5)
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"{address}/health")

@@ -106,6 +106,12 @@ def written(folder: Path, pattern: str, by: "subprocess.Popen[Any]") -> Path:
     return next(folder.glob(pattern))
 
 
+def text_of(path: Path, by: "subprocess.Popen[Any]") -> str:
+    """What a process writes into a file, as soon as there is anything."""
+    until(lambda: path.exists() and path.read_text().strip(), by, f"it wrote {path}")
+    return path.read_text().strip()
+
+
 @contextmanager
 def held(path: Path) -> Iterator[None]:
     """Holds the lock of the file; whoever waits for it goes on after the block, also where the test fails in it."""

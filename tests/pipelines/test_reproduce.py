@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from pipelines.processes.flow_run import stage_names
-from tests.pipelines.processes.test_stage_process import ROOT, lives, wait_for
+from tests.pipelines.processes.test_stage_process import ROOT, lives
+from tests.workspace import text_of
 
 STAGES = ["ingest", "scan", "evaluate", "register"]
 
@@ -89,7 +90,7 @@ LAST_STATE = f"select type, message from flow_run_state where flow_run_id = {LAS
 
 def test_a_flow_runs_every_stage_and_shows_what_it_did(project: Path, prefect_home: Path) -> None:
     flow = start(project, prefect_home)
-    output = flow.communicate(timeout=200)[0]
+    output = flow.communicate()[0]
     assert flow.returncode == 0, output
     assert (project / "register").exists()
 
@@ -111,7 +112,7 @@ def test_a_flow_runs_every_stage_and_shows_what_it_did(project: Path, prefect_ho
 def test_a_stage_that_fails_ends_the_flow_with_its_last_words(project: Path, prefect_home: Path) -> None:
     change(project, "scan", "echo working; echo 'error: one.tar is damaged; dvc checkout restores it' >&2; exit 1")
     flow = start(project, prefect_home)
-    output = flow.communicate(timeout=200)[0]
+    output = flow.communicate()[0]
     assert flow.returncode == 1, output
     assert "\nerror: scan: one.tar is damaged; dvc checkout restores it\n" in output
     assert recorded(prefect_home, LAST_STATE) == [("FAILED", "scan: one.tar is damaged; dvc checkout restores it")]
@@ -121,22 +122,22 @@ def test_a_stage_that_fails_ends_the_flow_with_its_last_words(project: Path, pre
 def test_ctrl_c_stops_everything_that_the_stage_started(project: Path, prefect_home: Path) -> None:
     change(project, "scan", f"sleep 300 & echo $! > {project}/pid; wait; cp one scan")
     flow = start(project, prefect_home)
-    grandchild = int(wait_for(project / "pid"))
+    grandchild = int(text_of(project / "pid", flow))
     assert lives(grandchild)
     os.killpg(flow.pid, signal.SIGINT)  # what a terminal sends: to the flow and to Prefect's own API
-    output = flow.communicate(timeout=100)[0]
+    output = flow.communicate()[0]
     assert flow.returncode == 130, output
     assert not lives(grandchild)
     assert recorded(prefect_home, LAST_STATE) == [("CANCELLED", "scan: stopped by SIGINT")]
     # Nothing that DVC left locked keeps it from going on.
     change(project, "scan", "cp one scan")
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", "-s", "scan"], cwd=project, check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", "-s", "scan"], cwd=project, check=True)
 
 
 def test_wrong_params_are_one_message_before_anything_starts(project: Path, prefect_home: Path) -> None:
     (project / "params.yaml").write_text("batches: {2026-11-23: {role: pretrain, source: x}}")
     flow = start(project, prefect_home)
-    output = flow.communicate(timeout=60)[0]
+    output = flow.communicate()[0]
     assert flow.returncode == 1
     assert output.startswith("error: params.yaml: ")
     assert "2026-11-23" in output

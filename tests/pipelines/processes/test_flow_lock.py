@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from pipelines.processes import flow_lock as module
 from pipelines.processes.flow_lock import MARK, BusyError, clear_after_kill, exclusive, folder
+from stages.runtime import locks
 from tests.prefect_api import prefect_api, python
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,12 +65,12 @@ def test_a_second_holder_is_refused_and_told_by_whom(holder: tuple[subprocess.Po
         pass
 
 
-def test_who_has_the_lock_for_a_moment_only_is_waited_for(tmp_path: Path) -> None:
+def test_who_has_the_lock_for_a_moment_only_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with exclusive("work", root=tmp_path):
         pass
     with (folder("work", tmp_path) / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        threading.Timer(0.5, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        monkeypatch.setattr(locks.time, "sleep", lambda _: fcntl.flock(file, fcntl.LOCK_UN))  # while it waits
         with exclusive("work", root=tmp_path):
             pass
 

@@ -1,5 +1,7 @@
 """Children are kept running, and nothing is left of them."""
 
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,21 @@ def asked_when(condition: Callable[[], bool]) -> Stop:
     return Stop(also=condition, every=0)
 
 
+class Clock:
+    """A clock that stands still while nobody sleeps: what is late on a busy machine is not late here."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        """Seconds."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Lets as many seconds pass here, and a hundredth of one outside."""
+        self.now += seconds
+        time.sleep(0.01)
+
+
 def test_a_child_that_ends_is_started_again_and_its_lines_carry_its_name(tmp_path: Path) -> None:
     lines: list[str] = []
     ends_once = shell(
@@ -37,6 +54,8 @@ def test_a_server_that_hangs_is_started_again(tmp_path: Path, monkeypatch: pytes
     lines: list[str] = []
     monkeypatch.setattr(supervisor, "ASK_EVERY", 0.1)
     monkeypatch.setattr(supervisor, "HANGS", 0.5)
+    monkeypatch.setattr(supervisor, "START_WITHIN", math.inf)
+    monkeypatch.setattr(supervisor, "time", Clock())
     # One answer that is missing is no reason; from the fourth on none comes.
     said = iter([True, False, True])
     monkeypatch.setattr(supervisor, "answers", lambda _: next(said, lines.count("server   | up") == 2))
@@ -51,8 +70,9 @@ def test_who_keeps_ending_is_given_up_and_the_others_are_stopped(
 ) -> None:
     monkeypatch.setattr(supervisor, "TRIES", 2)
     other = shell("other", f"echo $$ > {tmp_path}/pid; exec sleep 300")
+    server = shell("server", f"until test -s {tmp_path}/pid; do sleep 0.05; done; echo no such thing; exit 3")
     with pytest.raises(StageError, match=r"server ended with exit code 3, 2 times in a row(.|\n)*no such thing"):
-        supervisor.keep_running([other, shell("server", "echo no such thing; exit 3")], other, Stop(), print)
+        supervisor.keep_running([other, server], other, Stop(), print)
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
