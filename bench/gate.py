@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stages.evaluation.gate import Result, judge
+from stages.evaluation.gate import Outcome, judge
 from stages.evaluation.metrics import Bools
 from stages.evaluation.predictions import VersionPredictions
 from stages.evaluation.statistics.intervals import wilson
@@ -35,7 +35,7 @@ class Scenario:
     """Two models: by how much the candidate differs in truth, and what is claimed of the verdict."""
 
     name: str
-    result: Result
+    result: Outcome
     claim: Literal["at most", "at least"]
     share: float
     """Of the draws that may, or shall, end with `result`."""

@@ -172,11 +172,11 @@ def _difference(original: Original, form: str, path: Path, samples: "Samples") -
     from stages.evaluation import exporting
 
     torch.set_num_threads(worker_count())
-    exported = exporting.opened(path, form, worker_count())
+    exported = exporting.open_exported(path, form, worker_count())
     assert exported is not None  # every ONNX Runtime has the CPU
     batches = _pixels(samples, original.config)
     shown = progress(batches, -(-len(samples) // BATCH), "held against the original, batches")
-    return exporting.compare(exporting.asked(original.model), exported, shown)
+    return exporting.compare(exporting.in_torch(original.model), exported, shown)
 
 
 def _pixels(samples: "Samples", config: dict[str, Any]) -> "Iterator[Pixels]":
@@ -198,13 +198,13 @@ def _on_cpu(original: Original, form: str, path: Path, pixels: "Pixels", threads
     from stages.evaluation import exporting
 
     torch.set_num_threads(threads)
-    exported = exporting.opened(path, form, threads)
+    exported = exporting.open_exported(path, form, threads)
     assert exported is not None
     return {
         "name": str(torch.cpu.get_capabilities().get("cpu_name", "of unknown kind")),
         "threads": threads,
         "exported": exporting.latency(exported, pixels),
-        "original": exporting.latency(exporting.asked(original.model), pixels),
+        "original": exporting.latency(exporting.in_torch(original.model), pixels),
     }
 
 
@@ -216,12 +216,12 @@ def _on_gpu(original: Original, form: str, path: Path, pixels: "Pixels") -> dict
 
     if not torch.cuda.is_available():
         return None
-    exported = exporting.opened(path, form, 1, "cuda")
+    exported = exporting.open_exported(path, form, 1, "cuda")
     return {
         "name": torch.cuda.get_device_name(),
         "exported": exporting.latency(exported, pixels) if exported else None,
         # The last use of the model: it stays on the GPU.
-        "original": exporting.latency(exporting.asked(original.model.to("cuda"), "cuda"), pixels),
+        "original": exporting.latency(exporting.in_torch(original.model.to("cuda"), "cuda"), pixels),
     }
 
 

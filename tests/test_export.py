@@ -137,7 +137,7 @@ def test_files_and_figures_are_recorded_with_the_version() -> None:
     for form, row in exports.items():
         stored = artifact(2, row["file"])
         assert row["images"] == 48 and row["changed"] == 0
-        assert row["max_probability_difference"] < exporting.MOST_DIFFERENT / 10
+        assert row["max_probability_difference"] < exporting.MAX_DIFFERENCE / 10
         assert row["max_logit_difference"] < 1e-3
         assert row["bytes"] == stored.stat().st_size
         assert row["original_bytes"] == Path("models/finetuned/model.safetensors").stat().st_size

@@ -1,11 +1,11 @@
-"""Which unlabelled images would teach most: those that the model is unsure of, and no two of them alike.
+"""Active learning: which unlabelled images to label first. Those the model is unsure of, and no two of them alike.
 
-In the manner of Zhdanov 2019 ("Diverse mini-batch Active Learning", arXiv:1902.05742): the most unsure images are kept
-as candidates while the delivery streams by, ten for each that is asked for, so that only their features are in memory:
-800 MB for a queue of 10,000 at 2,048 dimensions, however large the delivery. Among these the queue is drawn with
-k-means++ seeding, as BADGE draws its batches (Ash et al. 2020, arXiv:1906.03671), weighted by uncertainty and greedy
-(Arthur & Vassilvitskii 2007, section 5): plain seeding comes back to a picture of which there are many copies, and
-farthest-first traversal (CoreSet, Sener & Savarese 2018) begins with what is like nothing else.
+After Zhdanov 2019 ("Diverse mini-batch Active Learning", arXiv:1902.05742). The images are read once; the most unsure
+ones are kept as candidates, ten per image of the queue. Only their features are in memory: 800 MB for a queue of 10,000
+at 2,048 dimensions, however large the delivery. The queue is drawn from the candidates by k-means++ seeding, as BADGE
+draws its batches (Ash et al. 2020, arXiv:1906.03671), weighted by uncertainty and greedy (Arthur & Vassilvitskii 2007,
+section 5). Plain seeding would draw an image with many copies again; farthest-first traversal (CoreSet, Sener &
+Savarese 2018) would begin with outliers.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,25 +24,25 @@ Floats = npt.NDArray[np.floating]
 Int64 = npt.NDArray[np.int64]
 
 CANDIDATES = 10
-"""For each image asked for: Zhdanov's beta."""
+"""Candidates per image of the queue: Zhdanov's beta."""
 SAME = 1e-5
-"""Squared distance of unit vectors below which two are one: half precision tells them no further apart."""
+"""Unit vectors with a smaller squared distance count as the same: half precision does not separate them."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Images by their place among all that were asked, with what the model said."""
+    """Unlabelled images with the predictions of the model."""
 
     place: Int64
-    """(N,)"""
+    """(N,) index among all images of the pool."""
     uncertainty: npt.NDArray[np.float32]
-    """(N,) in 0-1: 1 less the margin between the two best probabilities."""
+    """(N,) in 0-1: 1 - (best probability - second best)."""
     classes: Int64
     """(N, 2) class ids of the two."""
     probabilities: npt.NDArray[np.float32]
     """(N, 2), best first."""
     features: npt.NDArray[np.float16]
-    """(N, D) of length 1: what the head sees."""
+    """(N, D) of length 1: the input of the head."""
 
     def __len__(self) -> int:
         return len(self.place)
@@ -54,56 +54,51 @@ class Candidates:
         )
 
     def most_unsure(self, most: int) -> "Candidates":
-        """At most so many, the most unsure first; of equally unsure ones, the earlier."""
+        """The first `most` rows, the most unsure first; of equally unsure ones, the earlier."""
         return self.at(np.lexsort((self.place, -self.uncertainty))[:most])
 
 
 def most_unsure(model: Classifier, images: Iterable[Tensor], most: int, compute: Compute) -> Candidates:
-    """Asks the model about all images, and keeps the most unsure ones.
+    """Predicts all images and keeps the most unsure ones.
 
-    The margin, best against second best, and not the entropy: with many classes entropy is made of the tail, and ranks
-    an image with no serious rival above one that is torn between two (Joshi et al. 2009, "Multi-class active learning
-    for image classification").
+    Uncertainty is the margin between the best two classes, not the entropy. With many classes the tail decides the
+    entropy, which ranks an image without a serious rival class above one between two classes (Joshi et al. 2009,
+    "Multi-class active learning for image classification").
 
     Args:
         model: on the device, in evaluation mode, of two classes or more.
-        images: batches (n, 3, S, S) uint8 on the device, in order of their places.
-        most: how many are kept; twice as many are in memory, and one batch.
+        images: batches (n, 3, S, S) uint8 on the device, in the order of the pool.
+        most: how many are kept; twice as many, and one batch, are in memory.
 
     Raises:
-        StageError: the model gives what is not a number.
+        StageError: the model gives NaN or infinity.
     """
     kept: list[Candidates] = []
-    for each in _asked(model, images, compute):
-        kept.append(each)
+    for batch in _predicted(model, images, compute):
+        kept.append(batch)
         if sum(map(len, kept)) >= 2 * most:
             kept = [_joined(kept).most_unsure(most)]
     return _joined(kept).most_unsure(most)
 
 
-def _asked(model: Classifier, images: Iterable[Tensor], compute: Compute) -> Iterator[Candidates]:
-    seen: list[Tensor] = []
-    hook = model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    place = 0
-    try:
-        with torch.inference_mode():
-            for batch in images:
-                with compute.autocast():
-                    logits = model(batch)
-                yield _said(logits, seen.pop().flatten(1).float(), place)
-                place += len(batch)
-    finally:
-        hook.remove()
+def _predicted(model: Classifier, images: Iterable[Tensor], compute: Compute) -> Iterator[Candidates]:
+    start = 0
+    with torch.inference_mode():
+        for batch in images:
+            with compute.autocast():
+                features, logits = model.features_and_logits(batch)
+            yield _candidates(features, logits, start)
+            start += len(batch)
 
 
-def _said(logits: Tensor, features: Tensor, place: int) -> Candidates:
+def _candidates(features: Tensor, logits: Tensor, start: int) -> Candidates:
     if not (logits.isfinite().all() and features.isfinite().all()):
         raise StageError(
             "models/finetuned gives what is not a number; its weights are damaged or its training diverged"
         )
     best, classes = logits.double().softmax(dim=1).topk(2, dim=1)
     return Candidates(
-        place=np.arange(place, place + len(logits)),
+        place=np.arange(start, start + len(logits)),
         uncertainty=(1 - (best[:, 0] - best[:, 1])).float().cpu().numpy(),
         classes=classes.cpu().numpy(),
         probabilities=best.float().cpu().numpy(),
@@ -123,10 +118,10 @@ def _joined(parts: list[Candidates]) -> Candidates:
 def diverse(features: Floats, weights: Floats, count: int, seed: int) -> Int64:
     """Rows in the order in which greedy weighted k-means++ draws them: at most `count`, none twice.
 
-    The first has the largest weight. For each next one, 2 + ln(count) are drawn with chances proportional to weight
-    times squared distance to the nearest taken so far, and the one is taken that leaves least of the sum of these. So
-    neither what looks like something taken already nor what looks like nothing else comes soon. Fewer than `count`
-    where all that is left has no weight, or is what was taken.
+    The first row has the largest weight. For each next one, 2 + ln(count) rows are drawn with chances proportional to
+    weight x squared distance to the nearest row taken; the one that leaves the smallest sum of these is taken. So
+    neither copies of taken rows nor outliers come early. Fewer than `count` rows if the rest has no weight or equals
+    rows taken.
 
     Args:
         features: (N, D) of length 1.
@@ -148,14 +143,14 @@ def diverse(features: Floats, weights: Floats, count: int, seed: int) -> Int64:
 
 
 def _drawn(mass: Floats, tries: int, generator: np.random.Generator) -> Int64:
-    # Among those with any mass only: the sum may be rounded beyond the last of them.
+    # Only rows with mass: the cumulated sum may be rounded beyond the last of them.
     (rows,) = np.nonzero(mass)
     ends = np.cumsum(mass[rows])
     return rows[np.minimum(np.searchsorted(ends, generator.random(tries) * ends[-1], side="right"), len(rows) - 1)]
 
 
 def _squared_distances(points: npt.NDArray[np.float32], rows: Int64) -> Floats:
-    """(N, R) of unit vectors to some of them; 0 to what is the same."""
+    """(N, R) squared distances of unit vectors to R of them; 0 to equal ones."""
     squared = 2 - 2 * (points @ points[rows].T).astype(np.float64)
     squared[rows, np.arange(len(rows))] = 0
     return np.where(squared > SAME, squared, 0)

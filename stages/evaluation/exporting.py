@@ -1,7 +1,7 @@
-"""Exporting: a classifier as one file that runs without this project, and what that file is held to.
+"""Exporting: a classifier as one file that runs without this project, and its comparison with the original.
 
-Whatever the runtime, it is asked alike: images (n, 3, S, S) uint8 in, logits (n, C) float32 out, both in the memory of
-the CPU, so that latencies of a GPU include both ways.
+Every runtime has the same interface: images (n, 3, S, S) uint8 in, logits (n, C) float32 out, both in CPU memory, so
+that latencies of a GPU include both copies.
 """
 
 import json
@@ -24,21 +24,20 @@ from stages.training.networks.models import Classifier
 
 Logits = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
-Ask = Callable[[Pixels], Logits]
+Predict = Callable[[Pixels], Logits]
 
 INPUT, OUTPUT = "images", "logits"
 """Names of the graph's input and output."""
 FACTS = "model.json"
-"""Under this name the facts about a model are within its file too: ONNX metadata, an extra file of pt2."""
+"""Name of the facts about the model inside its file: a key of ONNX metadata, an extra file of pt2."""
 MOST_OF_ONNX = 2**31 - 2**20
-"""Bytes of weights: a protobuf message may have 2 GiB, and the graph is in it as well."""
-MOST_DIFFERENT = 1e-3
-"""Of any probability, as when a version is examined: more than another order of summation changes, less than a wrong
-layer or normalisation does. Measured with ResNet-18 on 400 photos: 5e-7. A changed first place within it is a tie to
-three digits."""
+"""Bytes of weights: a protobuf message may have 2 GiB, and holds the graph as well."""
+MAX_DIFFERENCE = 1e-3
+"""Of any probability: above the effect of another order of summation, below that of a wrong layer or normalisation.
+Measured with ResNet-18 on 400 photos: 5e-7. A changed prediction within it is a tie to three digits."""
 WARM_UP = 3
 TIMED = 40
-"""Runs of which the median and the 95th percentile are taken."""
+"""Timed runs, for median and 95th percentile."""
 BATCH = 32
 
 
@@ -47,7 +46,7 @@ def write(model: Classifier, facts: Mapping[str, Any], form: str, path: Path) ->
 
     Args:
         model: on the CPU, in evaluation mode.
-        facts: what is kept within the file as `model.json`; `image_size` counts.
+        facts: kept inside the file as `model.json`; `image_size` and `architecture` are used.
         form: `onnx` (torch.onnx.export through torch.export, weights inside) or `pt2` (torch.export.save).
 
     Raises:
@@ -59,11 +58,11 @@ def write(model: Classifier, facts: Mapping[str, Any], form: str, path: Path) ->
     text = json.dumps(facts, ensure_ascii=False, sort_keys=True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what is deprecated within the exporters themselves
+            warnings.simplefilter("ignore")  # deprecations inside the exporters
             (_write_onnx if form == "onnx" else _write_pt2)(_exported_program(model, facts["image_size"]), text, path)
     except OSError:
         raise
-    except Exception as error:  # of any kind: what there is in the world that an exporter cannot translate
+    except Exception as error:  # exporters raise anything on unsupported operators
         first = next(iter(str(error).strip().splitlines()), "")
         raise StageError(
             f"{facts['architecture']} cannot be exported as {form} by torch {torch.__version__}: "
@@ -72,11 +71,11 @@ def write(model: Classifier, facts: Mapping[str, Any], form: str, path: Path) ->
 
 
 def _exported_program(model: Classifier, side: int) -> torch.export.ExportedProgram:
-    # Two images: torch.export takes a dimension of 0 or 1 for a constant.
+    # Two images: torch.export treats a dimension of 0 or 1 as a constant.
     example = (torch.zeros(2, 3, side, side, dtype=torch.uint8),)
     with torch.no_grad():
         program = torch.export.export(model, example, dynamic_shapes={INPUT: {0: torch.export.Dim("n", min=1)}})
-    for node in program.graph.nodes:  # where on this machine its line of code lies is nobody's business
+    for node in program.graph.nodes:  # paths of this machine
         node.meta.pop("stack_trace", None)
     return program
 
@@ -84,16 +83,16 @@ def _exported_program(model: Classifier, side: int) -> torch.export.ExportedProg
 def _write_onnx(program: torch.export.ExportedProgram, text: str, path: Path) -> None:
     import onnx
 
-    for name in ("onnxscript", "onnx_ir"):  # they tell of every pass over the graph
+    for name in ("onnxscript", "onnx_ir"):  # they log every pass over the graph
         logging.getLogger(name).setLevel(logging.WARNING)
     made = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
-    assert made is not None  # it is only with a file to write to
+    assert made is not None  # None only when it writes a file itself
     graph = made.model_proto
     for part in (*graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output):
-        del part.metadata_props[:]  # how PyTorch called what it was translated from
+        del part.metadata_props[:]  # PyTorch's names and paths
     for value in (*graph.graph.input, *graph.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "n"
-    del graph.graph.value_info[:]  # shapes in between, by another name of n; every runtime infers them
+    del graph.graph.value_info[:]  # intermediate shapes with another name of n; runtimes infer them
     onnx.helper.set_model_props(graph, {FACTS: text})
     onnx.checker.check_model(graph)
     path.write_bytes(graph.SerializeToString(deterministic=True))
@@ -104,21 +103,21 @@ def _write_pt2(program: torch.export.ExportedProgram, text: str, path: Path) -> 
         torch.export.save(program, file, extra_files={FACTS: text})
 
 
-# ----------------------------------------------------------------------------------------------------------- asking
+# ---------------------------------------------------------------------------------------------- predicting
 
 
-def asked(model: torch.nn.Module, device: str = "cpu") -> Ask:
-    """What a model says that is on the device already; in float32."""
+def in_torch(model: torch.nn.Module, device: str = "cpu") -> Predict:
+    """A model of PyTorch that is on the device already, in float32."""
 
-    def ask(images: Pixels) -> Logits:
+    def predict(images: Pixels) -> Logits:
         with torch.inference_mode():
             return model(torch.from_numpy(images).to(device)).cpu().numpy()
 
-    return ask
+    return predict
 
 
-def opened(path: Path, form: str, threads: int, device: str = "cpu") -> Ask | None:
-    """The file in a runtime of its own: ONNX Runtime, or what torch.export.load makes of it.
+def open_exported(path: Path, form: str, threads: int, device: str = "cpu") -> Predict | None:
+    """The file in its runtime: ONNX Runtime, or the module that torch.export.load gives.
 
     None where this ONNX Runtime cannot use the device.
 
@@ -131,7 +130,7 @@ def opened(path: Path, form: str, threads: int, device: str = "cpu") -> Ask | No
             program = torch.export.load(file)
         if device != "cpu":
             program = move_to_device_pass(program, device)
-        return asked(program.module(), device)
+        return in_torch(program.module(), device)
     import onnxruntime
 
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
@@ -140,7 +139,7 @@ def opened(path: Path, form: str, threads: int, device: str = "cpu") -> Ask | No
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=[provider])
-    if session.get_providers()[0] != provider:  # it goes back to the CPU and only logs that
+    if session.get_providers()[0] != provider:  # it falls back to the CPU and only logs that
         return None
     return lambda images: np.asarray(session.run([OUTPUT], {INPUT: images})[0])
 
@@ -150,19 +149,19 @@ def opened(path: Path, form: str, threads: int, device: str = "cpu") -> Ask | No
 
 @dataclass(frozen=True)
 class Difference:
-    """Between what two models say to the same images."""
+    """Between two models on the same images."""
 
     images: int
     logit: float
-    """The largest of any image and class, absolute."""
+    """Largest absolute difference of any image and class."""
     probability: float
     """The same of softmax(logits), 0-1."""
     changed: int
-    """Images with another class in the first place."""
+    """Images with another predicted class."""
 
 
-def compare(original: Ask, exported: Ask, batches: Iterable[Pixels]) -> Difference:
-    """Asks both about the same pixels (n, 3, S, S). What is no number counts as infinitely far away."""
+def compare(original: Predict, exported: Predict, batches: Iterable[Pixels]) -> Difference:
+    """Both models on the same pixels (n, 3, S, S). NaN counts as an infinite difference."""
     images = changed = 0
     logit = probability = 0.0
     for pixels in batches:
@@ -180,36 +179,36 @@ def _largest(differences: npt.NDArray[np.float64]) -> float:
 
 
 def check(difference: Difference, form: str) -> None:
-    """Holds the exported model to `MOST_DIFFERENT`.
+    """Checks the difference of the probabilities against `MAX_DIFFERENCE`.
 
     Raises:
-        StageError: it does not answer as the original does.
+        StageError: the exported model predicts otherwise.
     """
-    if not difference.probability <= MOST_DIFFERENT:
+    if not difference.probability <= MAX_DIFFERENCE:
         raise StageError(
             f"the {form} file does not answer as the registered model does: on {difference.images:,} test images its "
-            f"probabilities are up to {difference.probability:.3g} away (at most {MOST_DIFFERENT:g}), logits up to "
+            f"probabilities are up to {difference.probability:.3g} away (at most {MAX_DIFFERENCE:g}), logits up to "
             f"{difference.logit:.3g}, and {difference.changed:,} answers change. Nothing was kept of it; try the "
             f"other format"
         )
 
 
-def latency(ask: Ask, images: Pixels) -> dict[str, list[float]]:
+def latency(predict: Predict, images: Pixels) -> dict[str, list[float]]:
     """Milliseconds of one image and of a batch: median and 95th percentile of `TIMED` runs each, after a warm-up.
 
     Args:
-        images: (n, 3, S, S), of which the batch is made; one after the other, over and over where they are fewer.
+        images: (n, 3, S, S); the batch is made of them, repeated where they are fewer than a batch.
     """
     batch = np.ascontiguousarray(np.resize(images, (BATCH, *images.shape[1:])))
     singles = [batch[i : i + 1] for i in range(BATCH)]
-    return {"single_ms": _milliseconds(ask, singles), "batch_ms": _milliseconds(ask, [batch])}
+    return {"single_ms": _milliseconds(predict, singles), "batch_ms": _milliseconds(predict, [batch])}
 
 
-def _milliseconds(ask: Ask, inputs: list[Pixels]) -> list[float]:
+def _milliseconds(predict: Predict, inputs: list[Pixels]) -> list[float]:
     taken = []
     for i in range(WARM_UP + TIMED):
         began = time.perf_counter()
-        ask(inputs[i % len(inputs)])
+        predict(inputs[i % len(inputs)])
         taken.append(1000 * (time.perf_counter() - began))
     median, p95 = np.percentile(taken[WARM_UP:], [50, 95])
     return [round(float(median), 3), round(float(p95), 3)]

@@ -1,9 +1,9 @@
-"""The gate: what a version must show before a person is asked. A pure function of figures and of paired answers.
+"""The gate: what a version must show before a person decides. A pure function of figures and paired predictions.
 
-Absolute floors first. Then, against the version in force, image by image: not inferior on `test` by more than a margin,
-better on `test` or on the pooled `fresh` holdouts, and no class and no slice significantly worse. Each of the three is
-an exact test. A version that is better nowhere passes with probability at most `alpha`, an identical one never; one
-that is worse on `test` by the whole margin, but better on `fresh`, with at most `alpha_inferior`.
+First absolute floors. Then three exact tests against the version in force, image by image: not inferior on `test` by
+more than a margin; better on `test` or on the pooled `fresh` images; no class and no batch significantly worse. A
+version that is better nowhere passes with probability at most `alpha`, an identical one never. A version that is worse
+on `test` by the whole margin but better on `fresh` passes with probability at most `alpha_inferior`.
 """
 
 import hashlib
@@ -21,44 +21,44 @@ from stages.evaluation.predictions import VersionPredictions
 from stages.evaluation.statistics.intervals import holm, paired_interval, paired_p
 from stages.params.gate import Gate
 
-Result = Literal["passed", "failed", "inconclusive"]
+Outcome = Literal["passed", "failed", "inconclusive"]
 Kind = Literal["test", "fresh", "class", "batch"]
 
 MEGABYTE = 1_000_000
 SIZE = "size of the weights, MB"
 MOST_NAMED = 3
-"""Classes and slices that a condition names."""
+"""Classes and batches that a condition names."""
 MOST_CHARACTERS = 40
 """Of a name in a condition."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One line of the verdict: the figure is held against the bound."""
+    """One line of the verdict: the figure is compared with the bound."""
 
     name: str
     figure: float | None
     bound: float | None
-    result: Result
+    result: Outcome
     detail: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The two versions on some images that both answered."""
+    """Candidate and version in force on some images that both predicted."""
 
     kind: Kind
     """All of `test`, all of `fresh`, a class of `test`, or one batch of `fresh`."""
     name: str
     images: int
     now: int
-    """That the candidate has right."""
+    """Images that the candidate has right."""
     before: int
-    """That the version in force has right."""
+    """Images that the version in force has right."""
     won: int
-    """That only the candidate has right."""
+    """Images that only the candidate has right."""
     worse: float | None
-    """p that the candidate is worse by more than the margin, adjusted for all that were judged; None: not judged."""
+    """p that the candidate is worse by more than the margin, adjusted for all comparisons tested; None: not tested."""
 
     @property
     def lost(self) -> int:
@@ -67,7 +67,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Of the accuracies; 0 of no images."""
+        """Accuracy of the candidate less that of the version in force; 0 without images."""
         return (self.now - self.before) / self.images if self.images else 0.0
 
 
@@ -75,21 +75,21 @@ class Comparison:
 class Verdict:
     """`failed` where any condition failed, else `inconclusive` where any is, else `passed`."""
 
-    result: Result
+    result: Outcome
     conditions: tuple[Condition, ...]
     comparisons: tuple[Comparison, ...]
-    """`test`, `fresh`, then classes and batches of `fresh`; none where nothing could be compared."""
+    """`test`, `fresh`, then classes of test and batches of fresh; none where nothing could be compared."""
     alpha: float
     margin: float
     min_n: int
     candidate: str
     """sha256 of the weights judged."""
     in_force: str | None
-    """sha256 of the weights it was held against: the verdict is stale once another version is in force."""
+    """sha256 of the weights compared with: the verdict is stale once another version is in force."""
     test_set: str
     """The digest of the test images and their labels."""
     decisions: int
-    """How many decisions this test set has taken, this one included."""
+    """How many decisions were taken on this test set, this one included."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `gate.json` holds them."""
@@ -108,9 +108,9 @@ class Verdict:
         return Verdict(**{**values, "conditions": conditions, "comparisons": comparisons})
 
 
-def test_set(answers: VersionPredictions) -> str:
+def test_set(predictions: VersionPredictions) -> str:
     """Digest of the test images and their labels: verdicts with the same one were taken on the same test set."""
-    images = zip(answers.keys, answers.labels.tolist(), answers.test.tolist(), strict=True)
+    images = zip(predictions.keys, predictions.labels.tolist(), predictions.test.tolist(), strict=True)
     lines = "".join(f"{key}\0{label}\n" for key, label, of_test in images if of_test)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -128,16 +128,16 @@ def judge(
     """Whether a version may go before a person.
 
     Args:
-        candidate: its answers to the images of `test` and `fresh`.
+        candidate: its predictions on `test` and `fresh`.
         figures: `test` of its reports/metrics.json; read are `top1`, `worst_class_recall` and `ece`.
         size_bytes: of its weights.
         latency_ms: of one image, median.
-        in_force: the answers of the version in force; None where there is none, and the floors decide alone.
+        in_force: those of the version in force; None: there is none, and the floors decide alone.
         decisions: taken on this test set so far, this one included.
         classes: names by label.
 
     Raises:
-        ValueError: figures and answers are not of the same evaluation.
+        ValueError: figures and predictions are not of the same evaluation.
     """
     right, top1 = float(candidate.correct[candidate.test].mean()), _number(figures.get("top1"))
     if top1 is None or abs(top1 - right) > 1e-4:
@@ -197,7 +197,7 @@ def _number(figure: float | None) -> float | None:
 
 
 def _test_sets_differ(candidate: VersionPredictions, in_force: VersionPredictions) -> str:
-    """What keeps the two from being compared; empty where they answered the same test images under the same labels."""
+    """Why the two cannot be compared; empty where they predicted the same test images with the same labels."""
     if _same_images(candidate, in_force):
         return ""
     here, there = (
@@ -223,7 +223,7 @@ def _same_images(one: VersionPredictions, other: VersionPredictions) -> bool:
 def _comparisons(
     candidate: VersionPredictions, in_force: VersionPredictions, params: Gate, classes: Sequence[str]
 ) -> list[Comparison]:
-    """Of all of `test`, all of `fresh`, each class of `test` and each batch of `fresh`, on what both answered."""
+    """All of `test`, all of `fresh`, each class of `test`, each batch of `fresh`: on images that both predicted."""
     there = (
         np.arange(len(candidate.keys))
         if candidate.keys == in_force.keys
@@ -255,15 +255,15 @@ def _counted(now: Bools, before: Bools) -> tuple[int, int, int, int]:
 
 
 def _worse(counts: Sequence[Sequence[int]], params: Gate) -> list[float | None]:
-    """p that it is worse by more than the margin, of each slice with enough images, adjusted for all of these."""
+    """p of being worse by more than the margin, of each comparison with enough images, adjusted for all of these."""
     judged = [i for i, (images, *_) in enumerate(counts) if images >= params.min_n]
     p_values: list[float] = []
     for i in judged:
         images, now, before, won = counts[i]
-        # Where it is not even worse by the margin there is no evidence, and 1 spares thousands of classes the test.
-        points_there = before - now > params.margin * images
+        # Without a loss beyond the margin p is near 1 anyway; not computing it saves thousands of classes the test.
+        beyond_margin = before - now > params.margin * images
         level = params.alpha / len(judged)
-        p_values.append(paired_p(won - now + before, won, images, params.margin, level) if points_there else 1.0)
+        p_values.append(paired_p(won - now + before, won, images, params.margin, level) if beyond_margin else 1.0)
     adjusted: list[float | None] = [None] * len(counts)
     for i, p in zip(judged, holm(p_values).tolist(), strict=True):
         adjusted[i] = p
@@ -281,7 +281,7 @@ def _compared(comparisons: Sequence[Comparison], of_fresh: int, params: Gate) ->
 
 
 def _not_inferior(test: Comparison, params: Gate) -> Condition:
-    """Passed where worse by more than the margin is ruled out, failed where it is shown."""
+    """Passed if "worse by more than the margin" is rejected, failed if it is significant, else inconclusive."""
     margin, level = params.margin, params.alpha_inferior
     shown = paired_p(test.won, test.lost, test.images, -margin, level)
     violated = paired_p(test.lost, test.won, test.images, margin, params.alpha)
@@ -296,7 +296,7 @@ def _not_inferior(test: Comparison, params: Gate) -> Condition:
 
 
 def _images_needed(test: Comparison, params: Gate) -> str:
-    """So that nobody waits for what a test set cannot show."""
+    """How many test images would be enough; empty where there are enough."""
     if not params.margin or not test.images:
         return ""
     share = (test.won + test.lost) / test.images
@@ -310,17 +310,17 @@ def _images_needed(test: Comparison, params: Gate) -> str:
 
 
 def _better(test: Comparison, fresh: Comparison, of_fresh: int, alpha: float) -> Condition:
-    """Exact McNemar tests on test and, where both answered fresh images, on fresh; Holm over the two.
+    """Exact McNemar tests on test and, where both predicted fresh images, on fresh; Holm over the two.
 
-    `of_fresh` is how many fresh images the candidate has answered.
+    `of_fresh` is the number of fresh images that the candidate predicted.
     """
-    asked = [test, fresh] if fresh.images else [test]
-    p_values = [_mcnemar(each) for each in asked]
+    tested = [test, fresh] if fresh.images else [test]
+    p_values = [_mcnemar(each) for each in tested]
     adjusted = holm(p_values)
     parts = [
         f"{each.name}: {each.won:,} images gained, {each.lost:,} lost, p = {p:.2g}"
-        + (f" (Holm {a:.2g})" if len(asked) > 1 else "")
-        for each, p, a in zip(asked, p_values, adjusted.tolist(), strict=True)
+        + (f" (Holm {a:.2g})" if len(tested) > 1 else "")
+        for each, p, a in zip(tested, p_values, adjusted.tolist(), strict=True)
     ]
     if not of_fresh:
         parts.append("there are no fresh images")
@@ -328,7 +328,7 @@ def _better(test: Comparison, fresh: Comparison, of_fresh: int, alpha: float) ->
         answered = f"{fresh.images:,} were" if fresh.images else "none was"
         parts.append(f"of {of_fresh:,} fresh images {answered} answered by both")
     smallest = float(adjusted.min())
-    passed: Result = "passed" if smallest <= alpha else "inconclusive"
+    passed: Outcome = "passed" if smallest <= alpha else "inconclusive"
     return Condition("better on test or on fresh", smallest, alpha, passed, "; ".join(parts))
 
 
@@ -337,7 +337,7 @@ def _mcnemar(each: Comparison) -> float:
 
 
 def _no_slice_worse(slices: Sequence[Comparison], params: Gate) -> Condition:
-    """Failed where any is worse by more than the margin, with a joint error rate of alpha."""
+    """Failed if any is significantly worse by more than the margin, with a joint error rate of alpha."""
     name = "no class or slice worse"
     judged = [each for each in slices if each.worse is not None]
     count = f"{len(judged):,} judged" + (
@@ -372,6 +372,6 @@ def _points(share: float) -> str:
     return f"{100 * share:+.1f} points"
 
 
-def _worst(results: list[Result]) -> Result:
-    order: tuple[Result, ...] = ("failed", "inconclusive", "passed")
+def _worst(results: list[Outcome]) -> Outcome:
+    order: tuple[Outcome, ...] = ("failed", "inconclusive", "passed")
     return next(result for result in order if result in results)
