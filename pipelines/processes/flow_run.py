@@ -39,9 +39,6 @@ _HINT = re.compile(
 )
 
 
-# ------------------------------------------------------------------------------------------------- the run as a whole
-
-
 def flow_stop() -> Stop:
     """A stop that a signal asks for, or Cancel in Prefect where a server is named."""
     return Stop(also=_cancelled_in_prefect if os.environ.get("PREFECT_API_URL") else None)
@@ -80,9 +77,6 @@ def _start_api() -> None:
             client.hello()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-# ------------------------------------------------------------------------------------------------ stages and commands
 
 
 def stage_names(path: Path = Path("dvc.yaml")) -> list[str]:

@@ -105,7 +105,7 @@ def run_streamed(
         pass_fds=pass_fds,
     )
     assert process.stdout is not None
-    reader = threading.Thread(target=_pass_on, args=(process.stdout, on_line), daemon=True)
+    reader = threading.Thread(target=pass_lines_on, args=(process.stdout, on_line), daemon=True)
     reader.start()
     try:
         while process.poll() is None and not stop.asked():
@@ -119,10 +119,11 @@ def run_streamed(
     return process.wait()
 
 
-def _pass_on(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
-    descriptor = stream.fileno()
-    for line in split_lines(iter(lambda: os.read(descriptor, 65536), b"")):
-        on_line(line)
+def pass_lines_on(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
+    """Calls `on_line` with each line of a process's output as soon as it is there, until the end."""
+    with stream:
+        for line in split_lines(iter(lambda: os.read(stream.fileno(), 65536), b"")):
+            on_line(line)
 
 
 def split_lines(chunks: Iterable[bytes]) -> Iterator[str]:

@@ -1,16 +1,15 @@
 """Keeps the servers and the flows' process running: what ends or hangs is started again; a stop leaves nothing."""
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from subprocess import PIPE, Popen
-from typing import IO
 
 from pipelines.processes.flow_lock import at_work, clear_after_kill
 from pipelines.processes.servers import START_WITHIN, Service, answers, start, stop
-from pipelines.processes.stage_process import Stop, split_lines
+from pipelines.processes.stage_process import Stop, pass_lines_on
 from stages.runtime.command import StageError
 
 FLOWS = ("retrain", "reconcile", "verify")
@@ -49,7 +48,8 @@ class Child:
         self.ready = not self.service.health
         self.last_lines.clear()
         assert self.process.stdout is not None
-        threading.Thread(target=self._pass_on, args=(self.process.stdout, log), daemon=True).start()
+        on_line = partial(self._log_line, log=log)
+        threading.Thread(target=pass_lines_on, args=(self.process.stdout, on_line), daemon=True).start()
 
     def check(self, log: Log) -> None:
         """Starts it when it is due, and checks whether it is ready, has ended or hangs.
@@ -89,12 +89,9 @@ class Child:
         self.start_after = time.monotonic() + pause
         log(f"schedule | {name} {how}; starting it again in {pause:.0f} s")
 
-    def _pass_on(self, stream: IO[bytes], log: Log) -> None:
-        descriptor = stream.fileno()
-        with stream:
-            for line in split_lines(iter(lambda: os.read(descriptor, 65536), b"")):
-                self.last_lines[:] = [*self.last_lines[-9:], line]
-                log(f"{self.service.name:8} | {line}")
+    def _log_line(self, line: str, log: Log) -> None:
+        self.last_lines[:] = [*self.last_lines[-9:], line]
+        log(f"{self.service.name:8} | {line}")
 
 
 def keep_running(servers: Sequence[Service], flows: Service, stop: Stop, log: Log) -> None:

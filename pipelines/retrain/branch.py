@@ -130,9 +130,6 @@ def model_of(folder: Path, commit: str) -> str:
     return worktree.trailer(folder, commit, TRAILER)
 
 
-# ------------------------------------------------------------------------------------------------------------ merging
-
-
 def _merge(tree: Path, branches: Branches) -> None:
     ours, theirs = branches.start, branches.base_tip
     texts = _three(tree, ours, theirs, LOCK)

@@ -16,9 +16,6 @@ _FOREIGN_LOCK = 3.0
 """Seconds after which a lock in the repository, which other processes use too, counts as left by a kill."""
 
 
-# ------------------------------------------------------------------------------------------------------ what is there
-
-
 def check_root(folder: Path) -> None:
     """Raises StageError unless `folder` is the root of a git checkout with a commit."""
     try:
@@ -60,9 +57,6 @@ def checked_out(folder: Path, branch: str, besides: Path) -> Path | None:
         if lines.get("branch") == f"refs/heads/{branch}" and where.resolve() != besides.resolve() and where.is_dir():
             return where
     return None
-
-
-# ------------------------------------------------------------------------------------------------------------ the tree
 
 
 def open_tree(root: Path, tree: Path, commit: str) -> None:
@@ -132,9 +126,6 @@ def default_remote(root: Path) -> str:
 
 def _dvc_config(checkout: Path) -> Config:
     return Config(str(checkout / ".dvc"), validate=False)  # `dvc` itself does that, and says more about it
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def commit_all(tree: Path, paths: list[str], message: str) -> str:

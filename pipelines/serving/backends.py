@@ -133,9 +133,6 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
         return b"(a line too long to be shown)\n"
 
 
-# ---------------------------------------------------------------------------------------------------------- its model
-
-
 def fetch(version: Version, store: Path) -> Path:
     """The model of a version in a folder of its own below `store`; downloaded unless it is there already.
 

@@ -96,18 +96,20 @@ class Proxy:
         return JSONResponse({"error": f"the model's process broke off its answer, {ATTEMPTS} times in a row"}, 502)
 
     async def _try(self, request: Request, body: bytes) -> Response | None:
-        """None where the backend ended before it had answered."""
-        backend = await self._acquire()
-        if backend is None:
-            return self._unavailable()
-        try:
-            return await self._forward(backend, request, body)
-        except httpx.TransportError:
-            with suppress(TimeoutError):  # its end is seen in a moment
-                await asyncio.wait_for(backend.process.wait(), timeout=5)
-            return None
-        finally:
-            backend.in_flight -= 1
+        """None where the backend broke off its answer."""
+        until = time.monotonic() + PATIENCE
+        while backend := await self._acquire():
+            try:
+                return await self._forward(backend, request, body)
+            except httpx.TransportError as error:
+                with suppress(TimeoutError):  # its end is seen in a moment
+                    await asyncio.wait_for(backend.process.wait(), timeout=5)
+                # Where it could not connect, the backend had died before: that was not because of this request.
+                if not isinstance(error, httpx.ConnectError) or time.monotonic() > until:
+                    return None
+            finally:
+                backend.in_flight -= 1
+        return self._unavailable()
 
     async def _forward(self, backend: Backend, request: Request, body: bytes) -> Response:
         url = f"http://{HOST}:{backend.port}{request.url.path}" + (f"?{request.url.query}" if request.url.query else "")
