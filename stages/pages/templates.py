@@ -15,37 +15,44 @@ from markupsafe import Markup, escape
 from stages.pages import text
 
 
-def render(template: Path, finalize: Callable[[object], object] | None = None, **values: Any) -> str:
-    """The template with these values. The same values give the same bytes.
+def render(template: Path, **values: Any) -> str:
+    """A page of HTML; values are escaped. The same values give the same bytes.
 
     Args:
-        template: `*.html.j2` is escaped, others are not. It may use templates beside it and in this folder.
-        finalize: applied to every value that is written.
+        template: may extend, import and include what lies beside it or in this folder.
 
     Raises:
         jinja2.UndefinedError: the template uses a name that is not among `values`.
     """
-    return _environment(template.parent, finalize).get_template(template.name).render(values)
+    return _environment(template.parent, html=True).get_template(template.name).render(values)
+
+
+def render_markdown(template: Path, **values: Any) -> str:
+    """The same for Markdown: no value can end its table cell nor begin HTML."""
+    return _environment(template.parent, html=False).get_template(template.name).render(values)
 
 
 @cache
-def _environment(folder: Path, finalize: Callable[[object], object] | None) -> Environment:
+def _environment(folder: Path, html: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader([folder, Path(__file__).parent]),
-        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
+        autoescape=html,
         undefined=StrictUndefined,
-        finalize=finalize,
+        finalize=None if html else _markdown_cell,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
-        "percent": _unbreakable(text.percent), "percent_range": _unbreakable(text.percent_range),
-        "points": text.points, "signed": text.signed, "decimal": text.decimal, "count": text.count,
-        "thousands": text.thousands, "words": text.words, "shortened": text.shortened,
-        "breakable": breakable, "data_uri": data_uri,
-    }  # fmt: skip
+    plain = (text.points, text.signed, text.decimal, text.count, text.thousands, text.words, text.shortened)
+    shares = (text.percent, text.percent_range)
+    environment.filters |= {each.__name__: each for each in (*plain, *shares, breakable, data_uri)}
+    if html:
+        environment.filters |= {each.__name__: _unbreakable(each) for each in shares}
     return environment
+
+
+def _markdown_cell(value: object) -> object:
+    return value.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") if isinstance(value, str) else value
 
 
 def data_uri(encoded: bytes, kind: str = "jpeg") -> str:

@@ -1,6 +1,6 @@
 """Two versions side by side, as the card and review.html show them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,40 +25,32 @@ FIGURES = {
 def comparison_rows(verdict: Verdict) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """The comparisons as people read them: overall, by class, and by batch of fresh images."""
     compared = [each for each in verdict.comparisons if each.images]
-    rows = list(map(_row, compared, *_ends(compared, verdict)))
-    by_kind = {
-        kind: [row for row, each in zip(rows, compared, strict=True) if each.kind == kind]
-        for kind in ("test", "fresh", "class", "batch")
-    }
-    return by_kind["test"] + by_kind["fresh"], by_kind["class"], by_kind["batch"]
-
-
-def _ends(compared: Sequence[Comparison], verdict: Verdict) -> list[list[tuple[float, float]]]:
-    """Intervals of accuracy before and now, and of the difference, for each comparison."""
     counts = np.array([(c.images, c.before, c.now, c.won, c.lost) for c in compared], dtype=np.int64).reshape(-1, 5)
     images, before, now, won, lost = counts.T
     confidence = 1 - verdict.alpha
-    ends = (
-        wilson(before, images, confidence),
-        wilson(now, images, confidence),
-        paired_interval(won, lost, images, confidence),
-    )
-    return [list(zip(low.tolist(), high.tolist(), strict=True)) for low, high in ends]
+    intervals = wilson(before, images, confidence), wilson(now, images, confidence)
+    ends = np.stack([*intervals[0], *intervals[1], *paired_interval(won, lost, images, confidence)], axis=1)
+    rows = [(each.kind, _row(each, *low_high)) for each, low_high in zip(compared, ends.tolist(), strict=True)]
+
+    def of(wanted: str) -> list[dict[str, Any]]:
+        return [row for kind, row in rows if kind == wanted]
+
+    return of("test") + of("fresh"), of("class"), of("batch")
 
 
-def _row(
-    each: Comparison, before: tuple[float, float], now: tuple[float, float], difference: tuple[float, float]
-) -> dict[str, Any]:
+def _row(each: Comparison, *ends: float) -> dict[str, Any]:
+    """Text and numbers. `ends` are low and high of accuracy before, of accuracy now, and of the difference."""
+    before, now = each.before / each.images, each.now / each.images
     return {
         "name": each.name,
         "images": f"{each.images:,}",
-        "before": with_interval(each.before / each.images, *before),
-        "now": with_interval(each.now / each.images, *now),
-        "before_only": percent(each.before / each.images),
-        "now_only": percent(each.now / each.images),
+        "before": with_interval(before, *ends[:2]),
+        "now": with_interval(now, *ends[2:4]),
+        "before_only": percent(before),
+        "now_only": percent(now),
         "points": 100 * each.difference,
         "difference": f"{100 * each.difference:+.1f}",
-        "range": f"{100 * difference[0]:+.1f} … {100 * difference[1]:+.1f}",
+        "range": f"{100 * ends[4]:+.1f} … {100 * ends[5]:+.1f}",
         "won": each.won,
         "lost": each.lost,
         "both": each.now - each.won,
@@ -91,4 +83,5 @@ def _figure(figures: Mapping[str, float | None], key: str) -> str:
 
 
 def with_interval(share: float, low: float, high: float) -> str:
+    """`85.3 % (83.4 – 88.8)`."""
     return f"{percent(share)} ({100 * low:.1f} – {100 * high:.1f})"

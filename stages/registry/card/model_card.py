@@ -5,6 +5,7 @@ at most 5,000 characters long: more does not fit into MLflow's own column on Pos
 fits. The verdict with the comparison comes first, and whatever is too long, it is never cut.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import numpy as np
 
 from stages.evaluation.predictions import VersionPredictions
 from stages.evaluation.statistics.intervals import wilson
-from stages.pages import templates
-from stages.pages.text import percent, percent_range, shortened
+from stages.pages.templates import render_markdown
+from stages.pages.text import ABSENT, percent, shortened
 from stages.registry.card.comparison import comparison_rows, figure_rows, with_interval
 from stages.registry.gate_review import BatchCounts, Candidate, Review, class_name
 
@@ -26,7 +27,11 @@ ROWS = (6, 4, 3, 2, 1)
 SECOND_PART = "### This model\n"
 """Begins what stays of a card when the gate is taken again."""
 CUT = "\n\nThere is more than fits here: see the run.\n"
-SPLITS = ("train", "val", "test", "fresh")
+MODELS = {
+    "before": "before fine-tuning (frozen backbone, nearest class mean)",
+    "test": "**fine-tuned: this model**",
+    "scratch": "from scratch (same recipe)",
+}
 SIGNS = {"passed": "✓ passed", "failed": "✗ **failed**", "inconclusive": "? inconclusive"}
 
 
@@ -96,7 +101,7 @@ def weakest_classes(answers: VersionPredictions, classes: Sequence[str], count: 
 
 
 def _taken_for(predicted: np.ndarray, classes: Sequence[str]) -> str:
-    return class_name(classes, int(np.bincount(predicted).argmax())) if len(predicted) else "–"
+    return class_name(classes, int(np.bincount(predicted).argmax())) if len(predicted) else ABSENT
 
 
 # ------------------------------------------------------------------------------------------------ the model itself
@@ -104,72 +109,40 @@ def _taken_for(predicted: np.ndarray, classes: Sequence[str]) -> str:
 
 def _model_part(candidate: Candidate, review: Review, links: Mapping[str, str], rows: int) -> str:
     reasons = sorted(candidate.quarantined.items(), key=lambda item: (-item[1], item[0]))
-    test = candidate.metrics.get("test", {})
+    metrics = candidate.metrics
+    parts = [(label, metrics.get(part) or {}) for part, label in MODELS.items()]
     values = {
         "heading": SECOND_PART.strip(),
-        "confidence": percent(candidate.confidence, digits=0),
-        "test_images": f"{int(review.candidate.test.sum()):,}",
-        "accuracy": _accuracy_rows(candidate.metrics),
-        "figures": _figures(test),
-        "architecture": candidate.config["architecture"],
-        "image_size": candidate.config["image_size"],
-        "classes": f"{len(candidate.config['classes']):,}",
-        "latency": "median {:.1f} ms, 95 % within {:.1f} ms".format(*candidate.latency_ms),
-        "reproduce": _reproduce(candidate.git),
-        "links": list(links.items()),
+        "config": candidate.config,
+        "latency_ms": candidate.latency_ms,
+        "confidence": candidate.confidence,
+        "test_images": review.candidate.test.sum(),
+        "accuracy": [(label, figures) for label, figures in parts if figures.get("top1") is not None],
+        "figures": _figures(metrics.get("test", {})),
+        "commit": candidate.git.get("git.commit"),
+        "dirty": candidate.git.get("git.dirty"),
+        "links": links,
         "batches": _batch_rows(candidate.batches, rows),
-        "quarantine_line": _quarantine_line(candidate.metrics.get("data", {})),
-        "quarantined": [{"reason": reason, "images": f"{n:,}"} for reason, n in reasons[:rows]],
+        "data": metrics.get("data", {}),
+        "quarantined": reasons[:rows],
         "more_reasons": len(reasons[rows:]),
         "drift": _drift_lines(candidate.validation.get("batches", {}), rows),
     }
     return _markdown("model_card.md.j2", values)
 
 
-def _accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
-    labels = {
-        "before": "before fine-tuning (frozen backbone, nearest class mean)",
-        "test": "**fine-tuned: this model**",
-        "scratch": "from scratch (same recipe)",
-    }
-    found = [(label, metrics.get(part) or {}) for part, label in labels.items()]
-    return [
-        {"label": label, "top1": percent(part["top1"]), "interval": _interval(part)}
-        for label, part in found
-        if part.get("top1") is not None
-    ]
-
-
-def _interval(part: Mapping[str, Any]) -> str:
-    low, high = part.get("top1_low"), part.get("top1_high")
-    return "" if low is None or high is None else percent_range(low, high)
-
-
-def _figures(test: Mapping[str, Any]) -> str:
+def _figures(test: Mapping[str, Any]) -> list[str]:
     shares = {"top5": "top-5", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy"}
     parts = [f"{label} {percent(test[key])}" for key, label in shares.items() if test.get(key) is not None]
-    parts += [f"{key.upper()} {test[key]:.3f}" for key in ("ece", "nll") if test.get(key) is not None]
-    return ", ".join(parts)
+    return parts + [f"{key.upper()} {test[key]:.3f}" for key in ("ece", "nll") if test.get(key) is not None]
 
 
-def _batch_rows(batches: Sequence[BatchCounts], rows: int) -> list[dict[str, str]]:
-    """The newest, one by one, and the sum of all before them."""
+def _batch_rows(batches: Sequence[BatchCounts], rows: int) -> list[tuple[str, str, Mapping[str, int]]]:
+    """Name, role and counts of the newest, one by one, and the sum of all before them."""
     newest, earlier = batches[-rows:], batches[:-rows]
-    shown = [{"batch": each.name, "role": each.role, **_counts(each.counts)} for each in newest]
-    if earlier:
-        total = {split: sum(each.counts.get(split, 0) for each in earlier) for split in SPLITS}
-        shown.insert(0, {"batch": f"{len(earlier):,} earlier", "role": "", **_counts(total)})
-    return shown
-
-
-def _counts(counts: Mapping[str, int]) -> dict[str, str]:
-    return {split: f"{counts[split]:,}" if counts.get(split) else "–" for split in SPLITS}
-
-
-def _quarantine_line(data: Mapping[str, Any]) -> str:
-    if data.get("accepted") is None:
-        return ""
-    return f"{data['accepted']:,} images accepted, {data['quarantined']:,} quarantined."
+    shown: list[tuple[str, str, Mapping[str, int]]] = [(each.name, each.role, each.counts) for each in newest]
+    total = sum((Counter(each.counts) for each in earlier), Counter())
+    return [(f"{len(earlier):,} earlier", "", total), *shown] if earlier else shown
 
 
 def _drift_lines(batches: Mapping[str, Any], rows: int) -> list[str]:
@@ -192,31 +165,10 @@ def _drift_lines(batches: Mapping[str, Any], rows: int) -> list[str]:
     return lines
 
 
-def _reproduce(git: Mapping[str, str]) -> str:
-    commit = git.get("git.commit")
-    if not commit:
-        return "Made outside a git repository: it cannot be derived again from a commit."
-    if git.get("git.dirty"):
-        return (
-            f"Made from commit `{commit[:12]}` **with uncommitted changes**: the commit alone does not give this model."
-        )
-    return (
-        f"Commit `{commit}`: `git checkout {commit} && dvc pull --run-cache; make repro`. "
-        "`python -m pipelines.verify VERSION` does it in a place of its own and compares every byte of the weights."
-    )
-
-
 # -------------------------------------------------------------------------------------------------------- Markdown
 
 
 def _markdown(template: str, values: Mapping[str, Any]) -> str:
-    text = templates.render(Path(__file__).with_name(template), markdown_cell, **values).strip() + "\n"
+    text = render_markdown(Path(__file__).with_name(template), **values).strip() + "\n"
     # MLflow shows table cells without any padding, and trims blanks: an em space behind each keeps columns apart.
     return "\n".join(line.replace(" |", "&emsp;|") if line.startswith("| ") else line for line in text.split("\n"))
-
-
-def markdown_cell(value: object) -> object:
-    """Text that cannot end its table cell nor begin HTML, whatever a class is called."""
-    if not isinstance(value, str):
-        return value
-    return value.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
