@@ -9,7 +9,8 @@ import numpy as np
 import yaml
 
 from bench.rounds import ROOT
-from stages.data.raw.facts import ACCEPTED, read_table, write_table
+from stages.data.raw.facts import ACCEPTED
+from stages.runtime.tables import read_table, write_table
 from tests.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from bench.rounds import machine
-from stages.data.raw.facts import ACCEPTED, QUARANTINE, write_table
+from stages.data.raw.facts import ACCEPTED, QUARANTINE
 from stages.data.shards.loading.samples.index import Samples
 from stages.evaluation import evaluating
 from stages.evaluation.evaluator import EvaluationInputs, Result, Section
@@ -32,6 +32,7 @@ from stages.evaluation.training_pass import TrainingPredictions
 from stages.pages.images import thumbnail
 from stages.params.evaluate import Evaluate
 from stages.runtime import layout
+from stages.runtime.tables import write_table
 
 GROUP = 10
 SIDE = 224

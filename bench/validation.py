@@ -26,8 +26,9 @@ import yaml
 from bench.made_up_facts import Planted, made_up_facts, write_pictures
 from bench.memory import sampled_memory
 from bench.rounds import ROOT, machine, versions
-from stages.data.raw.facts import FACTS, read_table, write_table
+from stages.data.raw.facts import FACTS
 from stages.runtime.files import sha256, write_json
+from stages.runtime.tables import read_table, write_table
 
 GOALS = {"seconds": 180.0, "peak_gb": 6.0, "page_mb": 5.0}
 FIRST, SECOND = "imagenet", "fresh"

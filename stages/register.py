@@ -190,8 +190,8 @@ def _test_images() -> tuple[list[str], list[bytes], Any]:
 
 
 def _candidate(model_sha256: str, confidence: float, latency_ms: tuple[float, float]) -> "Candidate":
-    from stages.data.raw.facts import read_table
     from stages.registry.gate_review import BatchCounts, Candidate
+    from stages.runtime.tables import read_table
 
     quarantine = read_table(Path("data/quarantine.parquet"))
     sets = [(role, each) for role in ("pretrain", "finetune") for each in lineage.training_data(role)]

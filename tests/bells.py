@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from stages import register
-from stages.data.raw.facts import QUARANTINE, write_table
+from stages.data.raw.facts import QUARANTINE
 from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.writing import write_shard_set
 from stages.params.shard import Shard
@@ -26,6 +26,7 @@ from stages.registry import model_process
 from stages.registry.served_model import read_pixels
 from stages.runtime.command import StageError
 from stages.runtime.files import write_json
+from stages.runtime.tables import write_table
 from stages.training.networks.models import Classifier, build, save_classifier
 from tests.conftest import Once
 

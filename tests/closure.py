@@ -27,6 +27,8 @@ OBSERVERS = frozenset(
 """Code that decides no byte of an output: it shows progress, takes locks, ends processes, records runs. DVC does not
 see it (.dvcignore), so no stage depends on it, nor on what only it imports."""
 
+PAGE_KIT = Path("stages/pages")
+
 # Import name -> name in requirements.lock, where the two differ.
 DISTRIBUTIONS = {"PIL": "pillow", "great_expectations": "great-expectations", "nvidia": "nvidia-dali-cuda130"}
 DISTRIBUTIONS |= {"sklearn": "scikit-learn", "yaml": "pyyaml", "ruamel": "ruamel-yaml", "cv2": "opencv-python-headless"}
@@ -64,10 +66,12 @@ def _running_code(tree: ast.AST) -> Iterator[ast.AST]:
 
 @cache
 def named_files(path: Path) -> frozenset[Path]:
-    """Files beside `path` that it names in a string: templates, and code that is used as a file."""
+    """Files that `path` names in a string and that lie beside it or in the page kit: templates, styles, code."""
     text = (ROOT / path).read_text(encoding="utf-8")
     names = set(re.findall(r"""["']([\w-]+(?:\.[\w-]+)*\.(?:py|j2|css|js|svg))["']""", text))
-    return frozenset(path.with_name(name) for name in names if (ROOT / path).with_name(name).is_file())
+    names |= {path.stem + suffix for suffix in re.findall(r"""with_suffix\(["']([\w.]+)["']\)""", text)}
+    found = {folder / name for folder in (path.parent, PAGE_KIT) for name in names}
+    return frozenset(each for each in found if (ROOT / each).is_file())
 
 
 def closure(module: str) -> set[Path]:

@@ -16,12 +16,13 @@ import yaml
 from PIL import Image
 
 from stages import ingest, scan, shard, validate
-from stages.data.raw.facts import ACCEPTED, read_table, write_table
+from stages.data.raw.facts import ACCEPTED
 from stages.data.shards.loading.samples.index import read_samples
 from stages.params.all import check_all
 from stages.params.register import Register
 from stages.runtime import command
 from stages.runtime.params_file import ParamsError, load_section
+from stages.runtime.tables import read_table, write_table
 from tests.workspace import ROOT, SMALL
 
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
-from stages.data.raw.facts import ACCEPTED, read_table, write_table
+from stages.data.raw.facts import ACCEPTED
+from stages.runtime.tables import read_table, write_table
 from tests.workspace import ROOT, Workspace
 
 pytestmark = pytest.mark.slow

@@ -16,12 +16,13 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
 
 from stages import evaluate
-from stages.data.raw.facts import ACCEPTED, QUARANTINE, write_table
+from stages.data.raw.facts import ACCEPTED, QUARANTINE
 from stages.data.shards.loading.samples.index import read_samples
 from stages.data.shards.writing import write_shard_set
 from stages.evaluation.predictions import check_complete
 from stages.params.shard import Shard
 from stages.runtime.command import StageError
+from stages.runtime.tables import write_table
 
 CLASSES = ["blue", "green", "red"]
 FEW = "robustness: {images: 7, corruptions: [fog, jpeg_compression], severities: 2, epsilons: [4], pgd_steps: 2}"

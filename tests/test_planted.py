@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from stages.data.raw.facts import read_table
 from stages.data.sources.sample import BAD_KINDS, planted
+from stages.runtime.tables import read_table
 from tests.workspace import ROOT
 
 SEED = 11

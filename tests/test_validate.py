@@ -17,7 +17,7 @@ import yaml
 from PIL import Image, ImageFilter
 
 from stages import validate
-from stages.data.raw.facts import ACCEPTED, FACTS, QUARANTINE, read_table, write_table
+from stages.data.raw.facts import ACCEPTED, FACTS, QUARANTINE
 from stages.data.validation.judging import ValidationResult, judge
 from stages.data.validation.splits import assign_splits
 from stages.data.validation.summary import summary
@@ -27,6 +27,7 @@ from stages.params.split import Split
 from stages.params.validate import Collapse, Outliers, Severities, Validate
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
+from stages.runtime.tables import read_table, write_table
 from tests.raw_tars import scan_tar
 
 LENIENT = Validate(max_quarantined=1, min_images_per_class=1)

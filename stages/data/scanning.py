@@ -23,13 +23,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.data.parallel.crash_safe_pool import Death, Report, alone, run_tasks
-from stages.data.raw.facts import FACTS, write_tables
+from stages.data.raw.facts import FACTS
 from stages.data.raw.images import Header, brightness_and_contrast, decode_strictly, difference_hash, read_header
 from stages.data.raw.tars import RawFile, members, part_starts, raw_tars, unreadable
 from stages.runtime import layout
 from stages.runtime.command import StageError
 from stages.runtime.fingerprint import fingerprint, prune, work_folder
 from stages.runtime.progress import progress, worker_count
+from stages.runtime.tables import write_tables
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stages.data.raw.facts import write_table
 from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.loading.samples.shard_sets import shard_sets
 from stages.evaluation.metrics import Bools, Floats, ImageScores, Int64, image_scores, predicted_classes
 from stages.runtime.command import StageError
+from stages.runtime.tables import write_table
 
 SCHEMA = pa.schema(
     [

@@ -21,11 +21,11 @@ from stages.training.loop.objectives import Metrics, Objective, Supervised
 from stages.training.loop.processes import is_first, run_together
 from stages.training.loop.state import Setup
 from stages.training.loop.train_batches import Feed, train_batches
+from stages.training.methods.published_weights import normalisation, start_from
 from stages.training.methods.self_supervision import SelfSupervision
 from stages.training.networks.devices import Compute, set_up
 from stages.training.networks.layer_groups import every_weight, trainable
 from stages.training.networks.models import Classifier, build, fresh_head, save_classifier
-from stages.training.networks.published_weights import normalisation, start_from
 from stages.training.networks.regularisation import regularise
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,9 @@ def _task(
     words = "pretrain: %s without labels, %d images, %d labelled ones for val"
     logger.info(words, pretrain.method, len(images), len(val))
     objective = SelfSupervision(backbone, pretrain, labelled, view, compute)
-    return train_batches(images, pretrain, compute, pretrain.self_supervised), objective
+    own = pretrain.self_supervised
+    feed = train_batches(images, pretrain, compute, views=2, jitter=own.jitter, grey=own.grey, blur=own.blur)
+    return feed, objective
 
 
 def _config(pretrain: Pretrain, model: Model, sets: list[Path]) -> dict[str, Any]:

@@ -18,13 +18,14 @@ import pytest
 from PIL import Image
 
 from stages.data import scanning
-from stages.data.raw.facts import FACTS, ROW_GROUP, write_tables
+from stages.data.raw.facts import FACTS
 from stages.data.raw.images import MAX_PIXELS, Header, read_header, to_rgb
 from stages.data.raw.tars import members, raw_tars, read_at
 from stages.data.scanning import TarPart, image_facts, read_parts, scan_parts, tar_parts
 from stages.data.sources.parts import Group, SourceFile
 from stages.data.sources.sample import draw
 from stages.runtime.command import StageError
+from stages.runtime.tables import ROW_GROUP, write_tables
 from tests.data.fuzz_scanning import fuzz, seeds_of
 from tests.raw_tars import scan_tar, write_tar
 

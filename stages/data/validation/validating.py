@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages.data.raw.facts import ACCEPTED, QUARANTINE, read_table, write_table
+from stages.data.raw.facts import ACCEPTED, QUARANTINE
 from stages.data.validation.judging import ValidationResult, judge
 from stages.data.validation.page import render
 from stages.data.validation.pixel_match import maker, pixel_confirmation
@@ -21,6 +21,7 @@ from stages.runtime import layout
 from stages.runtime.command import StageError
 from stages.runtime.files import write_text
 from stages.runtime.fingerprint import prune, work_folder
+from stages.runtime.tables import read_table, write_table
 
 logger = logging.getLogger(__name__)
 

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from stages.data.shards.loading.augmentations import Augmentation
 from stages.data.shards.loading.samples.index import Samples
 from stages.data.shards.loading.train_loading import TrainLoader
-from stages.params.pretrain import SelfSupervised
 from stages.params.training.recipe import Recipe
 from stages.training.loop.processes import rank, world_size
 from stages.training.networks.devices import Compute
@@ -34,15 +32,40 @@ class Feed:
 
 
 def train_batches(
-    train: Samples, recipe: Recipe, compute: Compute, self_supervised: SelfSupervised | None = None
+    train: Samples,
+    recipe: Recipe,
+    compute: Compute,
+    views: int = 1,
+    jitter: float = 0.0,
+    grey: float = 0.0,
+    blur: float = 0.0,
 ) -> Feed:
-    """Random crops of the shards' images, augmented as the recipe says; two an image for self-supervision."""
-    own = self_supervised
-    policy = recipe.augment, recipe.rand_operations, recipe.rand_magnitude
-    colours = (own.jitter, own.grey, own.blur) if own else (0.0, 0.0, 0.0)
-    augmentation = Augmentation(*policy, recipe.rotation, *colours, recipe.erasing)
-    crops: dict[str, Any] = {"flip": recipe.flip, "views": 2 if own else 1, "augmentation": augmentation}
-    place: dict[str, Any] = {"threads": compute.threads, "device": compute.device}
-    place |= {"rank": rank(), "world_size": world_size()}
-    loader = TrainLoader(train, recipe.batch_size, recipe.min_crop_area, recipe.seed, **crops, **place)
+    """Random crops of the shards' images, `views` an image, augmented as the recipe says.
+
+    Args:
+        jitter: strength of the colour jitter, 0 to 1; `grey`, `blur`: shares of crops. For self-supervision.
+    """
+    augmentation = Augmentation(
+        policy=recipe.augment,
+        operations=recipe.rand_operations,
+        magnitude=recipe.rand_magnitude,
+        rotation=recipe.rotation,
+        jitter=jitter,
+        grey=grey,
+        blur=blur,
+        erasing=recipe.erasing,
+    )
+    loader = TrainLoader(
+        train,
+        recipe.batch_size,
+        recipe.min_crop_area,
+        recipe.seed,
+        compute.threads,
+        compute.device,
+        recipe.flip,
+        views=views,
+        augmentation=augmentation,
+        rank=rank(),
+        world_size=world_size(),
+    )
     return Feed(len(train), loader.views, loader.batches)

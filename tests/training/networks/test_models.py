@@ -16,6 +16,7 @@ from stages.params.finetune import Finetune, Lora
 from stages.runtime.command import StageError
 from stages.training.finetuning.strategies import STRATEGIES, merge
 from stages.training.loop.optimisation import optimiser
+from stages.training.methods.published_weights import normalisation, start_from
 from stages.training.networks.layer_groups import blocks, trainable
 from stages.training.networks.models import (
     Classifier,
@@ -27,7 +28,6 @@ from stages.training.networks.models import (
     replace_head,
     save_classifier,
 )
-from stages.training.networks.published_weights import normalisation, start_from
 from stages.training.networks.regularisation import regularise, training_mode
 from tests.training.images import CONFIG
 
