@@ -46,7 +46,7 @@ def reconcile() -> State[Any]:
     except BusyError as error:
         return Completed(name="Skipped", message=str(error))
     except Exception as error:
-        if stop.asked():
+        if stop.requested():
             return Cancelled(message=str(error))
         _tell_failure(str(error))
         if isinstance(error, StageError):

@@ -39,7 +39,7 @@ def verify(version: int | None = None) -> State[Any]:
     except BusyError as error:
         return Completed(name="Skipped", message=str(error))
     except StageError as error:
-        if stop.asked():
+        if stop.requested():
             return Cancelled(message=str(error))
         tell("verify failed", str(error))
         return Failed(message=str(error))

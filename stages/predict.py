@@ -241,7 +241,7 @@ def batches(found: Iterable[Found | None], size: int) -> Iterator[list[Found]]:
 # --------------------------------------------------------------------------------------------------- what is said
 
 
-def asked(model: Model, batch: list[Found], top_k: int) -> list[Row]:
+def requested(model: Model, batch: list[Found], top_k: int) -> list[Row]:
     """A row for each image, in order."""
     readable = [found for found in batch if not found.error]
     answers = iter(_answers(model, readable, top_k))

@@ -35,7 +35,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory, once: Once, new_database: Cal
 
 
 @pytest.fixture
-def asked() -> Iterator[None]:
+def requested() -> Iterator[None]:
     """`tree` has shown the fresh process."""
     with asked_here():
         yield

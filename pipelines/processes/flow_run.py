@@ -98,11 +98,11 @@ def run_stage(
     Returns:
         Completed, Cancelled, or Failed with the stage's last error.
     """
-    if stop.asked():
+    if stop.requested():
         return Cancelled(message=f"{stage} not started: {stop.reason}")
     options = ["--single-item", *(["--force"] if force else [])]
     code, lines = _logged([sys.executable, "-m", "dvc", "repro", *options, stage], stop, cwd, env)
-    if stop.asked():
+    if stop.requested():
         return Cancelled(message=f"{stage}: {stop.reason}")
     if code != 0:
         return Failed(message=f"{stage}: {last_error(lines)}")
@@ -118,7 +118,7 @@ def run_logged(
         StageError: it failed, with its own last error; or it was stopped.
     """
     code, lines = _logged(command, stop, cwd, env)
-    if stop.asked():
+    if stop.requested():
         raise StageError(str(stop.reason))
     if code:
         raise StageError(last_error(lines))

@@ -36,7 +36,7 @@ class Stop:
         self._failed = False
         self.reason: str | None = None
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """True from the first request on."""
         if self.reason is None and self._also and time.monotonic() - self._checked >= self._every:
             if self._check(self._also):
@@ -91,7 +91,7 @@ def run_streamed(
         pass_fds: descriptors of open files that it inherits.
 
     Returns:
-        Its exit code, negative for a signal. When it has ended, or `stop` is asked, what is left of its group gets
+        Its exit code, negative for a signal. When it has ended, or `stop` is requested, the rest of its group gets
         SIGTERM, and SIGKILL `grace` seconds later, or at once with a second signal.
     """
     process = subprocess.Popen(
@@ -108,7 +108,7 @@ def run_streamed(
     reader = threading.Thread(target=pass_lines_on, args=(process.stdout, on_line), daemon=True)
     reader.start()
     try:
-        while process.poll() is None and not stop.asked():
+        while process.poll() is None and not stop.requested():
             time.sleep(_POLL)
         end_group(process.pid, process.poll, grace)
     except BaseException:  # the second signal, most likely

@@ -103,7 +103,7 @@ def keep_running(servers: Sequence[Service], flows: Service, stop: Stop, log: Lo
     children = [Child(service) for service in servers]
     last = Child(flows)
     try:
-        while not stop.asked():
+        while not stop.requested():
             for child in children:
                 child.check(log)
             # Not started again while a server is down: it could only fail.

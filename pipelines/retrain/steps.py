@@ -113,7 +113,7 @@ def content_digest(work: Work, source: str, *options: str) -> str:
     lines: list[str] = []
     command = [sys.executable, "-m", "stages.data.sources.digests", *options, "--", source]  # its name may be `-x`
     code = run_streamed(command, lines.append, work.stop, cwd=ROOT, env=stage_environment())
-    if work.stop.asked():
+    if work.stop.requested():
         raise FlowStoppedError(work.stop.reason)
     if code or not lines:
         raise StageError(last_error(lines))

@@ -47,14 +47,14 @@ def search(tune: Tune, command: Sequence[str]) -> None:
     stop = Stop()
     with signals_to(stop):
         _run_trials(Search(study, folder, tune, params, command, run.run_id, stop))
-    if stop.asked():
+    if stop.requested():
         raise StageError(f"{stop.reason}; the same command goes on with it")
     with locked_folder(folder):  # another worker may end in this moment
         write_results(study, folder, tune, text, run)
 
 
 def _run_trials(search: Search) -> None:
-    while not search.stop.asked():
+    while not search.stop.requested():
         with locked_folder(search.folder):  # one worker at a time decides what is tried next
             requeue_abandoned(search.study, search.folder)
             if len(counted(search.study)) >= search.tune.trials:

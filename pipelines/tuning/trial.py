@@ -99,11 +99,11 @@ def run_trial(search: Search, trial: Trial, held: IO[str]) -> None:
     environment = os.environ | {"SYNSET_PARAMS": str(place / "params.yaml"), PARENT: search.run_id}
     lines: list[str] = []
     watch = EpochWatch(trial, place / "finetuned/progress.jsonl", search.tune, recipe)
-    stop = Stop(also=lambda: search.stop.asked() or watch.should_stop(), every=1.0)
+    stop = Stop(also=lambda: search.stop.requested() or watch.should_stop(), every=1.0)
     logger.info("trial %d: %s", trial.number, in_words(trial.params, whole_keys=False))
     code = run_streamed([*search.command, str(place)], lines.append, stop, env=environment, pass_fds=[held.fileno()])
     write_text(place / "output.txt", "".join(f"{line}\n" for line in lines))
-    if search.stop.asked():
+    if search.stop.requested():
         return
     watch.report()
     if not (watch.error or watch.pruned) and (code or watch.value is None):

@@ -104,7 +104,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     return found.at(np.flatnonzero(found.label < 2))
 
 
-def asked(model: Classifier, samples: Samples, wanted: Robustness, settings: Evaluate = SETTINGS) -> dict[str, Any]:
+def requested(model: Classifier, samples: Samples, wanted: Robustness, settings: Evaluate = SETTINGS) -> dict[str, Any]:
     """The figures."""
     found = measure_robustness(
         model, samples, wanted, image_size=SIZE, resize=RESIZE, settings=settings, compute=COMPUTE
