@@ -17,12 +17,11 @@ import torch
 import yaml
 from PIL import Image
 
-from stages import register
 from stages.data.raw.facts import QUARANTINE
 from stages.data.shards.loading.samples.index import Samples, read_samples
 from stages.data.shards.writing import write_shard_set
 from stages.params.shard import Shard
-from stages.registry import model_process
+from stages.registry import model_process, registering
 from stages.registry.served_model import read_pixels
 from stages.runtime.command import StageError
 from stages.runtime.files import write_json
@@ -62,16 +61,16 @@ def tree_of_bells(folder: Path, once: Once, new_database: Callable[[Path], None]
 def asked_here() -> Iterator[None]:
     """Models are asked in this process: to start one takes longer than all the rest, and each model has one code."""
 
-    def question(_: "subprocess.Popen[str]", source: str, folder: Path, timed: int = 0) -> None:
+    def request(_: "subprocess.Popen[str]", source: str, folder: Path, timed: int = 0) -> None:
         try:
-            model_process._answer(source, folder, timed)
+            model_process._predict(source, folder, timed)
         except Exception as error:
             raise StageError(f"the model {source} does not load and answer:\n  {error}") from error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_process, "_question", question)
+        patch.setattr(model_process, "_request", request)
         patch.setattr(model_process, "fresh_process", no_process)
-        patch.setattr(register, "TIMED", 2)
+        patch.setattr(registering, "TIMED", 2)
         yield
 
 

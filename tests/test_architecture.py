@@ -31,7 +31,7 @@ COMMANDS = ["examine", "export", "label_queue", "predict"]
 HEAVY = ["torch", "torchvision", "mlflow", "great_expectations", "nvidia.dali", "prefect"]
 # Packages that decide no byte of an output: an upgrade reruns nothing.
 WITHOUT_EFFECT = set(
-    "distributed filelock fsspec mlflow pathspec psutil pydantic pyyaml requests sqlalchemy tqdm".split()
+    ["distributed", "filelock", "fsspec", "mlflow", "pathspec", "psutil", "pydantic", "pyyaml", "requests", "sqlalchemy", "tqdm"]
 )
 
 LAYERS = ["runtime", "params", "pages", "data", "training", "evaluation", "registry"]

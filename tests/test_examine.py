@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from stages import examine, register
-from stages.registry import model_process, versions
+from stages.registry import examining, model_process, versions
 from stages.registry.client import open_client
 from stages.registry.tags import MODEL_SHA256
 from stages.registry.versions import Version
@@ -33,7 +33,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory, once: Once, new_database: Cal
 
 def version(number: int) -> Version:
     """As it is now."""
-    return model_process.find(f"models:/bells/{number}")
+    return versions.by_address(f"models:/bells/{number}")
 
 
 def artifact(number: int, name: str) -> Path:
@@ -69,7 +69,7 @@ def test_what_was_registered_is_sound_and_its_verdict_stands(
 ) -> None:
     """By the fresh process itself, once."""
     with pytest.MonkeyPatch.context() as real:
-        real.setattr(model_process, "_question", REAL_QUESTION)
+        real.setattr(model_process, "_request", REAL_REQUEST)
         real.setattr(model_process, "fresh_process", REAL_PROCESS)
         found = look(monkeypatch, "1", "--against", "none")
     assert found == {"sound": True, "gate": "passed", "retaken": False, "reasons": []}
@@ -206,15 +206,15 @@ def test_a_version_without_recorded_images_is_sound_when_it_is_registered_anew(t
     register.main()
     (before,) = versions.list_versions("anew")
     Path(open_client().get_run(before.run_id).info.artifact_uri, "registered/anew/canary.parquet").unlink()
-    (reason,), _ = examine.soundness(before)
+    (reason,), _ = examining.soundness(before)
     assert "delete this version" in reason and "`dvc repro -f -s register`" in reason
     register.main()
-    assert examine.soundness(before)[0] == [reason]
+    assert examining.soundness(before)[0] == [reason]
     versions.delete_version(before)
     register.main()
     (after,) = versions.list_versions("anew")
     assert (after.number, after.sha256) == (2, before.sha256)
-    assert examine.soundness(after)[0] == []
+    assert examining.soundness(after)[0] == []
     set_name(tree, "bells")
 
 
@@ -331,4 +331,4 @@ def fresh_images(number: int) -> int:
     return next(each["images"] for each in gate["comparisons"] if each["kind"] == "fresh")
 
 
-REAL_QUESTION, REAL_PROCESS = model_process._question, model_process.fresh_process
+REAL_REQUEST, REAL_PROCESS = model_process._request, model_process.fresh_process

@@ -16,8 +16,9 @@ from PIL import Image
 
 from stages import examine, export, register
 from stages.evaluation import exporting
-from stages.registry import model_process, versions
+from stages.registry import versions
 from stages.registry.client import open_client
+from stages.registry.exporting import facts_of
 from stages.registry.tags import MODEL_SHA256
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256
@@ -52,7 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 def artifact(number: int, name: str) -> Path:
     """A file of the version's run, in the folder of its registration."""
-    version = model_process.find(f"models:/bells/{number}")
+    version = versions.by_address(f"models:/bells/{number}")
     return Path(open_client().get_run(version.run_id).info.artifact_uri, "registered/bells", name)
 
 
@@ -132,7 +133,7 @@ def test_the_facts_are_within_the_file_and_nothing_of_this_machine(tree: Path) -
 @pytest.mark.usefixtures("tree")
 def test_files_and_figures_are_recorded_with_the_version() -> None:
     exports = recorded(2)
-    version = model_process.find("models:/bells/2")
+    version = versions.by_address("models:/bells/2")
     assert set(exports) == set(export.FORMATS)
     for form, row in exports.items():
         stored = artifact(2, row["file"])
@@ -177,7 +178,7 @@ def test_a_gate_taken_again_keeps_the_exports(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("form", export.FORMATS)
 def test_the_same_version_gives_the_same_bytes(tree: Path, tmp_path: Path, form: str) -> None:
     model, config = load_classifier(tree / "models/finetuned")
-    facts = export._facts(model_process.find("models:/bells@challenger"), config, form)
+    facts = facts_of(versions.by_address("models:/bells@challenger"), config, form)
     exporting.write(model, facts, form, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tree / f"models/exports/bells/2/model.{form}").read_bytes()
 
@@ -196,7 +197,7 @@ def test_a_file_that_answers_otherwise_is_refused_and_what_was_there_stays(
             write(model, *rest)
             model.head.weight.copy_(weight)
 
-    before, kept = recorded(2), model_process.find("models:/bells/2")
+    before, kept = recorded(2), versions.by_address("models:/bells/2")
     (tmp_path / "model.pt2").write_text("before")
     (tmp_path / "model.pt2.json").write_text("{}")
     monkeypatch.setattr(exporting, "write", wrong)
@@ -208,7 +209,7 @@ def test_a_file_that_answers_otherwise_is_refused_and_what_was_there_stays(
         "model.pt2": "before",
         "model.pt2.json": "{}",
     }
-    assert (recorded(2), model_process.find("models:/bells/2")) == (before, kept)
+    assert (recorded(2), versions.by_address("models:/bells/2")) == (before, kept)
 
 
 def test_what_is_no_number_is_never_taken_for_near() -> None:
@@ -292,7 +293,7 @@ def test_without_test_images_nothing_is_exported(tree: Path, monkeypatch: pytest
 def test_weights_that_are_not_those_registered_are_not_exported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    version = model_process.find("models:/bells/1")
+    version = versions.by_address("models:/bells/1")
     versions.set_tags(version, {MODEL_SHA256: "0" * 64})
     try:
         with pytest.raises(StageError, match="but its tag says 0000"):

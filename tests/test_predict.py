@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from stages import predict, register
-from stages.predict import Found
-from stages.registry import versions
+from stages.registry import image_files, versions
+from stages.registry.image_files import ImageFile, count_files
+from stages.registry.predicting import write_predictions
 from stages.runtime.command import StageError
 from tests.bells import CLASSES, asked_here, picture, tree_of_bells
 from tests.conftest import Once
@@ -45,8 +46,8 @@ def pack(path: Path, folder: Path, mode: str = "w:") -> Path:
 
 def rows(out: Path, *sources: Path, top_k: int = 2, batch_size: int = 4) -> pd.DataFrame:
     """What was written, by the last part of the path."""
-    total = sum(map(predict.count, sources))
-    predict.predict(list(sources), total, answers, out, top_k, batch_size)
+    total = sum(map(count_files, sources))
+    write_predictions(list(sources), total, answers, out, top_k, batch_size)
     table = pd.read_parquet(out) if out.suffix == ".parquet" else pd.read_csv(out, keep_default_na=False)
     return table.set_index(table["path"].str.rpartition("/")[2])
 
@@ -111,7 +112,7 @@ def test_what_cannot_be_opened_has_a_row_and_loops_end(tmp_path: Path, monkeypat
     write(inner / "a.jpg")
     (inner / "link.jpg").symlink_to("a.jpg")
     pack(folder / "links.tar", inner)
-    monkeypatch.setattr(predict, "MOST_BYTES", len(GOOD) + 10)
+    monkeypatch.setattr(image_files, "MAX_FILE_BYTES", len(GOOD) + 10)
     errors = rows(tmp_path / "out.csv", folder)["error"].to_dict()
     assert errors == {
         "good.jpg": "", "a.jpg": "", "\\udcff.jpg": "",
@@ -178,7 +179,7 @@ def test_the_whole_file_or_none(tmp_path: Path) -> None:
         return answers(images, top_k)
 
     with pytest.raises(KeyboardInterrupt):
-        predict.predict([tmp_path / "in"], 10, dies, out, 2, 2)
+        write_predictions([tmp_path / "in"], 10, dies, out, 2, 2)
     assert asked == [1, 2, 2, 2]
     assert out.read_text() == "of yesterday\n"
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out.csv"}
@@ -189,26 +190,26 @@ def test_a_model_that_does_not_answer_is_no_fault_of_the_images(tmp_path: Path) 
         raise RuntimeError("expected 3 channels")
 
     with pytest.raises(StageError, match="does not answer, not even to a grey image: expected 3 channels"):
-        predict.predict([write(tmp_path / "a.jpg")], 1, broken, tmp_path / "out.csv", 2, 2)
+        write_predictions([write(tmp_path / "a.jpg")], 1, broken, tmp_path / "out.csv", 2, 2)
     assert not (tmp_path / "out.csv").exists()
 
 
 def test_memory_holds_one_batch_and_no_list_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "BATCH_BYTES", 1000)
-    found = (Found(str(i), bytes(300)) for i in range(10_000))
-    batches = predict.batches(found, 64)
+    monkeypatch.setattr(image_files, "BATCH_BYTES", 1000)
+    found = (ImageFile(str(i), bytes(300)) for i in range(10_000))
+    batches = image_files.batches(found, 64)
     assert len(next(batches)) == 4
     assert next(found).path == "4"  # nothing was read ahead
     for i in range(300):
         write(tmp_path / f"in/{i}.jpg", b"x")
     path = pack(tmp_path / "many.tar", tmp_path / "in")
-    assert [len(tar.members) for tar, _ in predict.members(path)] == [0] * 300  # type: ignore[attr-defined]
+    assert [len(tar.members) for tar, _ in image_files.members(path)] == [0] * 300  # type: ignore[attr-defined]
 
 
 def test_what_is_written_by_default_is_no_change_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version that is registered afterwards would otherwise be tagged `git.dirty`."""
     monkeypatch.setattr("sys.argv", ["predict", "photo.jpg"])
-    out = predict._arguments().out
+    out = predict.parse().out
     assert not out.is_absolute()
     command = ["git", "check-ignore", "--quiet", "--no-index", str(out)]
     assert subprocess.run(command, cwd=Path(predict.__file__).parents[1], check=False).returncode == 0

@@ -13,7 +13,16 @@ import pytest
 
 from stages import register
 from stages.params.gate import Gate
-from stages.registry import artifacts, gate_review, lineage, logged_models, model_process, recording, versions
+from stages.registry import (
+    artifacts,
+    gate_review,
+    lineage,
+    logged_models,
+    model_process,
+    recording,
+    registering,
+    versions,
+)
 from stages.registry.card.model_card import render_card
 from stages.registry.client import open_client
 from stages.registry.gate_review import BatchCounts
@@ -239,9 +248,9 @@ def test_a_version_in_force_without_predictions_blames_nobody_and_blocks_nothing
 
 def test_a_served_model_that_answers_otherwise_is_refused() -> None:
     expected = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1]])
-    register.check_answers(np.array([[0.79, 0.11, 0.1], [0.2, 0.7, 0.1]]), expected)
+    registering.check_served(np.array([[0.79, 0.11, 0.1], [0.2, 0.7, 0.1]]), expected)
     with pytest.raises(StageError, match="does not answer as the evaluation did"):
-        register.check_answers(expected[:, ::-1], expected)
+        registering.check_served(expected[:, ::-1], expected)
 
 
 def test_with_tracking_off_the_receipt_is_the_same_and_nothing_is_registered(
@@ -260,10 +269,10 @@ def test_a_card_fits_into_mlflow_whatever_there_is_to_tell(tree: Path) -> None:
     run = lineage.find_run(version.sha256)
     assert run
     set_name(tree, "nobody")
-    candidate = register._candidate(version.sha256, 0.95, (1.0, 2.0))
+    candidate = registering.read_candidate(version.sha256, 0.95, (1.0, 2.0))
     many = [BatchCounts(f"{'batch' * 10}-{n}", "finetune", {"train": 10_000}) for n in range(300)]
     reasons = {f"{'reason' * 60}-{n}": n for n in range(100)}
-    review = register._review("nobody", candidate, Gate(), run)
+    review = registering.take_gate("nobody", candidate, Gate(), run)
     card = render_card(replace(candidate, batches=many, quarantined=reasons), review, {"run": "/#/runs/1"})
     assert len(card) <= 5000
 
@@ -348,19 +357,19 @@ def test_the_version_in_force_is_not_asked_about_images_smaller_than_its_own(
 def test_recorded_answers_count_only_where_a_label_still_means_the_same_class() -> None:
     asked = pd.DataFrame({"key": ["a", "b", "c"], "label": [0, 1, 2]})
     recorded = pd.DataFrame({"key": ["a", "b", "old"], "label": [0, 1, 1], "logits": [[1.0], [2.0], [3.0]]})
-    assert gate_review._of_same_labels(recorded, asked)["key"].tolist() == ["a", "b", "old"]
-    assert gate_review._of_same_labels(recorded.assign(label=[1, 0, 1]), asked).empty
-    assert gate_review._of_same_labels(pd.concat([recorded, recorded]), asked).empty
-    assert gate_review._of_same_labels(None, asked).empty
+    assert gate_review._with_same_labels(recorded, asked)["key"].tolist() == ["a", "b", "old"]
+    assert gate_review._with_same_labels(recorded.assign(label=[1, 0, 1]), asked).empty
+    assert gate_review._with_same_labels(pd.concat([recorded, recorded]), asked).empty
+    assert gate_review._with_same_labels(None, asked).empty
 
 
 def test_a_version_with_other_classes_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     version = Version("bells", 1, "", "models:/m-1", {}, (), "", 0.0)
     monkeypatch.setattr(
-        model_process, "score", lambda source, keys, shards: (pd.DataFrame({"key": keys}), ["tent", "bell"])
+        model_process, "predict_shards", lambda source, keys, shards: (pd.DataFrame({"key": keys}), ["tent", "bell"])
     )
-    assert gate_review._scored(version, ["a"], ["tent", "bell", "new"], [Path("d")])["key"].tolist() == ["a"]
+    assert gate_review._predicted_now(version, ["a"], ["tent", "bell", "new"], [Path("d")])["key"].tolist() == ["a"]
     with pytest.raises(StageError, match="it answers in others"):
-        gate_review._scored(version, ["a"], CLASSES, [Path("d")])
+        gate_review._predicted_now(version, ["a"], CLASSES, [Path("d")])
     with pytest.raises(StageError, match="the shards with these images are not here"):
-        gate_review._scored(version, ["a"], CLASSES, [])
+        gate_review._predicted_now(version, ["a"], CLASSES, [])

@@ -1,14 +1,17 @@
 """Versions of registered models: finding, writing and deleting them, with their tags and aliases."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stages.registry.client import open_client
+from stages.registry.client import database, open_client, reachable, tracking_uri
 from stages.registry.mlflow_types import ModelVersion
 from stages.registry.tags import COMMIT, MODEL_SHA256, REGISTERING, UNFINISHED
+from stages.runtime.command import StageError
 
 COMMIT_TO_COME = "commit-to-come"
 """Stands in the card of an unfinished version where its commit will be named."""
+ADDRESS = re.compile(r"models:/(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[\w-]+)|/(?P<number>\d+))")
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,8 @@ def list_versions(name: str) -> list[Version]:
     models = client.search_registered_models(f"name = '{name}'")
     if not models:
         return []
-    aliases = {
-        alias: int(number) for alias, number in models[0].aliases.items()
-    }  # the search for versions leaves them out
+    # The search for versions leaves out their aliases.
+    aliases = {alias: int(number) for alias, number in models[0].aliases.items()}
     found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
     return sorted((_version(each, aliases) for each in found), key=lambda version: -version.number)
 
@@ -73,6 +75,50 @@ def find_version(name: str, model_sha256: str) -> Version | None:
 def version_by_alias(name: str, alias: str) -> Version | None:
     """The version that an alias points at, if any."""
     return next((version for version in list_versions(name) if alias in version.aliases), None)
+
+
+def by_address(address: str) -> Version:
+    """The version at `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        StageError: it is no such address, there is no such version, or MLflow failed.
+    """
+    parts = ADDRESS.fullmatch(address)
+    if not parts:
+        raise StageError(f"{address!r} is no registered model; expected models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, alias, number = parts["name"], parts["alias"], parts["number"]
+    existing = _existing(name)
+    found = [each for each in existing if alias in each.aliases or str(each.number) == number]
+    if not found:
+        what = f"version {number}" if number else f"version with the alias {alias}"
+        listed = ", ".join(" ".join([str(each.number), *(f"@{one}" for one in each.aliases)]) for each in existing[:10])
+        more = ", ..." if len(existing) > 10 else ""
+        raise StageError(
+            f"{name} has no {what}; it has {listed}{more}. One of them: models:/{name}/{existing[0].number}"
+        )
+    return found[0]
+
+
+def newest_registered(name: str) -> Version:
+    """The newest version of a model whose registration was finished.
+
+    Raises:
+        StageError: there is none, or MLflow failed.
+    """
+    if found := [each for each in _existing(name) if each.sha256]:
+        return found[0]
+    raise StageError(f"no version of {name} was registered to the end (tag {MODEL_SHA256}); `make repro` does it")
+
+
+def _existing(name: str) -> list[Version]:
+    file = database(tracking_uri())
+    if file and not file.exists():
+        raise StageError(f"there is no registry: {file} is missing. `make repro` makes it, in the repository root")
+    with reachable():
+        found = list_versions(name)
+    if not found:
+        raise StageError(f"MLflow at {tracking_uri()} has no version of a model called {name}")
+    return found
 
 
 def _version(found: ModelVersion, aliases: Mapping[str, int]) -> Version:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stages.runtime.command import StageError
+
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
@@ -66,6 +68,20 @@ def move_directory(source: Path, path: Path) -> None:
             shutil.copytree(source, aside, dirs_exist_ok=True)
         shutil.rmtree(source)
     _sync(path.parent)
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Checks that files can be written into a folder, which may be missing yet.
+
+    Args:
+        option: of the command line that names the folder.
+
+    Raises:
+        StageError: they cannot.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise StageError(f"{option} {folder}: {there} is no folder that may be written to")
 
 
 def write_text(path: Path, text: str) -> None:
