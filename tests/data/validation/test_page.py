@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stages.data.validation.charts import class_chart
 from stages.data.validation.expectations import LEAK
 from stages.data.validation.judging import judge
-from stages.data.validation.page import class_chart, remarks, render
+from stages.data.validation.page import remarks, render
 from stages.data.validation.summary import summary
 from stages.data.validation.validating import assign
 from stages.params.batches import Batch
@@ -55,7 +56,7 @@ def test_a_thousand_classes_and_many_faults_make_a_small_page() -> None:
     page, report = _page(facts)
     assert len(page) < 1_000_000
     assert report["quarantined_by"]["decodes"] > 3000 and page.count("and ") > 0
-    assert re.search(r"Classes that look like one picture <span class=\"dim\">· 30</span>", page)
+    assert re.search(r"Classes that look like one picture <span class=\"quiet\">· 30</span>", page)
     assert "and 18 more classes" in page
     assert len(report["notes"]) < 10 and max(map(len, report["notes"])) < 500
 
