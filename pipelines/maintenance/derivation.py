@@ -115,11 +115,11 @@ def derive(version: Version, command: Command) -> Finding:
         recorded = _recorded(version, Path(temporary))
         if "dvc.lock" in recorded:
             # The version's own: `git.commit` is that of the code, and dvc.lock was often committed after it.
-            shutil.copyfile(recorded["dvc.lock"], tree / "dvc.lock")
+            shutil.copyfile(recorded["dvc.lock"], tree / layout.DVC_LOCK)
         python = _python(tree, version.commit, command)
         env = _environment(tree, python)
         _raw_data(tree, python, env, command)
-        for stage in stage_names(tree / "dvc.yaml"):
+        for stage in stage_names(tree / layout.DVC_YAML):
             if stage not in ("ingest", "register"):
                 only = ["--single-item", "--force", "--no-run-cache", "--no-commit"]
                 command([python, "-m", "dvc", "repro", *only, stage], cwd=tree, env=env)
@@ -172,7 +172,7 @@ def _environment(tree: Path, python: str | None) -> dict[str, str]:
 
 def _raw_data(tree: Path, python: str, env: Mapping[str, str], command: Command) -> None:
     """Checks raw data out of DVC's cache, or pulls it; sources are never read again. Raises StageError."""
-    lock = tree / "dvc.lock"
+    lock = tree / layout.DVC_LOCK
     stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
     wanted = [name for name in stages if name.split("@")[0] == "ingest"]
     if not wanted:

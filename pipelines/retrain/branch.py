@@ -14,12 +14,13 @@ from pipelines.retrain import worktree
 from pipelines.retrain.batch_list import batches, lock_of, merge, merge_lock
 from pipelines.retrain.worktree import commit_of, record, text_at
 from stages.params.retrain import Retrain
+from stages.runtime import layout
 from stages.runtime.command import StageError
 from stages.runtime.files import write_text
 from stages.runtime.git import git
 from stages.runtime.params_file import check
 
-PARAMS, LOCK = "params.yaml", "dvc.lock"
+PARAMS, LOCK = str(layout.PARAMS), str(layout.DVC_LOCK)
 TRAILER = "Model-SHA256"
 """The trailer of a retraining's commit that names the weights; a run after a kill finds the version by it."""
 
@@ -111,7 +112,9 @@ def write_params(tree: Path, text: str) -> None:
 
 def commit_retraining(tree: Path, message: str, model_sha256: str) -> str:
     """Commits the results of a retraining on the detached HEAD; returns the commit."""
-    return worktree.commit_all(tree, [PARAMS, LOCK, "reports"], f"{message.rstrip()}\n\n{TRAILER}: {model_sha256}\n")
+    return worktree.commit_all(
+        tree, [PARAMS, LOCK, str(layout.REPORTS)], f"{message.rstrip()}\n\n{TRAILER}: {model_sha256}\n"
+    )
 
 
 def interrupted(tree: Path, start: str) -> tuple[str, str] | None:
@@ -137,7 +140,7 @@ def _merge(tree: Path, branches: Branches) -> None:
     write_text(tree / PARAMS, branches.params)
     if any(texts):
         write_text(tree / LOCK, merge_lock(*texts))
-    _keep_ours(tree, ours, "reports")  # they are made again
+    _keep_ours(tree, ours, str(layout.REPORTS))  # they are made again
     git(tree, "add", "--all", "--", *(path for path in (PARAMS, LOCK) if (tree / path).exists()))
     if left := git(tree, "diff", "--name-only", "--diff-filter=U").splitlines():
         git(tree, "reset", "--quiet", "--hard")
