@@ -42,9 +42,14 @@ _MACHINE = """
 import json
 from importlib.metadata import version
 from pathlib import Path
-from stages.runtime.params_file import load_section
-from stages.params.training.training import Training
-from stages.training.networks.devices import set_up
+try:
+    from stages.params.training.training import Training
+    from stages.runtime.params_file import load_section
+    from stages.training.networks.devices import set_up
+except ModuleNotFoundError:  # the commit is older than these folders
+    from stages.params.load import load_section
+    from stages.params.training import Training
+    from stages.training.devices import set_up
 lines = {line for path in Path("stages/versions").glob("*.txt") for line in path.read_text().split()}
 others = sorted(line for line in lines if version(line.split("==")[0]) != line.split("==")[1])
 print(json.dumps([set_up(load_section("training", Training)).kind, others]))
