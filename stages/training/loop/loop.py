@@ -176,22 +176,25 @@ def _train(setup: Setup, state: State, forward: nn.Module, checkpointer: Checkpo
     size = size_in(state.epoch, setup.recipe, setup.image_size)
     # Sums stay on the device: reading one back each step would make a GPU wait.
     sums = torch.tensor([state.loss, state.correct], dtype=torch.float64, device=setup.compute.device)
-    losses = _LossCheck(state, setup.compute, checkpointer)
+    check_every = CHECK_LOSS_EVERY if setup.compute.on_gpu else 1
+    losses: list[tuple[int, float, Tensor]] = []  # of steps not checked yet
     batches = setup.feed.batches(state.epoch, state.step, size)
     for images, labels in progress(batches, setup.steps_per_epoch - state.step, f"{setup.name}, epoch {state.epoch}"):
         _seed(setup.recipe.seed, state.epoch, state.step)
         rate = float(state.schedule.get_last_lr()[-1])
         step_sums = _step(setup, state, forward, images, labels)
         sums += summed(step_sums)
-        losses.note(step_sums[0], rate)
+        losses.append((state.step + 1, rate, step_sums[0]))
+        if len(losses) >= check_every:
+            _check_losses(state, losses, checkpointer)
         state.step += 1
         if checkpointer.due():
-            losses.check()
+            _check_losses(state, losses, checkpointer)
             _check_weights(state, rate, checkpointer)
             state.loss, state.correct = sums.tolist()
             checkpointer.save()
             checkpointer.stop_if_asked()
-    losses.check()
+    _check_losses(state, losses, checkpointer)
     _check_weights(state, rate, checkpointer)
     state.loss, state.correct = sums.tolist()
 
@@ -264,31 +267,16 @@ def _check_weights(state: State, rate: float, checkpointer: Checkpointer) -> Non
         )
 
 
-class _LossCheck:
-    """The losses of the last steps, checked before the weights after them are saved."""
-
-    def __init__(self, state: State, compute: Compute, checkpointer: Checkpointer) -> None:
-        self.state, self.checkpointer = state, checkpointer
-        self.every = CHECK_LOSS_EVERY if compute.on_gpu else 1
-        self.waiting: list[tuple[int, float, Tensor]] = []
-
-    def note(self, loss: Tensor, rate: float) -> None:
-        """Takes the loss of the step that was just made, and its learning rate."""
-        self.waiting.append((self.state.step + 1, rate, loss))
-        if len(self.waiting) >= self.every:
-            self.check()
-
-    def check(self) -> None:
-        """Stops where one of them is not finite."""
-        values = torch.stack([loss for _, _, loss in self.waiting]).tolist() if self.waiting else []
-        for (step, rate, _), value in zip(self.waiting, values, strict=True):
-            if not math.isfinite(value):
-                raise StageError(
-                    f"{self.checkpointer.name}: the loss is {value} at step {step} of epoch {self.state.epoch}, at a "
-                    f"learning rate of {rate:g}; lower `lr`, lengthen `warmup`, or set `clip_norm`. "
-                    f"{self.checkpointer.last_good()}"
-                )
-        self.waiting.clear()
+def _check_losses(state: State, waiting: list[tuple[int, float, Tensor]], checkpointer: Checkpointer) -> None:
+    """Stops where a loss among (step, learning rate, loss) is not finite; else empties the list."""
+    values = torch.stack([loss for _, _, loss in waiting]).tolist() if waiting else []
+    for (step, rate, _), value in zip(waiting, values, strict=True):
+        if not math.isfinite(value):
+            raise StageError(
+                f"{checkpointer.name}: the loss is {value} at step {step} of epoch {state.epoch}, at a learning rate "
+                f"of {rate:g}; lower `lr`, lengthen `warmup`, or set `clip_norm`. {checkpointer.last_good()}"
+            )
+    waiting.clear()
 
 
 def _finished(curve: list[Metrics], recipe: Recipe) -> bool:

@@ -31,26 +31,26 @@ def start_from(model: Classifier, architecture: str, weights: str) -> None:
         StageError: they cannot be read or downloaded, or belong to another network.
     """
     source, _, name = weights.partition(":")
-    found = _published(architecture, name) if source == "torchvision" else _of_file(Path(weights))
-    found = {key: value for key, value in found.items() if not key.startswith(AUXILIARY)}
+    loaded = _published(architecture, name) if source == "torchvision" else _of_file(Path(weights))
+    loaded = {key: value for key, value in loaded.items() if not key.startswith(AUXILIARY)}
     if isinstance(model.net, VisionTransformer):
-        found = _for_size(model.net, found)
+        loaded = _for_size(model.net, loaded)
     own = model.net.state_dict()
     head = f"{model.head_name}."
     of_head = {key for key in own if key.startswith(head)}
-    if any(key not in found or found[key].shape != own[key].shape for key in of_head):
+    if any(key not in loaded or loaded[key].shape != own[key].shape for key in of_head):
         logger.info("the head is for other classes than that of %s and starts at random", weights)
-        found = {key: value for key, value in found.items() if not key.startswith(head)}
-    _check(found, own, of_head, weights)
-    take_weights(model.net, found, strict=False)
+        loaded = {key: value for key, value in loaded.items() if not key.startswith(head)}
+    _check(loaded, own, of_head, weights)
+    take_weights(model.net, loaded, strict=False)
 
 
-def _for_size(net: VisionTransformer, found: dict[str, Tensor]) -> dict[str, Tensor]:
+def _for_size(net: VisionTransformer, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
     """Interpolates position embeddings to the network's image size."""
     try:
-        return dict(interpolate_embeddings(net.image_size, net.patch_size, found))
+        return dict(interpolate_embeddings(net.image_size, net.patch_size, loaded))
     except (KeyError, ValueError):  # no positions, or not a square of them: `_check` reports what does not fit
-        return found
+        return loaded
 
 
 def normalisation(architecture: str, weights: str) -> dict[str, list[float]] | None:
@@ -98,16 +98,16 @@ def _of_file(path: Path) -> dict[str, Tensor]:
         raise StageError(f"{KEY}: {path} is not a safetensors file ({error})") from error
 
 
-def _check(found: dict[str, Tensor], own: dict[str, Tensor], of_head: set[str], weights: str) -> None:
+def _check(loaded: dict[str, Tensor], own: dict[str, Tensor], of_head: set[str], weights: str) -> None:
     wanted = {key for key in own if not key.startswith(AUXILIARY)}
-    wrong = [f"{key} is missing" for key in sorted(wanted - set(found) - of_head)]
-    wrong += [f"{key} is not of this network" for key in sorted(set(found) - wanted)]
+    wrong = [f"{key} is missing" for key in sorted(wanted - set(loaded) - of_head)]
+    wrong += [f"{key} is not of this network" for key in sorted(set(loaded) - wanted)]
     wrong += [
-        f"{key} is {tuple(found[key].shape)}, not {tuple(own[key].shape)}"
-        for key in sorted(set(found) & wanted)
-        if found[key].shape != own[key].shape
+        f"{key} is {tuple(loaded[key].shape)}, not {tuple(own[key].shape)}"
+        for key in sorted(set(loaded) & wanted)
+        if loaded[key].shape != own[key].shape
     ]
-    wrong += [f"{key} holds what is not a number" for key in sorted(found) if not torch.isfinite(found[key]).all()]
+    wrong += [f"{key} holds what is not a number" for key in sorted(loaded) if not torch.isfinite(loaded[key]).all()]
     if wrong:
         raise StageError(
             f"{KEY}: {weights} does not fit `model.architecture`, `model.stem` and `model.image_size`: "

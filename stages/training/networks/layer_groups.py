@@ -36,22 +36,22 @@ def blocks(model: Classifier) -> list[list[nn.Parameter]]:
     member is a single layer, a convolution or linear layer with the norm after it. A class token and other parameters
     outside of these belong to the first block.
     """
-    found: list[list[nn.Parameter]] = []
+    grouped: list[list[nn.Parameter]] = []
     for name, module in members("", model.net):
         if of_a_head(name, model):
             continue
         parameters = list(module.parameters())
-        if parameters and isinstance(module, NORMS) and found:
-            found[-1] += parameters
+        if parameters and isinstance(module, NORMS) and grouped:
+            grouped[-1] += parameters
         elif parameters:
-            found.append(parameters)
-    seen = {id(weights) for block in found for weights in block} | {id(weights) for weights in model.head.parameters()}
+            grouped.append(parameters)
+    seen = {id(weights) for block in [*grouped, list(model.head.parameters())] for weights in block}
     outside = [
         weights
         for name, weights in model.net.named_parameters()
         if id(weights) not in seen and not name.startswith(AUXILIARY)
     ]
-    return [outside + found[0], *found[1:]]
+    return [outside + grouped[0], *grouped[1:]]
 
 
 def members(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -60,25 +60,25 @@ def _skip(model: Classifier, probability: float) -> None:
 
 def _branches(net: nn.Module) -> list[nn.Module]:
     """Modules whose output is added to the block's input, in forward order."""
-    found: list[Any] = []
+    branches: list[Any] = []
     for module in net.modules():
         if isinstance(module, StochasticDepth):
-            found.append(module)
+            branches.append(module)
         elif isinstance(module, Bottleneck):
-            found.append(module.bn3)
+            branches.append(module.bn3)
         elif isinstance(module, BasicBlock):
-            found.append(module.bn2)
+            branches.append(module.bn2)
         elif isinstance(module, EncoderBlock):
-            found += [module.dropout, module.mlp]
+            branches += [module.dropout, module.mlp]
         elif isinstance(module, ResBottleneckBlock):
-            found.append(module.f)
+            branches.append(module.f)
         elif isinstance(module, mobilenetv2.InvertedResidual) and module.use_res_connect:
-            found.append(module.conv)
+            branches.append(module.conv)
         elif isinstance(module, mobilenetv3.InvertedResidual) and module.use_res_connect:
-            found.append(module.block)
+            branches.append(module.block)
         elif isinstance(module, mnasnet._InvertedResidual) and module.apply_residual:
-            found.append(module.layers)
-    return found
+            branches.append(module.layers)
+    return branches
 
 
 def _skipped(probability: float, model: nn.Module, _branch: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
