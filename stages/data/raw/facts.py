@@ -1,4 +1,4 @@
-"""Facts: a row an image, of what it is. Scan writes them, validate extends them, shard and evaluate read them."""
+"""Facts: one row per image. Scan writes them, validate extends them, shard and evaluate read them."""
 
 import pyarrow as pa
 

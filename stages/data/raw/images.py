@@ -14,18 +14,16 @@ from PIL import ExifTags, Image, TiffImagePlugin
 MAX_PIXELS = 178_956_970
 Image.MAX_IMAGE_PIXELS = None
 
-# What is recognised at all. A closed list: some of PIL's plugins start other programs (EPS) or need them.
+# The formats that are recognised, a closed list: some of PIL's plugins start other programs (EPS).
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Suffixes of image files, in lower case. They tell layouts of folders apart; whether a file is an image is told by its
 content."""
 
-# What Pillow raises at a damaged image; of some damage its decoders say only that Python cannot go on.
-DAMAGED = (
-    OSError, SyntaxError, EOFError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, struct.error,
-    MemoryError,  # a process that scans may take so much, and no more
-)  # fmt: skip
+# Pillow raises these at damaged images; some of its decoders only pass on that Python cannot go on.
+_EXPECTED = (OSError, SyntaxError, EOFError, ValueError)
+DAMAGED = (*_EXPECTED, ArithmeticError, LookupError, TypeError, AttributeError, struct.error, MemoryError)
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,7 +42,7 @@ MAX_SCANNED = 2**33
 # A scan costs something however small the image is.
 LEAST_SCAN = 2**20
 
-# So does a strip of a TIFF, of which a hostile one has millions. Ordinary ones have at most as many as rows.
+# A strip of a TIFF costs something too. A hostile file has millions, ordinary ones have at most one per row.
 MAX_STRIPS = 2**17
 
 # A thumbnail with its shorter side at least this long is enough for hash, brightness and contrast.
@@ -156,9 +154,9 @@ def to_rgb(data: bytes) -> Image.Image:
 
 
 def upright_pixels(data: bytes) -> tuple[np.ndarray, bool]:
-    """Pixels as `to_rgb` has them, (H, W, 3) uint8; and whether a decoder of any kind takes the bytes as they are.
+    """Pixels as `to_rgb` has them, (H, W, 3) uint8; and whether the bytes are a baseline RGB JPEG without orientation.
 
-    That is so of a baseline RGB JPEG without an orientation. Not strict: scan has judged the bytes.
+    Every decoder reads such a JPEG as it is. This is not strict, as scan has judged the bytes.
     """
     if (plain := _plain_jpeg_header(data)) and plain.mode in ("RGB", "L"):
         fast, baseline = True, plain.mode == "RGB"

@@ -26,7 +26,7 @@ BLOCK = 2**22
 """Bytes asked of a remote store at a time."""
 TRIES = 5
 STAMPS = ("ETag", "etag", "md5Hash", "Content-MD5", "mtime", "LastModified", "Last-Modified", "updated", "created")
-"""What stores call the thing that changes with a file's content, the surest first."""
+"""Stores' names of what changes with a file's content, the most reliable first."""
 
 
 class Entry(NamedTuple):
@@ -81,14 +81,14 @@ class Location:
         if self.is_local:
             return Path(self.address).is_dir()
         filesystem, path = self.filesystem()
-        return bool(self._asked(partial(filesystem.isdir, path)))
+        return bool(self._call(partial(filesystem.isdir, path)))
 
     def is_file(self) -> bool:
         """Whether there is a file."""
         if self.is_local:
             return Path(self.address).is_file()
         filesystem, path = self.filesystem()
-        return bool(self._asked(partial(filesystem.isfile, path)))
+        return bool(self._call(partial(filesystem.isfile, path)))
 
     def entries(self) -> list[Entry]:
         """What the folder holds, sorted by name, hidden ones left out; of files on this machine, the names alone.
@@ -123,19 +123,19 @@ class Location:
         if self.is_local:
             return _local_entry(self.address, self.name)
         filesystem, path = self.filesystem()
-        return _remote_entry(self._asked(partial(filesystem.info, path)), self.name)
+        return _remote_entry(self._call(partial(filesystem.info, path)), self.name)
 
-    def open(self, to_and_fro: bool = False) -> IO[bytes]:
+    def open(self, random_access: bool = False) -> IO[bytes]:
         """The file, to be read.
 
         Args:
-            to_and_fro: it is not read from beginning to end: no web server will do that sends whole files only.
+            random_access: it is not read from beginning to end, which a server that sends only whole files cannot do.
 
         Raises:
             StageError: it cannot be read.
         """
         if not self.is_local:
-            return cast(IO[bytes], RemoteFile(self, to_and_fro))
+            return cast(IO[bytes], RemoteFile(self, random_access))
         try:
             return Path(self.address).open("rb")
         except OSError as error:
@@ -150,7 +150,7 @@ class Location:
         if self.is_local or not 0 <= size <= BLOCK:
             return self.open()
         filesystem, path = self.filesystem()
-        return io.BytesIO(_again(self.address, partial(filesystem.cat_file, path)))
+        return io.BytesIO(_with_retries(self.address, partial(filesystem.cat_file, path)))
 
     def read(self) -> bytes:
         """All bytes of a small file.
@@ -204,8 +204,8 @@ class Location:
         except (ValueError, ImportError) as error:
             raise StageError(f"{self}: {error}") from error
 
-    def _asked(self, call: Callable[[], T]) -> T:
-        """What a remote store answers; it may fail in as many ways as there are stores."""
+    def _call(self, call: Callable[[], T]) -> T:
+        """Calls a remote store; each kind of store fails in ways of its own."""
         try:
             return call()
         except Exception as error:
@@ -213,7 +213,7 @@ class Location:
 
     def _remote_entries(self) -> list[Entry]:
         filesystem, path = self.filesystem()
-        found = self._asked(partial(filesystem.ls, path, detail=True))
+        found = self._call(partial(filesystem.ls, path, detail=True))
         own = path.strip("/")
         listed = [_remote_entry(each, _last(each["name"])) for each in found if each["name"].strip("/") != own]
         return [entry for entry in listed if entry.name and not entry.name.startswith(".")]
@@ -221,7 +221,7 @@ class Location:
     def _remote_files(self) -> Iterator[Entry]:
         filesystem, path = self.filesystem()
         own = path.strip("/") + "/"
-        for name, info in self._asked(partial(filesystem.find, path, detail=True)).items():
+        for name, info in self._call(partial(filesystem.find, path, detail=True)).items():
             below = unquote(name) if self.address.startswith("http") else name
             below = below.strip("/").removeprefix(own)
             # A name that ends in a slash is no file: the S3 console makes such an object of every new folder.
@@ -230,13 +230,13 @@ class Location:
 
 
 class RemoteFile:
-    """A remote file, read forward in blocks; where the connection breaks it is taken up again at the same byte.
+    """A remote file, read forward in blocks; after a broken connection it goes on at the same byte.
 
-    A web server that sends no parts of files is read as one stream: what lies before a byte is read to get there.
+    A file of a web server that sends only whole files is read as one stream: to reach a byte, all before it is read.
     """
 
-    def __init__(self, location: Location, to_and_fro: bool) -> None:
-        self._location, self._to_and_fro, self._position, self.closed = location, to_and_fro, 0, False
+    def __init__(self, location: Location, random_access: bool) -> None:
+        self._location, self._random_access, self._position, self.closed = location, random_access, 0, False
         self._file: Any = None
         self._in_parts = True
         self._tried(self._opened)
@@ -255,14 +255,12 @@ class RemoteFile:
         return b"".join(chunks)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Moves to a byte."""
         if whence == os.SEEK_END:
             offset += self.size()
         self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
         return self._position
 
     def tell(self) -> int:
-        """The byte that is read next."""
         return self._position
 
     def size(self) -> int:
@@ -274,15 +272,12 @@ class RemoteFile:
         return self._in_parts and self.size() > 0
 
     def readable(self) -> bool:
-        """Always."""
         return True
 
     def writable(self) -> bool:
-        """Never."""
         return False
 
     def close(self) -> None:
-        """Ends the connection."""
         if self._file is not None:
             self._file.close()
         self._file, self.closed = None, True
@@ -309,21 +304,21 @@ class RemoteFile:
         return self._file
 
     def _tried(self, call: Callable[[], T]) -> T:
-        return _again(str(self._location), call, self._failed)
+        return _with_retries(str(self._location), call, self._failed)
 
     def _failed(self, error: Exception) -> bool:
         """Whether to try again at once."""
         self._file = None
         if "range requests" not in str(error) or not self._in_parts:  # fsspec's words for such a server
             return False
-        if self._to_and_fro:
+        if self._random_access:
             raise StageError(f"{self._location}: this server sends whole files only; download it") from error
         self._in_parts = False
         return True
 
 
-def _again(where: str, call: Callable[[], T], failed: Callable[[Exception], bool] = lambda _: False) -> T:
-    """What a store far away answers; asked again, later and later, where the connection breaks."""
+def _with_retries(where: str, call: Callable[[], T], failed: Callable[[Exception], bool] = lambda _: False) -> T:
+    """Calls a remote store; retries with growing pauses where the connection breaks."""
     for attempt in range(TRIES):
         try:
             return call()

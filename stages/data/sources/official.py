@@ -47,7 +47,7 @@ class ClassTar(Part):
         """
         where = f"{self.location}: {self.class_name}.tar"
         unique = Unique(where)
-        with self.location.open(to_and_fro=True) as outer:
+        with self.location.open(random_access=True) as outer:
             section = Section(cast(Readable, outer), self.offset, self.size)
             for member in members(section, where):
                 name = "/".join(member.path)
@@ -106,7 +106,7 @@ def official(folder: Location) -> list[Part]:
 def _class_tars(train: Location) -> list[ClassTar]:
     stamp, unique = stamp_of([train.entry()]), Unique(str(train))
     found: list[ClassTar] = []
-    with train.open(to_and_fro=True) as file:
+    with train.open(random_access=True) as file:
         for member in members(cast(Readable, file), str(train), LARGEST_CLASS):
             class_name = member.path[-1].removesuffix(".tar")
             if class_name == member.path[-1] or len(member.path) != 1:

@@ -101,7 +101,7 @@ def parquet_file(location: Location) -> Iterator[pq.ParquetFile]:
     Raises:
         StageError: the shard is damaged.
     """
-    with location.open(to_and_fro=True) as file:
+    with location.open(random_access=True) as file:
         try:
             source = pa.PythonFile(cast(Any, file), mode="r") if not location.is_local else file
             yield pq.ParquetFile(source, buffer_size=READ_AHEAD, pre_buffer=False, memory_map=False)

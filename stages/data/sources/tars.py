@@ -52,11 +52,9 @@ class ForwardOnly:
     """A stream that is read from its beginning to its end."""
 
     def seekable(self) -> bool:
-        """Never."""
         return False
 
     def seek(self, _: int) -> int:
-        """Not possible."""
         raise io.UnsupportedOperation("seek")
 
 
@@ -114,7 +112,6 @@ class _Forward:
             raise unreadable(self._where, error) from error
 
     def tell(self) -> int:
-        """Bytes read so far."""
         return self._position
 
     def seek(self, position: int) -> int:
@@ -149,14 +146,12 @@ class Section:
         return data
 
     def seek(self, offset: int) -> int:
-        """Moves to a byte of the section."""
         self._file.seek(self._begin + offset)
         self._position = offset
         return offset
 
     def seekable(self) -> bool:
-        """Always: only what can seek has sections."""
-        return True
+        return True  # only what can seek has sections
 
 
 class _Data:

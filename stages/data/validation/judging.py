@@ -115,7 +115,7 @@ def first_failures(count: int, table: Sequence[Expectation], failed: dict[str, n
 
 
 def in_order_of_precedence(images: pd.DataFrame) -> pd.DataFrame:
-    """From the image that stays against all others to the one that yields to all: by arrival, split, key."""
+    """Sorted by arrival, split and key: of two duplicates the upper one stays."""
     rank = precedence(images["split"].to_numpy(dtype=object))
     ordered = images.assign(rank=rank).sort_values(["arrival", "rank", "key"], ignore_index=True)
     return ordered.drop(columns="rank")
@@ -187,7 +187,7 @@ def _label(images: pd.DataFrame, batches: dict[str, Batch]) -> dict[str, list[st
 
 
 def _drift(accepted: pd.DataFrame, batches: dict[str, Batch], limits: Validate) -> dict[str, list[FactDrift]]:
-    """Of each batch against the accepted images of all earlier ones of its role; empty for the first of a role."""
+    """Drift of each batch from the accepted images of all earlier ones of its role; empty for the first of a role."""
     drift = {}
     for arrival, (name, batch) in enumerate(batches.items()):
         of_role = accepted[accepted["role"] == batch.role]

@@ -1,6 +1,6 @@
-"""Whether two images are the same picture, on pixels: by thumbnails of their luminance.
+"""Whether two images are the same picture, by thumbnails of their luminance.
 
-They can be kept for the next time: then only what is new is decoded after a fresh batch, or a change of limits.
+Thumbnails are cached between runs: after a new batch, or a change of limits, only new images are decoded.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from stages.data.raw import images
+from stages.data.raw import images as raw_images
 from stages.data.raw.images import decode_strictly, read_header
 from stages.data.raw.tars import read_at
 from stages.data.validation.near_duplicates import SamePicture
@@ -31,13 +31,15 @@ PAIRS_AT_ONCE, IMAGES_A_TASK = 10_000, 64
 
 
 def maker() -> str:
-    """What decides the pixels of thumbnails, this code and the decoders, as a hash."""
-    parts = [sha256(Path(code)) for code in (__file__, images.__file__)] + list(map(version, ("pillow", "simplejpeg")))
+    """A hash of what decides the pixels of thumbnails: this code and the decoders."""
+    parts = [sha256(Path(code)) for code in (__file__, raw_images.__file__)] + list(
+        map(version, ("pillow", "simplejpeg"))
+    )
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def pixel_confirmation(
-    rows: pd.DataFrame, raw: Sequence[Path], limits: Validate, kept: Path | None = None
+    rows: pd.DataFrame, raw: Sequence[Path], limits: Validate, cache: Path | None = None
 ) -> SamePicture:
     """A `SamePicture` that reads the images themselves.
 
@@ -45,21 +47,21 @@ def pixel_confirmation(
         rows: images as given to `find_duplicates`, columns sha256, tar, offset, bytes.
         raw: folder of the raw tars of each row.
         limits: when two thumbnails are the same picture.
-        kept: file of thumbnails made before; afterwards it holds those that were asked for, and no others.
+        cache: file of thumbnails made before; afterwards it holds those that this run needs, and no others.
     """
 
     def same_picture(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         wanted = np.unique(np.concatenate([left, right]))
-        asked, folders = rows.iloc[wanted], [raw[position] for position in wanted]
-        pictures = _kept_or_made(asked, folders, kept) if kept else thumbnails(asked, folders)
+        images, folders = rows.iloc[wanted], [raw[position] for position in wanted]
+        pictures = _cached_thumbnails(images, folders, cache) if cache else thumbnails(images, folders)
         return same_thumbnails(pictures, np.searchsorted(wanted, left), np.searchsorted(wanted, right), limits)
 
     return same_picture
 
 
-def _kept_or_made(rows: pd.DataFrame, raw: Sequence[Path], kept: Path) -> np.ndarray:
+def _cached_thumbnails(rows: pd.DataFrame, raw: Sequence[Path], cache: Path) -> np.ndarray:
     names = rows["sha256"].to_numpy(dtype="S64")
-    known, of_known = _read(kept)
+    known, of_known = _read(cache)
     place = np.searchsorted(known, names)
     is_known = place < np.searchsorted(known, names, side="right")
     pictures = np.zeros((len(rows), SIDE * SIDE), dtype=np.uint8)
@@ -68,21 +70,21 @@ def _kept_or_made(rows: pd.DataFrame, raw: Sequence[Path], kept: Path) -> np.nda
     pictures[new] = thumbnails(rows.iloc[new], [raw[position] for position in new.tolist()])
     if len(new) or len(known) > len(names):
         order = np.argsort(names)
-        with replaced_file(kept) as aside, aside.open("wb") as file:
+        with replaced_file(cache) as aside, aside.open("wb") as file:
             np.savez(file, sha256=names[order], pixels=pictures[order])
     return pictures
 
 
-def _read(kept: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read(cache: Path) -> tuple[np.ndarray, np.ndarray]:
     """sha256 of images, sorted, (N,) of 64 bytes; and their thumbnails (N, 1024) uint8."""
     nothing = np.empty(0, "S64"), np.empty((0, SIDE * SIDE), np.uint8)
     try:
-        with np.load(kept) as arrays:
+        with np.load(cache) as arrays:
             return arrays["sha256"], arrays["pixels"]
     except FileNotFoundError:
         return nothing
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        logger.warning("%s is damaged (%s): all thumbnails are made anew", kept, error)
+        logger.warning("%s is damaged (%s): all thumbnails are made anew", cache, error)
         return nothing
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from stages.params.split import Split
 
-# From the one that is never given up to the one that yields: of two duplicates in a batch the evaluated one stays.
+# Of two duplicates in a batch, the one whose split comes first stays: the evaluated one.
 PRECEDENCE = ("test", "fresh", "val", "train")
 
 # Hex digits of the sha256 that decide one question; each question has its own, so the answers are independent.
@@ -20,7 +20,7 @@ for _value, _digit in enumerate(b"0123456789abcdef"):
 
 
 def assign_splits(source_split: pd.Series, sha256: pd.Series, later_finetune: bool, limits: Split) -> np.ndarray:
-    """Our split of each image of one batch.
+    """The split of each image of one batch.
 
     Args:
         source_split: the split that the source has it in: train, val, test, or all (one pool).
@@ -38,7 +38,7 @@ def assign_splits(source_split: pd.Series, sha256: pd.Series, later_finetune: bo
     elif "test" in present:
         held_out, val = source == "test", source == "val"
         pool = ~held_out & ~val
-    else:  # the source's only holdout is for the final word, not for choosing
+    else:  # the source's only holdout tests the model, it does not select it
         held_out, val = source == "val", np.zeros(len(source), bool)
         pool = ~held_out
     split = np.full(len(source), "train", dtype=object)

@@ -1,4 +1,4 @@
-"""What is counted after the images were judged: a table each of batches, classes of a batch, classes, and drift."""
+"""What is counted after the images were judged: tables of batches, classes of a batch, classes, and drift."""
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ from stages.params.validate import Validate
 
 
 def batch_table(images: pd.DataFrame, batches: dict[str, Batch]) -> pd.DataFrame:
-    """A row a batch: batch, role, images, accepted, quarantined, share_quarantined, unlabelled (if finetune)."""
+    """One row per batch: batch, role, images, accepted, quarantined, share_quarantined, unlabelled (if finetune)."""
     good = images["reason"] == ""
     nameless = good & (images["class_name"] == "") & (images["role"] == "finetune")
     counts = [
@@ -22,8 +22,8 @@ def batch_table(images: pd.DataFrame, batches: dict[str, Batch]) -> pd.DataFrame
 
 
 def look_table(images: pd.DataFrame, batches: dict[str, Batch], limits: Validate) -> pd.DataFrame:
-    """A row a class of a batch, of those with enough sound images to say: batch, role, class_name, images, look (the
-    number that most of them have) and share_alike."""
+    """One row per class of a batch with enough sound images: batch, role, class_name, images, look (of its largest
+    group of look-alikes), alike (images of that group) and share_alike."""
     is_judged = (images["look"] >= 0) & (images["class_name"] != "")
     judged = images.loc[is_judged, ["arrival", "class_name", "look"]]
     alike = judged.groupby(["arrival", "class_name", "look"]).size().rename("alike").reset_index()
@@ -41,9 +41,9 @@ def look_table(images: pd.DataFrame, batches: dict[str, Batch], limits: Validate
 
 
 def class_table(images: pd.DataFrame, batches: dict[str, Batch], classes: dict[str, list[str]]) -> pd.DataFrame:
-    """A row a class of a role: role, class_name, accepted images by split, `largest` (training images of the role's
-    largest class), `imbalance` (how many times this one's that is) and `new_in`: the later finetune batch that brought
-    it (none for a class that was there from the start)."""
+    """One row per class of a role: role, class_name, accepted images by split, `largest` (training images of the role's
+    largest class), `imbalance` (`largest` over its own) and `new_in` (the later finetune batch that brought it, or
+    None)."""
     is_accepted = (images["reason"] == "") & (images["class_name"] != "")
     accepted = images.loc[is_accepted, ["role", "class_name", "split"]]
     index = pd.MultiIndex.from_tuples(
@@ -65,7 +65,7 @@ def class_table(images: pd.DataFrame, batches: dict[str, Batch], classes: dict[s
 
 
 def drift_table(drift: dict[str, list[FactDrift]], batches: dict[str, Batch]) -> pd.DataFrame:
-    """A row a fact of a batch; `unexplained` where it drifted and the batch has no `accept_drift`."""
+    """One row per fact of a batch; `unexplained` where it drifted and the batch has no `accept_drift`."""
     rows = [(name, batches[name].role, *fact) for name, facts in drift.items() for fact in facts]
     table = pd.DataFrame(rows, columns=["batch", "role", *FactDrift._fields])
     excused = table["batch"].map({name: bool(batch.accept_drift) for name, batch in batches.items()}).astype(bool)

@@ -35,7 +35,7 @@ def validate(batches: dict[str, Batch], split: Split, limits: Validate) -> None:
     sweep(batches)
     images = read_facts(batches)
     assign(images, batches, split)
-    result = judge(images, batches, limits, partial(pixel_confirmation, kept=kept_thumbnails()))
+    result = judge(images, batches, limits, partial(pixel_confirmation, cache=thumbnail_cache()))
     report = summary(result, batches, limits)
     html = render(report, result.images, layout.RAW, result.noted, result.collapsed)
     folder = layout.VALIDATION_FAILED if result.stops else layout.REPORTS
@@ -50,8 +50,8 @@ def validate(batches: dict[str, Batch], split: Split, limits: Validate) -> None:
         logger.info("validate %s: %d accepted, %d quarantined", name, counts["accepted"], counts["quarantined"])
 
 
-def kept_thumbnails() -> Path:
-    """The file of thumbnails for the next time; those of other code are removed."""
+def thumbnail_cache() -> Path:
+    """The file of thumbnails for the next run; those of other code are removed."""
     folder = work_folder("validate", maker())
     prune(folder.parent, keep=folder)
     return folder / "thumbnails.npz"
@@ -103,7 +103,7 @@ def assign(images: pd.DataFrame, batches: dict[str, Batch], limits: Split) -> No
 
 
 def write_outputs(result: ValidationResult, batches: dict[str, Batch]) -> None:
-    """data/accepted (a file a batch, by key), data/quarantine.parquet (by arrival, key), data/classes (one a role)."""
+    """Writes data/accepted (a file per batch), data/quarantine.parquet and data/classes (a file per role)."""
     by_key = result.images.sort_values(["arrival", "key"])
     good = by_key["reason"] == ""
     for arrival, (name, batch) in enumerate(batches.items()):
