@@ -118,9 +118,7 @@ def test_sums_of_pixels_are_exact(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     for pixels in (rng.integers(0, 256, (*size, 3), dtype=np.uint8), np.full((*size, 3), 255, np.uint8)):
         found, values = writing._pixel_sums(pixels), pixels.reshape(-1, 3).astype(np.int64)
-        assert found.pixels == len(values)
-        assert found.sums == tuple(values.sum(0).tolist())
-        assert found.squares == tuple((values**2).sum(0).tolist())
+        assert found == [len(values), *values.sum(0).tolist(), *(values**2).sum(0).tolist()]
 
 
 @pytest.fixture(scope="module")
