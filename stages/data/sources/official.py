@@ -11,7 +11,7 @@ from scipy.io import loadmat
 from stages.data.sources.folders import LABELS, kaggle_labels
 from stages.data.sources.locations import LARGEST_TABLE, Entry, Location
 from stages.data.sources.parts import Image, Part, Unique, check_class, stamp_of
-from stages.data.sources.tars import Readable, Section, decompressed, members, opened
+from stages.data.sources.tars import Readable, StreamSection, decompressed, members, opened
 from stages.runtime.command import StageError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class ClassTar(Part):
         where = f"{self.location}: {self.class_name}.tar"
         unique = Unique(where)
         with self.location.open(random_access=True) as outer:
-            section = Section(cast(Readable, outer), self.offset, self.size)
+            section = StreamSection(cast(Readable, outer), self.offset, self.size)
             for member in members(section, where):
                 name = "/".join(member.path)
                 unique.check(name)

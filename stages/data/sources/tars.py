@@ -131,7 +131,7 @@ class _Forward:
         return self._position
 
 
-class Section:
+class StreamSection:
     """`size` bytes of a stream from `start` on: a file in a tar, or a tar in a tar."""
 
     def __init__(self, file: Readable, start: int, size: int) -> None:

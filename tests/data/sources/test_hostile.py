@@ -153,7 +153,7 @@ def test_a_file_that_claims_to_end_just_behind_its_section_is_refused() -> None:
         size = 512 + 3 * tars.CHUNK - missing
         outer = io.BytesIO(archive[:size] + bytes(10_000))
         with pytest.raises(StageError, match="damaged"):
-            list(tars.members(tars.Section(outer, 0, size), "class.tar"))
+            list(tars.members(tars.StreamSection(outer, 0, size), "class.tar"))
         assert outer.tell() < size + 1000
 
 
