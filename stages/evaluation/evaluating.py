@@ -39,9 +39,19 @@ from stages.training.networks.models import load_classifier
 logger = logging.getLogger(__name__)
 
 EVALUATORS: tuple[Evaluator, ...] = (
-    accuracy, fresh, slices, per_class, confusion, calibration, selective, robustness, curves, galleries, label_errors,
+    accuracy,
+    fresh,
+    slices,
+    per_class,
+    confusion,
+    calibration,
+    selective,
+    robustness,
+    curves,
+    galleries,
+    label_errors,
     data,
-)  # fmt: skip
+)
 """In the order of the report and of reports/metrics.json."""
 
 

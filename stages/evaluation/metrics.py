@@ -36,11 +36,6 @@ def log_probabilities(logits: Floats) -> Float64:
     return np.asarray(log_softmax(logits.astype(np.float64), axis=1))
 
 
-def confidences(logits: Floats) -> Float64:
-    """Probability of the predicted class of each image, (N,) in 0-1."""
-    return np.concatenate([1 / _exponentials(logits[rows]).sum(axis=1) for rows in _rows(logits)])
-
-
 @dataclass(frozen=True)
 class ImageScores:
     """Prediction and errors of each image, (N,) each: all that the figures need."""

@@ -34,9 +34,13 @@ class TrainingPredictions:
 
 
 def predict_training_images(
-    train: Samples, models: Mapping[str, Classifier], queries: Floats32, classes: int, image: ImageFormat,
+    train: Samples,
+    models: Mapping[str, Classifier],
+    queries: Floats32,
+    classes: int,
+    image: ImageFormat,
     compute: Compute,
-) -> TrainingPredictions:  # fmt: skip
+) -> TrainingPredictions:
     """Goes through the labelled training images once.
 
     Args:

@@ -155,7 +155,7 @@ def test_answers_are_those_of_each_metric_whatever_the_chunk(
 @pytest.mark.parametrize("bins", [2, 10, 15])
 def test_calibration(case: tuple[np.ndarray, np.ndarray], bins: int) -> None:
     logits, labels = case
-    confidence, correct = metrics.confidences(logits), metrics.predicted_classes(logits) == labels
+    confidence, correct = metrics.image_scores(logits, labels).confidence, metrics.predicted_classes(logits) == labels
     found = figures.reliability(logits, labels, bins)
     used = found.count > 0
     accuracy, stated = calibration_curve(correct, confidence.clip(0, 1), n_bins=bins, strategy="uniform")
@@ -169,7 +169,7 @@ def test_calibration(case: tuple[np.ndarray, np.ndarray], bins: int) -> None:
 def test_calibration_error_as_guo_et_al_wrote_it(case: tuple[np.ndarray, np.ndarray]) -> None:
     """Their loop (temperature_scaling.py): bins (low, high]."""
     logits, labels = case
-    confidence, correct = metrics.confidences(logits), metrics.predicted_classes(logits) == labels
+    confidence, correct = metrics.image_scores(logits, labels).confidence, metrics.predicted_classes(logits) == labels
     edges, error = np.linspace(0, 1, 16), 0.0
     for low, high in pairwise(edges):
         inside = (confidence > low) & (confidence <= high)
@@ -193,7 +193,7 @@ def test_calibration_error_is_that_of_torchmetrics(case: tuple[np.ndarray, np.nd
 def test_debiased_calibration_error_as_kumar_et_al_draw_it(case: tuple[np.ndarray, np.ndarray]) -> None:
     """Their procedure, integrated instead of drawn: twice the ECE less its mean over normal accuracies of the bins."""
     logits, labels = case
-    confidence, correct = metrics.confidences(logits), metrics.predicted_classes(logits) == labels
+    confidence, correct = metrics.image_scores(logits, labels).confidence, metrics.predicted_classes(logits) == labels
     edges, error = np.linspace(0, 1, 16), 0.0
     for low, high in pairwise(edges):
         inside = (confidence > low) & (confidence <= high)
@@ -237,7 +237,7 @@ def test_debiased_calibration_error_is_nearer_the_truth() -> None:
 def test_selective_accuracy(case: tuple[np.ndarray, np.ndarray]) -> None:
     """Against accuracy_score of the k surest; of those that tie at the end each counts in part."""
     logits, labels = case
-    confidence, predicted = metrics.confidences(logits), metrics.predicted_classes(logits)
+    confidence, predicted = metrics.image_scores(logits, labels).confidence, metrics.predicted_classes(logits)
     found = figures.selective_accuracy(logits, labels)
     assert found.coverage == _near(np.arange(1, len(labels) + 1) / len(labels))
     expected = []

@@ -32,8 +32,12 @@ def reliability_bars(curve: Reliability) -> list[dict[str, float]]:
     fullest = max(curve.count.max(initial=0), 1)
     return [
         {
-            "low": curve.low[i], "high": curve.high[i], "confidence": curve.confidence[i],
-            "accuracy": curve.accuracy[i], "count": int(curve.count[i]), "height": curve.count[i] / fullest,
+            "low": curve.low[i],
+            "high": curve.high[i],
+            "confidence": curve.confidence[i],
+            "accuracy": curve.accuracy[i],
+            "count": int(curve.count[i]),
+            "height": curve.count[i] / fullest,
         }
         for i in np.flatnonzero(curve.count)
-    ]  # fmt: skip
+    ]

@@ -1,45 +1,49 @@
-"""Explanation: what in an image speaks for the answer that the model gave, as a heat map over the image.
+"""Class activation maps: what in an image speaks for a class, as a heat map over the image.
 
-Grad-CAM (Selvaraju et al. 2017) by captum, on the last block whose map has a few places at least; of networks that end
-in tokens instead of maps (ViT), the gradient times how far a pixel is from the mean (Shrikumar et al. 2016).
+Grad-CAM (Selvaraju et al. 2017) by captum, on the last block whose output is a map of at least 4 by 4. Networks that
+end in tokens instead of maps (ViT): gradient x (pixel - mean) (Shrikumar et al. 2016).
 """
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from captum.attr import LayerGradCam, Saliency
+from matplotlib import colormaps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
 from stages.data.shards.loading.samples.index import Samples
 from stages.training.networks.layer_groups import members, of_a_head
-
-if TYPE_CHECKING:
-    from stages.training.networks.models import Classifier
+from stages.training.networks.models import Classifier
 
 Pixels = npt.NDArray[np.uint8]
 LEAST_PLACES = 4
-"""A side of the map that is shown. Below, at a small image, the last block's map has one place, and shows nothing."""
+"""Smallest side of a map that is used. With small images the last block's map is 1 by 1 and shows nothing."""
 STRENGTH = 0.55
-"""Of the colour over the image, where the map is at its largest."""
+"""Opacity of the colour over the image where the map is largest."""
 AT_ONCE = 32
 
 
 def heat_maps(
-    model: "Classifier", samples: Samples, targets: npt.NDArray[np.int64], *, image_size: int, resize: int,
+    model: Classifier,
+    samples: Samples,
+    targets: npt.NDArray[np.int64],
+    *,
+    image_size: int,
+    resize: int,
     threads: int,
-) -> Iterator[tuple[Pixels, Pixels]]:  # fmt: skip
-    """The crop that the model saw, and the same with the heat map of a class over it, of each image.
+) -> Iterator[tuple[Pixels, Pixels]]:
+    """For each image the crop that the model saw, and the crop with the heat map of a class over it.
 
-    On the CPU in float32 wherever the model is: a GPU has no deterministic gradient of some poolings. They are few.
+    On the CPU in float32, wherever the model is: some poolings have no deterministic gradient on a GPU.
 
     Args:
         model: in evaluation mode.
-        targets: (N,) the class that is asked for.
+        targets: (N,) the class to explain.
 
     Yields:
         two images (image_size, image_size, 3) uint8, in the order of `samples`.
@@ -60,7 +64,7 @@ def heat_maps(
             yield pixels, overlaid(pixels, each)
 
 
-def last_map(model: "Classifier", image: Tensor) -> nn.Module | None:
+def last_map(model: Classifier, image: Tensor) -> nn.Module | None:
     """The last block whose output is a map of at least 4 by 4 places.
 
     None where what comes after it are tokens, (n, tokens, D), or has its channels last (Swin, on small images).
@@ -89,14 +93,12 @@ def last_map(model: "Classifier", image: Tensor) -> nn.Module | None:
 
 
 def _is_map(output: Tensor) -> bool:
-    """Square, as the images are."""
+    """Large enough, and square as the images are."""
     return output.ndim == 4 and LEAST_PLACES <= output.shape[2] == output.shape[3]
 
 
-def _attributed(model: "Classifier", layer: nn.Module | None, images: Tensor, target: Tensor) -> Tensor:
-    """Heat (n, H, W) in 0..1, the largest of each image 1 unless nothing speaks for the class at all."""
-    from captum.attr import LayerGradCam, Saliency
-
+def _attributed(model: Classifier, layer: nn.Module | None, images: Tensor, target: Tensor) -> Tensor:
+    """Heat (n, H, W) in 0..1; the maximum of each image is 1, or 0 if nothing speaks for the class."""
     inputs = images.float().requires_grad_()
     if layer is None:
         gradient = Saliency(model).attribute(inputs, target=target, abs=False)
@@ -111,8 +113,6 @@ def _attributed(model: "Classifier", layer: nn.Module | None, images: Tensor, ta
 
 def overlaid(pixels: Pixels, heat: npt.NDArray[np.float32]) -> Pixels:
     """The image (H, W, 3) uint8 in grey, coloured where the heat (H, W) in 0..1 is: matplotlib's inferno."""
-    from matplotlib import colormaps
-
     grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
     colour = 255 * np.asarray(colormaps["inferno"](heat))[..., :3]
     weight = STRENGTH * heat[..., None]

@@ -1,4 +1,4 @@
-"""The whole confusion matrix as one picture, classes that are taken for each other side by side."""
+"""The whole confusion matrix as one picture, with classes that are confused with each other side by side."""
 
 import io
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ FAINTEST = 110
 LEAST_SIDE = 600
 """Of the picture in pixels; a cell is a whole number of them."""
 MOST_ORDERED_BEST = 200
-"""Classes. Which of the orders that a tree allows is best takes the cube of their number."""
+"""Classes. Finding the best order that a tree allows takes time cubic in their number."""
 
 
 @dataclass(frozen=True)
 class ConfusionMap:
-    """What the page shows."""
+    """What the section shows."""
 
     png: bytes
     """A row per true class, a column per answer, both in the order of `names`."""
@@ -47,9 +47,9 @@ def confusion_map(classes: Sequence[str], confusion: Int64) -> ConfusionMap:
 
 
 def clustered(confusion: Int64) -> Int64:
-    """An order of the classes, (C,), in which those that are often taken for each other are neighbours.
+    """An order of the classes, (C,), in which classes that are often confused are neighbours.
 
-    Average linkage over 1 - the share of the two classes' images that are taken for the other.
+    Average linkage; the distance is 1 - the mean share of two classes' images that are predicted as the other.
     """
     if len(confusion) < 3:
         return np.arange(len(confusion))
@@ -61,7 +61,7 @@ def clustered(confusion: Int64) -> Int64:
 
 
 def _png(confusion: Int64) -> bytes:
-    """Each cell the deeper the larger its share of the row, by its square root so that rare mistakes are seen."""
+    """Opacity of a cell: the square root of its share of the row, so that rare mistakes are visible."""
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     pixels = np.zeros((*confusion.shape, 4), np.uint8)
     pixels[..., :3] = MISS

@@ -1,11 +1,11 @@
-"""Images as the world spoils them: the corruptions of ImageNet-C, in five severities (Hendrycks & Dietterich 2019).
+"""Corruptions of ImageNet-C, in five severities (Hendrycks & Dietterich 2019).
 
-Strengths are the paper's, which are for images with a side of 224 px. With `scale` = side / 224 the same thing happens
-to a smaller picture: lengths in pixels are multiplied by `scale`, the power of noise in a pixel too (so its standard
-deviation by the square root), and so are the steps that JPEG rounds to. What is a share of the side or of the range of
-values stays. For 64 px this comes close to what the authors chose by hand for Tiny-ImageNet-C (docs/robustness.md).
+Strengths are the paper's, for images with a side of 224 px. For other sizes, with `scale` = side / 224: lengths in
+pixels, the power of noise per pixel (so its standard deviation by the square root), and the quantisation steps of JPEG
+are multiplied by `scale`. Shares of the side or of the range of values stay. For 64 px this comes close to what the
+authors chose by hand for Tiny-ImageNet-C (docs/robustness.md).
 
-Of the benchmark's fifteen kinds frost is missing: it is photographs of frost, laid over the image.
+Frost is missing from the benchmark's fifteen kinds: it needs photographs of frost.
 """
 
 import math
@@ -26,30 +26,30 @@ Array = npt.NDArray[Any]
 
 SEVERITIES = 5
 PAPER_SIDE = 224
-"""In pixels, of the images that the strengths are for."""
+"""Side in pixels of the images that the strengths are made for."""
 STREAK_STEP = 0.25
-"""Pixels between the points of which a streak is made."""
+"""Distance in pixels between the points of a streak."""
 DISK_POINTS = 64
-"""From side to side, of which a disk is made."""
+"""Points across a disk."""
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """One kind: `make` of images (n, 3, H, W) float32 in 0..1, a strength and a seed for each image."""
+    """One kind: `make` takes images (n, 3, H, W) float32 in 0..1, a strength, and a seed per image."""
 
     make: Callable[[Tensor, Any, Sequence[int]], Tensor]
     strengths: tuple[Any, ...]
-    """Of severities 1 to 5, as in the paper."""
+    """For severities 1 to 5, as in the paper."""
 
 
 def corrupted(images: Tensor, name: str, severity: int, seeds: Sequence[int]) -> Tensor:
-    """Images spoilt in one way, (n, 3, H, W) uint8. What becomes of one depends on its own pixels and seed alone.
+    """Images corrupted in one way, (n, 3, H, W) uint8. Each depends on its own pixels and seed only.
 
     Args:
         images: (n, 3, H, W) uint8 on the CPU.
         name: a key of CORRUPTIONS.
         severity: 1 to 5.
-        seeds: one of each image, 0 or more; kinds without chance ignore them.
+        seeds: one per image, 0 or more; kinds without randomness ignore them.
 
     Raises:
         ValueError: no such kind or severity, images of another type, or not as many seeds as images.
@@ -78,14 +78,14 @@ def _gaussian_noise(images: Tensor, std: float, seeds: Sequence[int]) -> Tensor:
 
 
 def _shot_noise(images: Tensor, photons: float, seeds: Sequence[int]) -> Tensor:
-    """Light that is counted: `photons` a pixel where it is white, more where a pixel stands for a larger area."""
+    """Photon noise: `photons` per white pixel at the paper's size, more where a pixel covers a larger area."""
     white = photons / _scale(images)
     pairs = zip(images, _generators(seeds), strict=True)
     return torch.stack([torch.poisson(white * image, generator=chance) / white for image, chance in pairs])
 
 
 def _impulse_noise(images: Tensor, share: float, seeds: Sequence[int]) -> Tensor:
-    """This share of all values (of each channel by itself) becomes 0 or 1."""
+    """This share of all values, channels independently, becomes 0 or 1."""
     share *= _scale(images)
     chance = _drawn(seeds, lambda generator: torch.rand(images.shape[1:], generator=generator))
     return images.masked_fill(chance < share / 2, 0).masked_fill(chance >= 1 - share / 2, 1)
@@ -107,16 +107,16 @@ def _disk(radius: float) -> Array:
 
 
 def _glass_blur(images: Tensor, strength: tuple[float, float, int], seeds: Sequence[int]) -> Tensor:
-    """Blurred, pixels moved about `times` by up to `reach`, blurred again.
+    """Blurred, pixels moved `times` times by up to `reach`, blurred again.
 
-    The paper swaps neighbours one after the other; here every pixel looks somewhere else at once, which an array does.
+    The paper swaps neighbours one after the other; here all pixels move at once, which is an array operation.
     """
     sigma, reach, times = strength
     sigma, reach = sigma * _scale(images), reach * _scale(images)
     moves = _drawn(seeds, lambda chance: 2 * torch.rand((times, 2, *images.shape[2:]), generator=chance) - 1)
     images = _smoothed(images, sigma)
     for move in moves.unbind(1):
-        images = _looked_up(images, _places(images) + reach * move)
+        images = _sampled(images, _positions(images) + reach * move)
     return _smoothed(images, sigma)
 
 
@@ -128,7 +128,7 @@ def _motion_blur(images: Tensor, strength: tuple[float, float], seeds: Sequence[
 
 
 def _streak(radius: float, sigma: float, degrees: float) -> Array:
-    """Half a Gaussian from the middle on in one direction, twice `radius` long."""
+    """Half a Gaussian from the centre in one direction, at most 2 `radius` long."""
     length = min(2 * radius, 4 * sigma)
     along = np.arange(0, length, STREAK_STEP)
     x, y = along * math.cos(math.radians(degrees)), along * math.sin(math.radians(degrees))
@@ -136,7 +136,7 @@ def _streak(radius: float, sigma: float, degrees: float) -> Array:
 
 
 def _kernel(x: Array, y: Array, weights: Array) -> Array:
-    """Of points (P,) in pixels from the middle, each shared out among the four pixels around it; odd sides, sum 1."""
+    """Kernel of points (P,), pixels from the centre, each spread over the four pixels around it; odd sides, sum 1."""
     left, top = np.floor(x).astype(int), np.floor(y).astype(int)
     half = int(max(abs(left).max(), abs(top).max())) + 1
     kernel = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
@@ -147,7 +147,7 @@ def _kernel(x: Array, y: Array, weights: Array) -> Array:
 
 
 def _zoom_blur(images: Tensor, strength: tuple[float, float], _: Sequence[int]) -> Tensor:
-    """Mean of the image and of its middles, enlarged by 1 to `largest`."""
+    """Mean of the image and of its centre, enlarged by factors from 1 to `largest`."""
     largest, step = strength
     factors = np.arange(1, largest + step / 2, step)
     total = images.clone()
@@ -162,7 +162,7 @@ def _zoom_blur(images: Tensor, strength: tuple[float, float], _: Sequence[int]) 
 
 
 def _snow(images: Tensor, strength: tuple[float, ...], seeds: Sequence[int]) -> Tensor:
-    """Flakes, made at the paper's size and brought to that of the image; twice, turned round, over a paler image."""
+    """Flakes, made at the paper's size and resized, added twice (once rotated by 180°) to a paler image."""
     mean, std, zoom, least, radius, sigma, kept = strength
     cells = math.ceil(PAPER_SIDE / zoom)
     noise = _drawn(seeds, lambda chance: mean + std * torch.randn((1, cells, cells), generator=chance))
@@ -222,7 +222,7 @@ def _brightness(images: Tensor, more: float, _: Sequence[int]) -> Tensor:
 
 
 def _contrast(images: Tensor, kept: float, _: Sequence[int]) -> Tensor:
-    """Nearer to the mean of each channel."""
+    """Values moved towards the mean of each channel."""
     means = images.mean((2, 3), keepdim=True)
     return means + kept * (images - means)
 
@@ -241,8 +241,8 @@ def _elastic(images: Tensor, strength: tuple[float, float, float], seeds: Sequen
     moved = corners + skew * draws[:, :6].reshape(-1, 3, 2).numpy()
     back = torch.from_numpy(np.stack([cv2.getAffineTransform(each, corners) for each in moved])).float()
     field = alpha * _smooth_fields(draws[:, 6:].reshape(-1, 2, height, width), sigma)
-    places = _places(images) + field
-    return _looked_up(images, torch.einsum("nij,njhw->nihw", back[:, :, :2], places) + back[:, :, 2, None, None])
+    places = _positions(images) + field
+    return _sampled(images, torch.einsum("nij,njhw->nihw", back[:, :, :2], places) + back[:, :, 2, None, None])
 
 
 def _smooth_fields(fields: Tensor, sigma: float) -> Tensor:
@@ -256,7 +256,7 @@ def _smooth_fields(fields: Tensor, sigma: float) -> Tensor:
 
 
 def _pixelate(images: Tensor, kept: float, _: Sequence[int]) -> Tensor:
-    """Squares that are larger than a pixel by (1 / kept - 1) at the paper's size, and by less at a smaller one."""
+    """Blocks of 1 + (1 / kept - 1) * scale pixels."""
     block = 1 + (1 / kept - 1) * _scale(images)
     height, width = images.shape[2:]
     cells = max(1, round(width / block)), max(1, round(height / block))
@@ -289,7 +289,7 @@ def scaled_quality(quality: int, scale: float) -> int:
 
 
 def _scale(images: Tensor) -> float:
-    """How large images are beside the paper's, by their shorter side."""
+    """Shorter side relative to the paper's."""
     return min(images.shape[2:]) / PAPER_SIDE
 
 
@@ -302,7 +302,7 @@ def _drawn(seeds: Sequence[int], draw: Callable[[torch.Generator], Tensor]) -> T
 
 
 def _turns(seeds: Sequence[int]) -> list[float]:
-    """A number in 0..1 of each image, which decides a direction; drawn apart from all else that its seed decides."""
+    """A number in 0..1 per image, for a direction; independent of everything else drawn from its seed."""
     turns: list[float] = [np.random.default_rng([seed, 1]).random() for seed in seeds]
     return turns
 
@@ -323,13 +323,13 @@ def _smoothed(images: Tensor, sigma: float) -> Tensor:
     return _each(images, lambda image: cv2.GaussianBlur(image, (0, 0), sigma))
 
 
-def _places(images: Tensor) -> Tensor:
+def _positions(images: Tensor) -> Tensor:
     """x and y of every pixel, (2, H, W) float32."""
     y, x = torch.meshgrid(*(torch.arange(side, dtype=torch.float32) for side in images.shape[2:]), indexing="ij")
     return torch.stack([x, y])
 
 
-def _looked_up(images: Tensor, places: Tensor) -> Tensor:
+def _sampled(images: Tensor, places: Tensor) -> Tensor:
     """The image at `places`, (n, 2, H, W), between pixels by bilinear interpolation; mirrored beyond the border."""
     sides = torch.tensor([images.shape[3], images.shape[2]], dtype=torch.float32).view(2, 1, 1)
     grid = (2 * places / (sides - 1) - 1).permute(0, 2, 3, 1)

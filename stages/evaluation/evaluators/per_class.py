@@ -42,12 +42,19 @@ def class_rows(classes: Sequence[str], confusion: Int64, confidence: float) -> l
         wrong = np.where(np.arange(len(classes)) == index, 0, confusion[index])
         rows.append(
             {
-                "name": class_name, "support": int(figures.support[index]), "recall": figures.recall[index],
-                "low": ends.recall_low[index], "high": ends.recall_high[index],
-                "precision": figures.precision[index], "precision_low": ends.precision_low[index],
-                "precision_high": ends.precision_high[index], "f1": figures.f1[index], "f1_low": ends.f1_low[index],
-                "f1_high": ends.f1_high[index], "taken_for": classes[int(wrong.argmax())] if wrong.any() else "",
+                "name": class_name,
+                "support": int(figures.support[index]),
+                "recall": figures.recall[index],
+                "low": ends.recall_low[index],
+                "high": ends.recall_high[index],
+                "precision": figures.precision[index],
+                "precision_low": ends.precision_low[index],
+                "precision_high": ends.precision_high[index],
+                "f1": figures.f1[index],
+                "f1_low": ends.f1_low[index],
+                "f1_high": ends.f1_high[index],
+                "taken_for": classes[int(wrong.argmax())] if wrong.any() else "",
                 "times": int(wrong.max(initial=0)),
             }
-        )  # fmt: skip
+        )
     return sorted(rows, key=lambda row: (np.isnan(row["recall"]), row["recall"]))  # the first of equals, as in figures

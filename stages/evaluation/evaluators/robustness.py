@@ -45,7 +45,7 @@ from stages.training.networks.models import Classifier
 name = "robustness"
 
 PART = 50
-"""Images at a time, whatever `batch_size`: an attack draws its start for all of them at once."""
+"""Batch size, whatever `batch_size` is: an attack draws its random start for a whole batch."""
 SHIFTS = (0.01, 0.02, 0.03, 0.04)
 """Of the side."""
 DEGREES = 10.0
@@ -61,7 +61,7 @@ Outcomes = dict[tuple[str, str, str], Bools]
 
 @dataclass(frozen=True)
 class Example:
-    """An image as the model sees it and as it was spoilt, (H, W, 3) uint8 each."""
+    """An image as the model sees it and as it was corrupted, (H, W, 3) uint8 each."""
 
     key: str
     label: int
@@ -171,7 +171,7 @@ def spread(labels: Int64, count: int, seed: int) -> Int64:
 
 
 def _cropped(wide: Tensor, side: int, down: int = 0, right: int = 0) -> Tensor:
-    """The middle, or what is so many pixels below and to the right of it."""
+    """The centre crop, moved by some pixels."""
     spare = wide.shape[-1] - side
     top, left = (spare + 1) // 2 + down, (spare + 1) // 2 + right  # rounded as DALI does
     return wide[:, :, top : top + side, left : left + side]
@@ -190,7 +190,7 @@ class _Perturbed:
     seed: int
 
     def classes(self, images: Tensor) -> Int64:
-        """What the model takes them for, (n,)."""
+        """(n,) predicted classes."""
         with torch.inference_mode(), self.compute.autocast():
             logits = self.model(self._placed(images)).float()
         if not logits.isfinite().all():
@@ -199,12 +199,12 @@ class _Perturbed:
         return predicted
 
     def correct(self, images: Tensor) -> Bools:
-        """Whether it is right, (n,)."""
+        """(n,) whether the prediction is correct."""
         return np.asarray(self.classes(images) == self.labels.numpy())
 
     @cached_property
     def predicted(self) -> Int64:
-        """What it takes the images for as they are, (n,)."""
+        """(n,) predicted classes of the unchanged images."""
         return self.classes(self.images)
 
     def clean(self) -> Outcomes:
@@ -218,7 +218,7 @@ class _Perturbed:
         }
 
     def corrupted(self, name: str, severity: int) -> Tensor:
-        """The images; what happens to one depends on the seed and its key, not on which others are there."""
+        """The images; each depends on the seed and its key, not on the other images."""
         return corrupted(self.images, name, severity, [_seed(self.seed, name, key) for key in self.keys])
 
     def attacks(self) -> Outcomes:
@@ -234,7 +234,7 @@ class _Perturbed:
         return outcomes
 
     def _withstood(self, standing: Bools, settings: Adversarial) -> Bools:
-        """Which of those that stand still do, (n,)."""
+        """(n,) which of `standing`, those that are still classified correctly, withstand the attack."""
         if not standing.any():
             return standing
         images, labels = self._placed(self.images[standing]), self.labels[standing].to(self.compute.device)
@@ -254,25 +254,37 @@ class _Perturbed:
         return left
 
     def moves(self, wide: Tensor) -> Outcomes:
-        """Whether the class stays the same; `wide` is what the images are the middle of."""
+        """Whether the class stays the same; the images are the centre crops of `wide`."""
         return {
             ("consistency", *what): np.asarray(self.classes(images) == self.predicted)
             for what, images in moved(wide, self.images.shape[-1])
         }
 
     def examples(self, count: int) -> list[Example]:
-        """The first images of different classes."""
+        """Up to `count` images, the first of each class."""
         severity = min(EXAMPLE_SEVERITY, self.wanted.severities)
         _, first = np.unique(self.labels.numpy(), return_index=True)
         places = np.sort(first)[: max(count, 0)]
-        few = _Perturbed(self.model, self.compute, self.images[places], self.labels[places],
-                     [self.keys[i] for i in places], self.wanted, self.seed)  # fmt: skip
+        few = _Perturbed(
+            self.model,
+            self.compute,
+            self.images[places],
+            self.labels[places],
+            [self.keys[i] for i in places],
+            self.wanted,
+            self.seed,
+        )
         changed = {name: few.corrupted(name, severity) for name in self.wanted.corruptions}
         return [
-            Example(few.keys[i], int(few.labels[i]), severity, _picture(few.images[i]),
-                    {name: _picture(images[i]) for name, images in changed.items()})
+            Example(
+                few.keys[i],
+                int(few.labels[i]),
+                severity,
+                _picture(few.images[i]),
+                {name: _picture(images[i]) for name, images in changed.items()},
+            )
             for i in range(len(places))
-        ]  # fmt: skip
+        ]
 
     def _placed(self, images: Tensor) -> Tensor:
         layout = torch.channels_last if self.compute.channels_last else torch.contiguous_format
@@ -280,7 +292,7 @@ class _Perturbed:
 
 
 def _seed(seed: int, *names: str) -> int:
-    """Of 56 bits: numpy and torch take it."""
+    """56 bits, which numpy and torch accept."""
     text = "\0".join([str(seed), *names])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
@@ -290,10 +302,10 @@ def _picture(image: Tensor) -> np.ndarray:
 
 
 def moved(wide: Tensor, side: int) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """The middle of images flipped, shifted and turned: names of kind and change, and (n, 3, side, side) uint8.
+    """Centre crops flipped, shifted and rotated: names of kind and change, and (n, 3, side, side) uint8.
 
-    Shifts and turned corners show what the resized image has around its middle, so that no border is made up. Only
-    where `resize` leaves too little of it is the rest mirrored.
+    Shifts and rotated corners show real pixels around the crop. Only where `resize` leaves too few, the border is
+    mirrored.
 
     Args:
         wide: (n, 3, resize, resize) uint8 on the CPU, with `resize` at least `side`.
@@ -313,7 +325,7 @@ def moved(wide: Tensor, side: int) -> Iterator[tuple[tuple[str, str], Tensor]]:
 
 
 def figures(outcomes: Outcomes, settings: Evaluate) -> dict[str, Any]:
-    """As `measure` describes them, of what was answered."""
+    """As `measure` describes them."""
     clean = outcomes["clean", "", ""]
     errors = {
         name: np.mean([~right for right in each.values()], axis=0)
@@ -344,7 +356,7 @@ def figures(outcomes: Outcomes, settings: Evaluate) -> dict[str, Any]:
 
 
 def _kinds(outcomes: Outcomes, group: str) -> dict[str, dict[str, Bools]]:
-    """Those of one group, by kind and by change."""
+    """The outcomes of one group, by kind and by change."""
     found: dict[str, dict[str, Bools]] = {}
     for (of, kind, change), each in outcomes.items():
         if of == group:
@@ -353,13 +365,13 @@ def _kinds(outcomes: Outcomes, group: str) -> dict[str, dict[str, Bools]]:
 
 
 def _errors(error: Float64, clean: Bools, settings: Evaluate) -> dict[str, float]:
-    """Of (N,) errors of each image, 0-1: their mean, and that above the clean error."""
+    """Mean of the error of each image, (N,) in 0-1, and the mean above the clean error."""
     return {**_mean("error", error, settings), **_mean("relative", error - ~clean, settings)}
 
 
-def _share(name: str, hits: Bools, settings: Evaluate) -> dict[str, float]:
-    low, high = wilson(hits.sum(), len(hits), settings.confidence)
-    return {name: float(hits.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+def _share(name: str, right: Bools, settings: Evaluate) -> dict[str, float]:
+    low, high = wilson(right.sum(), len(right), settings.confidence)
+    return {name: float(right.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def _mean(name: str, values: Float64, settings: Evaluate) -> dict[str, float]:

@@ -1,9 +1,9 @@
-"""Slices: where the model is weaker than on the rest, by delivery, by what images are like, and by either in a class.
+"""Slices: where the model is weaker than on the rest, by delivery and by attributes of images, overall and per class.
 
-A model inherits what its training images had in common: a class seen only in daylight is known only in daylight. So
-accuracy is held against that of all other images, slice by slice, and within each class against that of its own
-others, since a hard class says nothing about light. Every slice that is looked at is paid for, in p values (Holm 1979)
-and in intervals (Bonferroni), so that what is said of the first of them is true although it was picked.
+A model inherits what its training images have in common: a class seen only in daylight is known only in daylight. So
+the accuracy of each slice is compared with that of all other images; within a class, with that of the class's other
+images, since a hard class says nothing about light. All slices tested are corrected for, in p values (Holm 1979) and in
+intervals (Bonferroni), so the statement about the worst one is valid although it was picked.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,18 +25,18 @@ name = "slices"
 MOST_SHOWN, FEW_SHOWN = 20, 5
 """Slices in the report and in reports/plots/slices.csv; the report shows few where none is below the rest."""
 BINS = 4
-"""Of each attribute, with equally many images."""
+"""Bins of each attribute, with equally many images."""
 LEAST = 10
-"""Images of the smallest slice that is looked at, and of the rest that it is held against: fewer tell nothing."""
+"""Fewest images of a slice that is tested, and of its rest: fewer say nothing."""
 RARE = 0.5
-"""Of the median class's training images: a class with fewer is rare; frequent is one with its double."""
+"""Share of the median class's training images: a class with less is rare; above 1 / RARE it is frequent."""
 FREQUENCY = "class frequency"
 MOST_DIGITS = 9
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Accuracy of some images beside that of the others. Shares are 0-1; intervals hold for all slices at once."""
+    """Accuracy of a slice and of the other images. Shares are 0-1; intervals hold for all slices at once."""
 
     attribute: str
     value: str
@@ -63,7 +63,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class _Attribute:
-    """What the images are parted by: names of the parts, and which each image is in, (N,)."""
+    """A partition of the images: names of its parts, and the part of each image, (N,)."""
 
     name: str
     values: Sequence[str]
@@ -102,7 +102,7 @@ def measure(inputs: EvaluationInputs) -> Result:
 def slices(
     facts: pd.DataFrame, correct: Bools, labels: Int64, classes: Sequence[str], per_class: Int64, confidence: float
 ) -> list[Slice]:
-    """All slices looked at: those below the rest first, of them those whose gap is at least the largest.
+    """All slices tested: those below the rest first, by the near end of their gap's interval.
 
     Args:
         facts: rows of data/accepted, one of each scored image, in their order.
@@ -114,24 +114,24 @@ def slices(
     found: list[tuple[str, str, str]] = []
     counts: list[Int64] = []
     for attribute in _attributes(facts, labels, per_class):
-        images, hits = _tables(attribute, correct, labels, len(classes))
-        total, total_hits = images.sum(axis=0), hits.sum(axis=0)
+        images, right = _tables(attribute, correct, labels, len(classes))
+        total, total_right = images.sum(axis=0), right.sum(axis=0)
         for part in range(len(attribute.values)):
             found.append((attribute.name, attribute.values[part], ""))
-            counts.append(np.array([total[part], total.sum(), total_hits[part], total_hits.sum()]))
-        of_class, of_class_hits = images.sum(axis=1), hits.sum(axis=1)
+            counts.append(np.array([total[part], total.sum(), total_right[part], total_right.sum()]))
+        of_class, of_class_right = images.sum(axis=1), right.sum(axis=1)
         for label, part in np.argwhere(images) if attribute.name != FREQUENCY else ():
             found.append((attribute.name, attribute.values[part], classes[label]))
-            counts.append(np.array([images[label, part], of_class[label], hits[label, part], of_class_hits[label]]))
-    inside, both, hits_inside, hits_both = np.array(counts, np.int64).reshape(-1, 4).T
+            counts.append(np.array([images[label, part], of_class[label], right[label, part], of_class_right[label]]))
+    inside, both, right_inside, right_both = np.array(counts, np.int64).reshape(-1, 4).T
     kept = np.flatnonzero((inside >= LEAST) & (both - inside >= LEAST))
-    rows = _tested([found[i] for i in kept], inside[kept], both[kept], hits_inside[kept], hits_both[kept], confidence)
+    rows = _tested([found[i] for i in kept], inside[kept], both[kept], right_inside[kept], right_both[kept], confidence)
     level = error_rate(confidence)
     return sorted(rows, key=lambda each: (each.p > level, each.gap_high if each.p <= level else each.p, each.gap))
 
 
 def error_rate(confidence: float) -> float:
-    """The adjusted p up to which a slice is below the rest: one side of what `confidence` lacks to 1."""
+    """A slice is below the rest if its adjusted p is at most this: (1 - confidence) / 2, one side."""
     return (1 - confidence) / 2
 
 
@@ -141,7 +141,7 @@ def below(rows: Sequence[Slice], confidence: float) -> list[Slice]:
 
 
 def figures(rows: Sequence[Slice], confidence: float) -> Mapping[str, float]:
-    """What reports/metrics.json holds: how many there are, and the one that is named first; NaN without any."""
+    """How many slices there are, how many are below the rest, and the first one; NaN without any."""
     first = rows[0] if rows else None
     found: dict[str, float] = {"looked_at": len(rows), "below": len(below(rows, confidence))}
     names = ("top1", "low", "high", "gap", "gap_low", "gap_high", "p")
@@ -149,39 +149,44 @@ def figures(rows: Sequence[Slice], confidence: float) -> Mapping[str, float]:
 
 
 def _tables(attribute: _Attribute, correct: Bools, labels: Int64, classes: int) -> tuple[Int64, Int64]:
-    """Images and hits of each class and part, (C, parts) each."""
+    """Images and correct predictions of each class and part, (C, parts) each."""
     parts = len(attribute.values)
     cell = labels * parts + attribute.index
     images = np.bincount(cell, minlength=classes * parts).reshape(classes, parts)
-    hits = np.bincount(cell[correct], minlength=classes * parts).reshape(classes, parts)
-    return images.astype(np.int64), hits.astype(np.int64)
+    right = np.bincount(cell[correct], minlength=classes * parts).reshape(classes, parts)
+    return images.astype(np.int64), right.astype(np.int64)
 
 
 def _tested(
-    found: Sequence[tuple[str, str, str]], images: Int64, both: Int64, hits: Int64, hits_both: Int64, confidence: float
+    names: Sequence[tuple[str, str, str]],
+    images: Int64,
+    both: Int64,
+    right: Int64,
+    right_both: Int64,
+    confidence: float,
 ) -> list[Slice]:
     """With Wilson's intervals, Newcombe's of the difference, and Fisher's exact test."""
-    others, other_hits = both - images, hits_both - hits
-    joint = 1 - (1 - confidence) / max(len(found), 1)
-    low, high = wilson(hits, images, joint)
-    top1, rest = hits / images, other_hits / others
-    gap_low, gap_high = newcombe(hits, images, other_hits, others, joint)
-    p = holm(hypergeom.cdf(hits, both, hits_both, images))
+    others, other_right = both - images, right_both - right
+    joint = 1 - (1 - confidence) / max(len(names), 1)
+    low, high = wilson(right, images, joint)
+    top1, rest = right / images, other_right / others
+    gap_low, gap_high = newcombe(right, images, other_right, others, joint)
+    p = holm(hypergeom.cdf(right, both, right_both, images))
     columns = zip(images, top1, low, high, rest, top1 - rest, gap_low, gap_high, p, strict=True)
     return [
-        Slice(*names, int(count), *map(float, shares)) for names, (count, *shares) in zip(found, columns, strict=True)
+        Slice(*each, int(count), *map(float, shares)) for each, (count, *shares) in zip(names, columns, strict=True)
     ]
 
 
 def _attributes(facts: pd.DataFrame, labels: Int64, per_class: Int64) -> Iterator[_Attribute]:
-    """Those by which the images differ."""
+    """The attributes in which the images differ."""
     width, height = (facts[side].to_numpy(np.float64) for side in ("width", "height"))
     measured: dict[str, tuple[Float64, str]] = {
         "size": (np.sqrt(width * height), "px"),
         "aspect ratio": (np.maximum(width, height) / np.minimum(width, height), ""),
         "brightness": (facts["brightness"].to_numpy(np.float64), "of 255"),
         "contrast": (facts["contrast"].to_numpy(np.float64), "of 255"),
-        # The facts hold no tables of quantisation; this is what they do to a file.
+        # The facts hold no quantisation tables; this is their effect on a file.
         "compression": (8 * facts["bytes"].to_numpy(np.float64) / (width * height), "bit a pixel"),
     }
     for name, (values, unit) in measured.items():
@@ -199,7 +204,7 @@ def _attributes(facts: pd.DataFrame, labels: Int64, per_class: Int64) -> Iterato
 
 
 def _quarters(name: str, values: Float64, unit: str) -> Iterator[_Attribute]:
-    """Parts of about equally many images, fewer where many have the same value; each open below, the first closed."""
+    """Up to four parts of about equally many images; each open below, the first closed."""
     edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1))) if len(values) else np.empty(0)
     if len(edges) < 3 or not np.isfinite(edges).all():
         return
@@ -210,7 +215,7 @@ def _quarters(name: str, values: Float64, unit: str) -> Iterator[_Attribute]:
 
 
 def _distinct(edges: Float64) -> list[str]:
-    """Numbers with as few digits as keep them apart, three at least."""
+    """Numbers with the fewest digits that keep them distinct, at least three."""
     for digits in range(3, MOST_DIGITS):
         shown = [np.format_float_positional(each, digits, unique=False, fractional=False, trim="-") for each in edges]
         if len(set(shown)) == len(shown):
