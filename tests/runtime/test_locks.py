@@ -44,7 +44,7 @@ def test_a_second_holder_is_refused_or_waits(tmp_path: Path) -> None:
         thread.start()
         assert not taken.is_set()
         first.close()
-        thread.join(timeout=30)
+        thread.join()
         assert taken.is_set()
     assert path.read_text(encoding="utf-8") == "of the last holder"
 
@@ -80,7 +80,7 @@ def test_who_has_to_wait_is_told_once(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=enter)
     thread.start()
-    thread.join(timeout=30)
+    thread.join()
     assert inside.is_set()
 
 

@@ -1,7 +1,6 @@
 """The proxy without its backends: what it tries again, and what it forwards."""
 
 import asyncio
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,15 +33,14 @@ def test_whatever_keeps_a_version_from_starting_it_is_tried_again(
         proxied = Proxy(NAME, 1, tmp_path)
         proxied.in_force.version = Version(NAME, 1, "", "", {}, (), "", 0)
         following = asyncio.create_task(proxied._follow())
-        until = time.monotonic() + 20
-        while tries < 2 and not following.done() and time.monotonic() < until:
+        while tries < 2 and not following.done():
             await asyncio.sleep(0.05)
         following.cancel()
         await proxied.close()
 
     monkeypatch.setattr(proxy, "fetch", no_space)
     asyncio.run(follow())
-    assert tries == 2
+    assert tries >= 2
     assert "version 1: OSError: [Errno 28] No space left on device; NOTHING IS SERVED" in caplog.text
 
 
