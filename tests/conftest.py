@@ -20,6 +20,25 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Seconds of these files on one core; the others take less. The longest begin first, so that the workers end together.
+LONG = {
+    "test_repro.py": 200, "test_processes.py": 150, "test_ingest.py": 120, "test_register.py": 110, "test_loop.py": 100,
+    "test_reproduce.py": 60, "test_models.py": 60, "test_shard.py": 60, "test_search.py": 55, "test_versioning.py": 50,
+    "test_export.py": 45, "test_evaluate.py": 45, "test_promotion.py": 40, "test_validate.py": 40,
+    "test_derivation.py": 30, "test_examine.py": 30, "test_label_queue.py": 30, "test_planted.py": 20,
+}  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files go to the workers in the order of `pytest_collection_modifyitems`, not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first; within a file nothing changes."""
+    items.sort(key=lambda item: -LONG.get(item.path.name, 0))
+
+
 Once = Callable[[str, Callable[[Path], None]], Path]
 
 

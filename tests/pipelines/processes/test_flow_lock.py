@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -172,7 +171,6 @@ def test_the_run_of_a_killed_flow_is_marked_as_crashed(tmp_path: Path) -> None:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         killed = process.stdout.readline().split()[1]
-        time.sleep(1)
         process.kill()
         process.wait()
         assert python(STATE, environment, killed).strip() == "Running"  # Prefect does not see it
