@@ -1,29 +1,17 @@
 """The examination of a registered version by `python -m stages.examine`, which loads it in a process of its own."""
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.processes.flow_lock import folder
+from stages.registry.examination import Examination
 from stages.registry.versions import Version
 from stages.runtime.command import StageError
 
 
-@dataclass(frozen=True)
-class ExaminationResult:
-    """What `python -m stages.examine` found."""
-
-    sound: bool
-    """The weights are those that were registered, and predict as they did then."""
-    gate: str
-    """Its verdict against the version in force now; that of its registration where that still holds."""
-    reasons: tuple[str, ...]
-
-
-def examine(version: Version, against: str, run: Callable[[Sequence[str]], object]) -> ExaminationResult:
+def examine(version: Version, against: str, run: Callable[[Sequence[str]], object]) -> Examination:
     """Examines a registered version in a process of its own, which loads it.
 
     Args:
@@ -42,5 +30,4 @@ def examine(version: Version, against: str, run: Callable[[Sequence[str]], objec
             run([*command, *(["--against", against, *data] if against else [])])
         except StageError as error:
             raise StageError(f"version {version.number} was not examined: {error}") from error
-        content = json.loads(result.read_text(encoding="utf-8"))
-    return ExaminationResult(content["sound"], content["gate"], tuple(content["reasons"]))
+        return Examination.read(result)

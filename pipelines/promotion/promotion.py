@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.promotion.examination import ExaminationResult
 from pipelines.promotion.history import Promotion, one_line, promotions, with_promotion
 from pipelines.retrain.worktree import commit_of
 from stages.registry import tags, versions
+from stages.registry.examination import Examination
 from stages.registry.tags import CHAMPION, PREVIOUS, SERVING
 from stages.registry.versions import Version
 from stages.runtime.command import StageError
@@ -69,7 +69,7 @@ class _Journal:
     verdict: str
 
 
-Examine = Callable[[Version, str], ExaminationResult]
+Examine = Callable[[Version, str], Examination]
 """Examines a version; its gate must be taken against a version's number, `none`, or, if empty, not at all."""
 Tell = Callable[[Outcome], None]
 

@@ -9,8 +9,9 @@ import pytest
 
 from pipelines import reconcile
 from pipelines.environment import ROOT
-from pipelines.promotion.examination import ExaminationResult, examine
+from pipelines.promotion.examination import examine
 from pipelines.promotion.promotion import Outcome
+from stages.registry.examination import Examination
 from stages.registry.versions import Version
 from stages.runtime.command import StageError
 
@@ -68,7 +69,7 @@ def test_the_examination_is_asked_in_a_process_of_its_own(against: str) -> None:
         found = {"sound": False, "gate": "failed", "retaken": True, "reasons": ["damaged"]}
         Path(command[command.index("--json") + 1]).write_text(json.dumps(found))
 
-    assert examine(VERSION, against, run) == ExaminationResult(False, "failed", ("damaged",))
+    assert examine(VERSION, against, run) == Examination(False, "failed", True, ("damaged",))
     (command,) = asked
     assert command[:5] == [sys.executable, "-m", "stages.examine", "bells", "7"]
     data = ["--data", str(ROOT / ".synset/retrain/tree")]  # where the newest version's shards are

@@ -10,9 +10,10 @@ import pytest
 
 from pipelines.promotion import promotion
 from pipelines.promotion.history import promotions
-from pipelines.promotion.promotion import ExaminationResult, Outcome, RegistrySnapshot, settle
+from pipelines.promotion.promotion import Outcome, RegistrySnapshot, settle
 from stages.registry import tags, versions
 from stages.registry.client import open_client
+from stages.registry.examination import Examination
 from stages.registry.versions import Version
 from stages.runtime.command import StageError
 
@@ -82,12 +83,12 @@ class Examiner:
         self.asked: list[tuple[int, str]] = []
         self.gate, self.sound, self.meanwhile = gate, sound, meanwhile
 
-    def __call__(self, asked: Version, against: str) -> ExaminationResult:
+    def __call__(self, asked: Version, against: str) -> Examination:
         self.asked.append((asked.number, against))
         if self.meanwhile:
             self.meanwhile()
         reasons = () if self.sound else ("model.safetensors is not what was registered",)
-        return ExaminationResult(self.sound, self.gate, reasons)
+        return Examination(self.sound, self.gate, True, reasons)
 
 
 def tick(root: Path, examine: Examiner | None = None, told: list[Outcome] | None = None) -> Outcome:
