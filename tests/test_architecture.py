@@ -30,9 +30,8 @@ COMMANDS = ["examine", "export", "label_queue", "predict"]
 """That compute, outside the graph."""
 HEAVY = ["torch", "torchvision", "mlflow", "great_expectations", "nvidia.dali", "prefect"]
 # Packages that decide no byte of an output: an upgrade reruns nothing.
-WITHOUT_EFFECT = set(
-    ["distributed", "filelock", "fsspec", "mlflow", "pathspec", "psutil", "pydantic", "pyyaml", "requests", "sqlalchemy", "tqdm"]
-)
+WITHOUT_EFFECT = {"distributed", "filelock", "fsspec", "mlflow", "pathspec", "psutil", "pydantic", "pyyaml"}
+WITHOUT_EFFECT |= {"requests", "sqlalchemy", "tqdm"}
 
 LAYERS = ["runtime", "params", "pages", "data", "training", "evaluation", "registry"]
 """Folders of stages/, from the ground up: each may import itself and what is below it. Above them are the modules of

@@ -18,6 +18,7 @@ from stages.pages.templates import render_markdown
 from stages.pages.text import ABSENT, percent, shortened
 from stages.registry.card.comparison import comparison_rows, figure_rows, with_interval
 from stages.registry.gate_review import BatchCounts, Candidate, Review, class_name
+from stages.registry.tags import COMMIT, DIRTY
 
 MOST_CHARACTERS = 5000
 ROOM_FOR_COMMIT = 100
@@ -119,8 +120,8 @@ def _model_part(candidate: Candidate, review: Review, links: Mapping[str, str], 
         "test_images": review.candidate.test.sum(),
         "accuracy": [(label, figures) for label, figures in parts if figures.get("top1") is not None],
         "figures": _figures(metrics.get("test", {})),
-        "commit": candidate.git.get("git.commit"),
-        "dirty": candidate.git.get("git.dirty"),
+        "commit": candidate.git.get(COMMIT),
+        "dirty": candidate.git.get(DIRTY),
         "links": links,
         "batches": _batch_rows(candidate.batches, rows),
         "data": metrics.get("data", {}),
