@@ -1,7 +1,7 @@
 """Every tag and alias in MLflow that the project sets or reads, and who sets it when.
 
 They are a contract with people, who set some of them by hand, and with versions registered by older code: a name here
-never changes. Training code may not import the registry; `stages/training/loop/checkpoints/work.py` repeats two names.
+never changes. Training code may not import the registry, so it repeats FINGERPRINT, MACHINE, TRIAL and MODEL_SHA256.
 """
 
 # Aliases of versions
