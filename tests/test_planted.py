@@ -1,13 +1,12 @@
 """The planted dirt of the sample is found, all of it and nothing else, with another seed than the default one."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
+from stages import ingest, scan, validate
 from stages.data.sources.sample import BAD_KINDS, planted
 from stages.runtime.tables import read_table
 from tests.workspace import ROOT
@@ -19,7 +18,7 @@ REASONS = {
 }  # fmt: skip
 
 
-def test_validate_quarantines_exactly_what_was_planted(tmp_path: Path) -> None:
+def test_validate_quarantines_exactly_what_was_planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     for name, batch in params["batches"].items():
         assert batch["source"] == f"sample:{name}?seed=1"
@@ -27,10 +26,12 @@ def test_validate_quarantines_exactly_what_was_planted(tmp_path: Path) -> None:
     shutil.copy(ROOT / "dvc.yaml", tmp_path)  # work in progress is known by what a stage depends on
     (tmp_path / "stages").symlink_to(ROOT / "stages")
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    steps = ["ingest upstream", "ingest target", "scan upstream", "scan target", "validate"]
-    for stage, *batch in map(str.split, steps):
-        subprocess.run([sys.executable, "-m", f"stages.{stage}", *batch], cwd=tmp_path, env=environment, check=True)
+    monkeypatch.chdir(tmp_path)
+    batches = ["upstream", "target"]
+    for main, arguments in [(ingest.main, batches), (scan.main, batches), (validate.main, [""])]:
+        for argument in arguments:
+            monkeypatch.setattr("sys.argv", ["stage", *filter(None, [argument])])
+            main()
     kinds = {
         f"{name}/{path}": kind
         for name in params["batches"]
