@@ -104,7 +104,9 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     return found.at(np.flatnonzero(found.label < 2))
 
 
-def requested(model: Classifier, samples: Samples, wanted: Robustness, settings: Evaluate = SETTINGS) -> dict[str, Any]:
+def figures_of(
+    model: Classifier, samples: Samples, wanted: Robustness, settings: Evaluate = SETTINGS
+) -> dict[str, Any]:
     """The figures."""
     found = measure_robustness(
         model, samples, wanted, image_size=SIZE, resize=RESIZE, settings=settings, compute=COMPUTE
@@ -138,7 +140,7 @@ def test_no_more_images_than_asked_for_are_shown(samples: Samples) -> None:
     seen = []
     model = untrained()
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    found = asked(model, samples, FEW)
+    found = figures_of(model, samples, FEW)
     assert found["images"] == 12
     assert seen.count(12) == len(seen) == 1 + 2 * 2 + 1 + 4 + 2  # clean, corruptions, flip, shifts by 1 px, rotations
 
@@ -149,7 +151,7 @@ def test_clean_top1_is_that_of_the_same_images_as_all_figures_see_them(samples: 
     logits = predict(chosen, {"it": model}, ImageFormat(SIZE, RESIZE, batch_size=7), COMPUTE)["it"].logits
     hits = int((logits.argmax(1) == chosen.label).sum())
     low, high = wilson(hits, 40, 0.95)
-    found = asked(model, samples, FEW.model_copy(update={"images": 40}))["clean"]
+    found = figures_of(model, samples, FEW.model_copy(update={"images": 40}))["clean"]
     assert found == {"top1": hits / 40, "top1_low": float(low), "top1_high": float(high)}
 
 
@@ -172,13 +174,13 @@ def test_figures_are_the_same_again_and_for_other_parts_and_leave_chance_alone(
 ) -> None:
     wanted = FEW.model_copy(update={"epsilons": [2.0]})
     model, before = untrained(), torch.get_rng_state()
-    first = asked(model, samples, wanted)
+    first = figures_of(model, samples, wanted)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
-    assert asked(model, samples, wanted, Evaluate(bootstrap=200, batch_size=3)) == first
+    assert figures_of(model, samples, wanted, Evaluate(bootstrap=200, batch_size=3)) == first
     monkeypatch.setattr(robustness, "PART", 5)
     # Where one attack starts depends on its part; all else is drawn image by image.
-    parts = asked(model, samples, FEW)
+    parts = figures_of(model, samples, FEW)
     assert {**parts, "attacks": {}} == {**first, "attacks": {}}
 
 
@@ -201,7 +203,7 @@ def test_what_chance_does_depends_on_the_seed(samples: Samples) -> None:
 
 def test_a_constant_model_is_always_of_the_same_opinion(samples: Samples) -> None:
     constant = planted(torch.ones(SIZE, SIZE), threshold=-1)
-    found = asked(constant, samples, FEW.model_copy(update={"epsilons": [8.0]}))
+    found = figures_of(constant, samples, FEW.model_copy(update={"epsilons": [8.0]}))
     for kind in ("flip", "shift", "rotation"):
         assert found["consistency"][kind]["same"] == found["consistency"][kind]["mean"] == 1
         assert found["consistency"][kind]["same_high"] == 1 and found["consistency"][kind]["same_low"] < 0.8
@@ -211,7 +213,7 @@ def test_a_constant_model_is_always_of_the_same_opinion(samples: Samples) -> Non
 
 
 def test_a_model_that_looks_at_the_left_half_alone_is_thrown_by_a_flip_and_by_nothing_else(halves: Samples) -> None:
-    found = asked(planted(left_half(), 128), halves, FEW)
+    found = figures_of(planted(left_half(), 128), halves, FEW)
     assert found["clean"]["top1"] == 1
     assert found["consistency"]["flip"]["same"] == found["consistency"]["flip"]["mean"] == 0
     assert found["consistency"]["shift"]["same"] == found["consistency"]["rotation"]["same"] == 1
@@ -281,7 +283,7 @@ def test_errors_are_means_over_severities_and_then_over_corruptions() -> None:
 def test_a_corruption_is_right_where_the_model_sees_through_it(halves: Samples) -> None:
     """Noise and JPEG leave means as they are; less contrast brings them to one side of a threshold."""
     wanted = FEW.model_copy(update={"corruptions": ["gaussian_noise", "jpeg_compression", "contrast", "brightness"]})
-    found = asked(planted(left_half(), 134), halves, wanted)["corruptions"]
+    found = figures_of(planted(left_half(), 134), halves, wanted)["corruptions"]
     assert found["gaussian_noise"]["error"] == found["jpeg_compression"]["error"] == 0
     assert found["contrast"]["error"] == 0.5, "the bright half falls below 134"
     assert found["brightness"]["error"] == 0.5, "the dark half rises above it"
@@ -318,7 +320,7 @@ def test_attacks_reach_as_far_as_epsilon_and_no_further(halves: Samples, monkeyp
 
     original = robustness.attacked
     monkeypatch.setattr(robustness, "attacked", watched)
-    found = asked(planted(left_half(), 128), halves, FEW.model_copy(update={"epsilons": [12.0, 8.0]}))
+    found = figures_of(planted(left_half(), 128), halves, FEW.model_copy(update={"epsilons": [12.0, 8.0]}))
     for method in ("fgsm", "pgd"):
         assert list(found["attacks"][method]) == ["8", "12"]
         assert found["attacks"][method]["8"]["top1"] == 1
@@ -331,7 +333,7 @@ def test_attacks_reach_as_far_as_epsilon_and_no_further(halves: Samples, monkeyp
 
 def test_pgd_fools_no_fewer_than_fgsm_and_more_with_a_larger_epsilon(samples: Samples) -> None:
     wanted = Robustness(images=60, corruptions=[], epsilons=[0.5, 2.0, 8.0], pgd_steps=5)
-    found = asked(untrained(), samples, wanted)
+    found = figures_of(untrained(), samples, wanted)
     pgd = [each["top1"] for each in found["attacks"]["pgd"].values()]
     assert list(found["attacks"]["pgd"]) == ["0.5", "2", "8"]
     assert found["clean"]["top1"] >= pgd[0] >= pgd[1] >= pgd[2] and pgd[2] < found["clean"]["top1"]
@@ -345,12 +347,12 @@ def test_pgd_fools_no_fewer_than_fgsm_and_more_with_a_larger_epsilon(samples: Sa
 
 def test_no_images_and_a_broken_model_are_said(samples: Samples) -> None:
     with pytest.raises(StageError, match="no labelled image to measure robustness on"):
-        asked(untrained(), samples.at([]), FEW)
+        figures_of(untrained(), samples.at([]), FEW)
     broken = untrained()
     with torch.no_grad():
         broken.head.bias.fill_(torch.nan)
     with pytest.raises(StageError, match="gives what is not a number"):
-        asked(broken, samples, FEW)
+        figures_of(broken, samples, FEW)
 
 
 def test_params_have_defaults_and_name_what_is_wrong() -> None:
