@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 
-from stages.pages.templates import breakable, data_uri, render
+from stages.pages.templates import breakable, data_uri, render, render_markdown
 
 
 def test_names_are_escaped() -> None:
@@ -19,10 +19,11 @@ def test_a_misspelt_name_raises(tmp_path: Path) -> None:
         render(template, report={"accepted": 1})
 
 
-def test_html_is_escaped_and_markdown_is_not(tmp_path: Path) -> None:
-    for name, shown in (("page.html.j2", "&lt;b&gt;"), ("card.md.j2", "<b>")):
-        (tmp_path / name).write_text("{{ name }} {{ share | percent }}")
-        assert render(tmp_path / name, name="<b>", share=0.01) == f"{shown} 1.0\N{NO-BREAK SPACE}%"
+def test_a_value_cannot_end_its_place(tmp_path: Path) -> None:
+    (tmp_path / "page.html.j2").write_text("<b>{{ name }}</b> {{ share | percent }}")
+    assert render(tmp_path / "page.html.j2", name="<i>|", share=0.01) == "<b>&lt;i&gt;|</b> 1.0\N{NO-BREAK SPACE}%"
+    (tmp_path / "card.md.j2").write_text("| {{ name }} | {{ share | percent }} |")
+    assert render_markdown(tmp_path / "card.md.j2", name="<i>|", share=0.01) == "| &lt;i>\\| | 1.0 % |"
 
 
 def test_a_page_is_one_file(tmp_path: Path) -> None:
