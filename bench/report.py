@@ -21,7 +21,7 @@ from bench.rounds import machine
 from stages.data.raw.facts import ACCEPTED, QUARANTINE
 from stages.data.shards.loading.samples.index import Samples
 from stages.evaluation import evaluating
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result
 from stages.evaluation.evaluators import galleries, label_errors
 from stages.evaluation.evaluators.cam import overlaid
 from stages.evaluation.evaluators.galleries import GalleryPicture, Neighbour
@@ -148,14 +148,14 @@ def _galleries(inputs: EvaluationInputs) -> Result:
 
     by_class = {classes[label]: pictures(some) for label, some in chosen.by_class.items()}
     values = {"mistakes": pictures(chosen.mistakes), "correct": pictures(chosen.correct), "by_class": by_class}
-    return Result(Section(TEMPLATES / "galleries.html.j2", values))
+    return Result(ReportSection(TEMPLATES / "galleries.html.j2", values))
 
 
 def _label_errors(inputs: EvaluationInputs) -> Result:
     encoded, _ = _picture()
     suspect = {"key": "made-up", "label": inputs.classes[0], "suggested": inputs.classes[1], "jpeg": encoded}
     suspects = [suspect | {"label_probability": 0.1, "suggested_probability": 0.8}] * label_errors.SHOWN
-    return Result(Section(TEMPLATES / "label_errors.html.j2", {"suspects": suspects, "found": len(suspects)}))
+    return Result(ReportSection(TEMPLATES / "label_errors.html.j2", {"suspects": suspects, "found": len(suspects)}))
 
 
 TEMPLATES = Path(galleries.__file__).parent

@@ -45,7 +45,7 @@ class EvaluationInputs:
         return self.config["classes"]
 
 
-class Section(NamedTuple):
+class ReportSection(NamedTuple):
     """A part of reports/report.html."""
 
     template: Path
@@ -57,7 +57,7 @@ class Section(NamedTuple):
 class Result:
     """What an evaluator found; only the section is not optional."""
 
-    section: Section
+    section: ReportSection
     figures: Mapping[str, Any] = field(default_factory=dict)
     """Top-level entries of reports/metrics.json, NaN where a figure is not defined."""
     plots: Mapping[str, pd.DataFrame] = field(default_factory=dict)

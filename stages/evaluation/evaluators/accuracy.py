@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.evaluation.charts import ticks
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section, rounded
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result, rounded
 from stages.evaluation.statistics import intervals
 
 name = "accuracy"
@@ -40,5 +40,5 @@ def measure(inputs: EvaluationInputs) -> Result:
         for key, label in MODELS.items()
         if shown[key]["top1"] is not None
     ]
-    section = Section(Path(__file__).with_suffix(".html.j2"), {"models": rows, "axis": ticks(0, 1, 5)})
+    section = ReportSection(Path(__file__).with_suffix(".html.j2"), {"models": rows, "axis": ticks(0, 1, 5)})
     return Result(section, figures | {"gain": gain})

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from stages.evaluation.charts import ticks
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result
 from stages.evaluation.metrics import Reliability, reliability_curve
 from stages.evaluation.statistics.intervals import calibration_noise
 
@@ -23,7 +23,7 @@ def measure(inputs: EvaluationInputs) -> Result:
     noise = calibration_noise(scores.confidence, settings.calibration_bins, settings.bootstrap, settings.seed)
     bins = pd.DataFrame({"confidence": curve.confidence, "accuracy": curve.accuracy, "count": curve.count})
     values = {"bins": reliability_bars(curve), "axis": ticks(0, 1, 5), "calibrated_ece": float(noise.mean())}
-    section = Section(Path(__file__).with_suffix(".html.j2"), values)
+    section = ReportSection(Path(__file__).with_suffix(".html.j2"), values)
     return Result(section, plots={"reliability": bins[curve.count > 0]})
 
 

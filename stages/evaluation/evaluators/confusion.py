@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result
 from stages.evaluation.evaluators.confusion_map import confusion_map
 from stages.evaluation.metrics import Int64, confusion_matrix
 
@@ -29,7 +29,7 @@ def measure(inputs: EvaluationInputs) -> Result:
     }
     names = np.array(classes)
     table = pd.DataFrame({"actual": names[test.labels], "predicted": names[test.scores.predicted]})
-    return Result(Section(Path(__file__).with_suffix(".html.j2"), values), plots={name: table})
+    return Result(ReportSection(Path(__file__).with_suffix(".html.j2"), values), plots={name: table})
 
 
 def confused_pairs(classes: Sequence[str], confusion: Int64) -> list[dict[str, Any]]:

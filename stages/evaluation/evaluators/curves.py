@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from stages.evaluation.charts import ticks
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result
 from stages.runtime import layout
 
 name = "curves"
@@ -21,7 +21,7 @@ def measure(_: EvaluationInputs) -> Result:
     runs = _runs()
     table = pd.DataFrame([{"run": run} | dict(epoch) for run, epochs in runs.items() for epoch in epochs])
     table = table.reindex(columns=["run", "epoch", *sorted(set(table.columns) - {"run", "epoch"})])
-    return Result(Section(Path(__file__).with_suffix(".html.j2"), {"panels": panels(runs)}), plots={name: table})
+    return Result(ReportSection(Path(__file__).with_suffix(".html.j2"), {"panels": panels(runs)}), plots={name: table})
 
 
 def _runs() -> dict[str, Epochs]:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result
 from stages.evaluation.evaluators.label_errors import suspects
 from stages.runtime import layout
 
@@ -27,7 +27,7 @@ def measure(inputs: EvaluationInputs) -> Result:
         "reasons": _counts(quarantine["reason"]),
         "splits": ("train", "val", "test", "fresh"),
     }
-    return Result(Section(Path(__file__).with_suffix(".html.j2"), values), {name: figures})
+    return Result(ReportSection(Path(__file__).with_suffix(".html.j2"), values), {name: figures})
 
 
 def _batches(quarantined: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section, rounded
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result, rounded
 from stages.evaluation.metrics import Bools
 from stages.evaluation.statistics import intervals
 
@@ -18,7 +18,9 @@ def measure(inputs: EvaluationInputs) -> Result:
         if rows.any():
             gap = _gap_to_test(fresh.scores.correct[rows], inputs.test.scores.correct, settings.confidence)
             figures[batch] = intervals.figures(fresh.finetuned[rows], fresh.labels[rows], settings) | gap
-    return Result(Section(Path(__file__).with_suffix(".html.j2"), {"fresh": rounded(figures)}), {"fresh": figures})
+    return Result(
+        ReportSection(Path(__file__).with_suffix(".html.j2"), {"fresh": rounded(figures)}), {"fresh": figures}
+    )
 
 
 def _gap_to_test(correct: Bools, of_test: Bools, confidence: float) -> dict[str, float]:

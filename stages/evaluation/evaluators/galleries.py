@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result
 from stages.evaluation.evaluators.cam import heat_maps
 from stages.pages.images import jpeg_thumbnail, thumbnail
 
@@ -40,7 +40,7 @@ def measure(inputs: EvaluationInputs) -> Result:
     chosen, classes = inputs.chosen, inputs.classes
     pictures = _pictures(inputs)
     return Result(
-        Section(
+        ReportSection(
             Path(__file__).with_suffix(".html.j2"),
             {
                 "mistakes": [pictures[int(i)] for i in chosen.mistakes],

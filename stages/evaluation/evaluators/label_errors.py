@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result
 from stages.evaluation.metrics import Int64
 from stages.evaluation.training_pass import TrainingPredictions
 from stages.pages.images import jpeg_thumbnail
@@ -36,7 +36,7 @@ def measure(inputs: EvaluationInputs) -> Result:
         row | {"jpeg": jpeg_thumbnail(train.jpeg(int(i)))} for row, i in zip(rows[:SHOWN], indexes, strict=False)
     ]
     return Result(
-        Section(Path(__file__).with_suffix(".html.j2"), {"suspects": pictures, "found": len(indexes)}),
+        ReportSection(Path(__file__).with_suffix(".html.j2"), {"suspects": pictures, "found": len(indexes)}),
         tables={"label_suspects": pd.DataFrame(rows, columns=COLUMNS)},
     )
 

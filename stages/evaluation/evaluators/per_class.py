@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from stages.evaluation import metrics
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result
 from stages.evaluation.metrics import Int64
 from stages.evaluation.statistics.intervals import class_intervals
 
@@ -30,7 +30,7 @@ def measure(inputs: EvaluationInputs) -> Result:
     rows = class_rows(inputs.classes, confusion, inputs.settings.confidence)
     values = {"rows": rows[:MOST_AT_ONCE], "more_classes": rows[MOST_AT_ONCE:]}
     table = pd.DataFrame(rows, columns=list(COLUMNS)).rename(columns=COLUMNS)
-    return Result(Section(Path(__file__).with_suffix(".html.j2"), values), plots={name: table})
+    return Result(ReportSection(Path(__file__).with_suffix(".html.j2"), values), plots={name: table})
 
 
 def class_rows(classes: Sequence[str], confusion: Int64, confidence: float) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from torchvision.transforms.v2.functional import pad, rotate
 
 from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
 from stages.data.shards.loading.samples.index import Samples
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result
 from stages.evaluation.evaluators.corruptions import corrupted
 from stages.evaluation.metrics import Bools, Float64, Int64
 from stages.evaluation.statistics.bootstrap import mean_interval
@@ -83,7 +83,7 @@ def measure(inputs: EvaluationInputs) -> Result:
     template, wanted, config = Path(__file__).with_suffix(".html.j2"), inputs.settings.robustness, inputs.config
     if not wanted:
         table = pd.DataFrame([], columns=COLUMNS)
-        return Result(Section(template, {"robust": None, "examples": []}), {name: None}, {name: table})
+        return Result(ReportSection(template, {"robust": None, "examples": []}), {name: None}, {name: table})
     found = measure_robustness(
         inputs.model,
         inputs.test.samples,
@@ -96,7 +96,7 @@ def measure(inputs: EvaluationInputs) -> Result:
     errors = {kind: figures["error"] for kind, figures in found.figures["corruptions"].items()}
     values = {"robust": found.figures, "examples": [_pictures(example) for example in found.examples]}
     return Result(
-        Section(template, values),
+        ReportSection(template, values),
         {name: found.figures | {"corruptions": errors}},
         {name: pd.DataFrame(rows(found.figures), columns=COLUMNS)},
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from stages.evaluation.charts import ticks
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result
 from stages.evaluation.metrics import Selective, selective_curve
 
 name = "selective"
@@ -19,7 +19,7 @@ def measure(inputs: EvaluationInputs) -> Result:
     rows = curve_rows(selective_curve(scores.confidence, scores.correct))
     values = {"curve": chart(rows), "axis": ticks(0, 1, 5)}
     table = pd.DataFrame(rows, columns=["coverage", "accuracy", "confidence"])
-    return Result(Section(Path(__file__).with_suffix(".html.j2"), values), plots={name: table})
+    return Result(ReportSection(Path(__file__).with_suffix(".html.j2"), values), plots={name: table})
 
 
 def chart(rows: list[dict[str, float]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom
 
-from stages.evaluation.evaluator import EvaluationInputs, Result, Section
+from stages.evaluation.evaluator import EvaluationInputs, ReportSection, Result
 from stages.evaluation.metrics import Bools, Float64, Int64
 from stages.evaluation.statistics.intervals import holm, newcombe, wilson
 from stages.runtime import layout
@@ -95,7 +95,7 @@ def measure(inputs: EvaluationInputs) -> Result:
         [{"slice": row.name} | vars(row) for row in found[:MOST_SHOWN]],
         columns=["slice", *(column.name for column in fields(Slice))],
     )
-    section = Section(Path(__file__).with_suffix(".html.j2"), values)
+    section = ReportSection(Path(__file__).with_suffix(".html.j2"), values)
     return Result(section, {name: figures(found, settings.confidence)}, {name: table})
 
 
