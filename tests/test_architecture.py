@@ -45,7 +45,7 @@ SURPLUS = {
     "finetune": {"stages/runtime/tables.py"},
 }
 """By stage: code that a folder among its dependencies brings along and the stage does not use. A change of it runs the
-stage once more for nothing. `evaluate` and `register` are not listed: they train nothing, so they name whole folders."""
+stage once more for nothing. `evaluate` and `register` are not here: they train nothing, so they name whole folders."""
 
 
 def modules(folder: str) -> list[str]:
