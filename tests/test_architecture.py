@@ -128,7 +128,11 @@ def test_dvc_does_not_see_what_decides_no_byte() -> None:
     with Repo(str(ROOT)) as repo:
         seen = [
             path
-            for path in ["stages/runtime/README.md", "stages/runtime/__pycache__/files.cpython-311.pyc", *OBSERVERS]
+            for path in [
+                "stages/runtime/README.md",
+                "stages/runtime/__pycache__/files.cpython-311.pyc",
+                *map(str, OBSERVERS),
+            ]
             if not repo.dvcignore.is_ignored(repo.fs, str(ROOT / path))
         ]
         assert not repo.dvcignore.is_ignored(repo.fs, str(ROOT / "stages/runtime/files.py"))
