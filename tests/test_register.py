@@ -114,7 +114,7 @@ def test_a_model_that_is_registered_ends_as_unchanged(tree: Path, capsys: pytest
     assert len(versions.list_versions("bells")) == 1
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("requested")
 @pytest.mark.parametrize("step", ["log_metrics", "create_version", "set_alias", "finish_version"])
 def test_a_registration_that_died_is_taken_up_without_a_second_version(
     tree: Path, monkeypatch: pytest.MonkeyPatch, step: str
@@ -134,7 +134,7 @@ def test_a_registration_that_died_is_taken_up_without_a_second_version(
     assert "registering" not in version.tags
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("requested")
 def test_the_next_model_is_held_against_the_one_in_force(tree: Path) -> None:
     set_name(tree, "bells")
     first = versions.list_versions("bells")[0]
@@ -161,7 +161,7 @@ def test_the_next_model_is_held_against_the_one_in_force(tree: Path) -> None:
     assert "own test set" not in second.description
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("requested")
 def test_against_a_version_whose_weights_are_not_known_nothing_is_registered(tree: Path) -> None:
     """Somebody took its tag away: the verdict would read as one of floors only."""
     set_name(tree, "tagless")
@@ -180,7 +180,7 @@ def test_against_a_version_whose_weights_are_not_known_nothing_is_registered(tre
     assert versions.list_versions("tagless")[0].tags["gate.in_force"] == first.sha256
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("requested")
 def test_a_decision_counts_also_when_its_version_is_deleted(tree: Path) -> None:
     set_name(tree, "counts")
     for noise in (0.0, 0.01):
@@ -194,7 +194,7 @@ def test_a_decision_counts_also_when_its_version_is_deleted(tree: Path) -> None:
     assert "Decision number 3 on this test set" in newest.description
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("requested")
 def test_under_another_name_the_first_version_keeps_its_model_and_its_verdict(tree: Path) -> None:
     set_name(tree, "first-name")
     write_model(tree, noise=0.02)
@@ -214,7 +214,7 @@ def test_under_another_name_the_first_version_keeps_its_model_and_its_verdict(tr
         open_client().get_logged_model(version.source.removeprefix("models:/"))  # raises where it is deleted
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("requested")
 @pytest.mark.parametrize("what", ["no run", "purged", "damaged", "other columns"])
 def test_a_version_in_force_without_predictions_blames_nobody_and_blocks_nothing(
     tree: Path, caplog: pytest.LogCaptureFixture, what: str
@@ -277,7 +277,7 @@ def test_a_card_fits_into_mlflow_whatever_there_is_to_tell(tree: Path) -> None:
     assert len(card) <= 5000
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("requested")
 def test_within_retraining_a_version_has_neither_alias_nor_commit_until_it_is_committed(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,7 +299,7 @@ def test_within_retraining_a_version_has_neither_alias_nor_commit_until_it_is_co
     assert "b" * 40 in version.description
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("requested")
 def test_the_machine_of_the_training_is_a_tag_of_the_version(tree: Path) -> None:
     set_name(tree, "machine")
     write_model(tree, noise=0.03)
@@ -334,7 +334,7 @@ def test_the_version_in_force_is_asked_about_images_that_it_has_not_seen(
     assert next(iter(compared.values()))["images"] == 48
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("requested")
 def test_the_version_in_force_is_not_asked_about_images_smaller_than_its_own(
     tree: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
