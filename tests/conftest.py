@@ -1,6 +1,7 @@
 """What all tests share: one cache of bytecode, one thread a process, folders that are made once in a run."""
 
 import os
+import signal
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -19,6 +20,9 @@ sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / ".s
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Started in the background of a script, this process ignores Ctrl-C, and so would all that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Seconds of these files on one core; the others take less. The longest begin first, so that the workers end together.
 LONG = {
