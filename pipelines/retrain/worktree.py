@@ -120,8 +120,13 @@ def cache_folder(root: Path) -> Path:
 
 
 def default_remote(root: Path) -> str:
-    """The name of the checkout's default DVC remote; empty where it has none."""
-    return str(_dvc_config(root)["core"].get("remote", ""))
+    """The name of the default DVC remote that the checkout itself names; empty where it names none.
+
+    A remote in a user's own settings is no wish of this project to push there.
+    """
+    own = _dvc_config(root)
+    named = [own.load_one(level).get("core", {}).get("remote") for level in ("local", "repo")]
+    return str(next(filter(None, named), ""))
 
 
 def _dvc_config(checkout: Path) -> Config:

@@ -104,8 +104,9 @@ class Proxy:
             except httpx.TransportError as error:
                 with suppress(TimeoutError):  # its end is seen in a moment
                     await asyncio.wait_for(backend.process.wait(), timeout=5)
-                # Where it could not connect, the backend had died before: that was not because of this request.
-                if not isinstance(error, httpx.ConnectError) or time.monotonic() > until:
+                # A backend that could not be reached because it had ended did not end because of this request.
+                died_before = isinstance(error, httpx.ConnectError) and backend.ended
+                if not died_before or time.monotonic() > until:
                     return None
             finally:
                 backend.in_flight -= 1

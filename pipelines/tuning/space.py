@@ -8,6 +8,7 @@ from stages.params.finetune import Finetune
 from stages.params.training.model import Model
 from stages.params.training.training import Training
 from stages.params.tune import Distribution, Tune
+from stages.runtime import layout
 from stages.runtime.command import StageError
 from stages.runtime.fingerprint import dependencies_of
 from stages.runtime.params_file import ParamsError, check
@@ -29,6 +30,8 @@ def check_metric(params: dict[str, Any], tune: Tune) -> None:
     """Raises StageError where trials would not measure `tune.metric`."""
     paths = [path for path in dependencies_of("finetune") if path.name == "index.json"]
     indexes = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if not indexes:
+        raise StageError(f"{layout.SHARDS}/finetune holds no shard set; `dvc repro pretrain shard` makes it")
     if not any(index["splits"].get("val", {}).get("count") for index in indexes):
         raise StageError(
             f"`tune.metric` is {tune.metric}, but val has no images; set `split.val_fraction` above 0, and "

@@ -13,9 +13,9 @@ import onnxruntime
 import torch
 
 from stages.data.shards.loading.samples.evaluation_batches import evaluation_batches
-from stages.data.shards.loading.samples.index import Samples, read_samples
-from stages.data.shards.loading.samples.shard_sets import shard_sets
+from stages.data.shards.loading.samples.index import Samples
 from stages.evaluation import exporting
+from stages.evaluation.predictions import read_test_samples
 from stages.registry import artifacts, lineage, records, versions
 from stages.registry.card.review_page import with_exports
 from stages.registry.client import reachable
@@ -114,7 +114,7 @@ def export(version: Version, form: str, out: Path, threads: int) -> dict[str, An
 
 
 def _test_images() -> Samples:
-    samples = read_samples(shard_sets("finetune"), "test")
+    samples = read_test_samples()
     if not len(samples):
         raise StageError(
             "data/shards/finetune holds no test image, so an export could not be held against the original; `dvc pull "

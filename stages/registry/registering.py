@@ -15,10 +15,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stages.data.shards.loading.samples.index import read_samples
-from stages.data.shards.loading.samples.shard_sets import shard_sets
 from stages.evaluation.metrics import log_probabilities
-from stages.evaluation.predictions import read_predictions, version_predictions
+from stages.evaluation.predictions import (
+    evenly_spaced,
+    read_predictions,
+    read_test_samples,
+    version_predictions,
+)
 from stages.params.gate import Gate
 from stages.registry import artifacts, gate_review, lineage, logged_models, model_process, recording, records, versions
 from stages.registry.card.model_card import render_card
@@ -154,7 +157,7 @@ def _predict(process: subprocess.Popen[str], source: str) -> FirstPredictions:
     except StageError as error:
         raise StageError(f"nothing was registered: {error}") from error
     check_served(served.probabilities, expected)
-    rows = [(keys[i], images[i], served.probabilities[i]) for i in _spread(len(keys), CANARY)]
+    rows = [(keys[i], images[i], served.probabilities[i]) for i in evenly_spaced(len(keys), CANARY)]
     median, p95 = np.percentile(served.milliseconds, [50, 95])
     return FirstPredictions((float(median), float(p95)), pd.DataFrame(rows, columns=["key", "image", "probabilities"]))
 
@@ -178,8 +181,8 @@ def check_served(served: NDArray[np.float64], expected: NDArray[np.float64]) -> 
 
 def _test_images() -> tuple[list[str], list[bytes], NDArray[np.float64]]:
     """Keys of test images spread over the split, the images, and the evaluation's probabilities (N, classes)."""
-    samples = read_samples(list(shard_sets("finetune")), "test")
-    chosen = _spread(len(samples), COMPARED)
+    samples = read_test_samples()
+    chosen = evenly_spaced(len(samples), COMPARED)
     keys = [samples.key[i] for i in chosen]
     logits = read_predictions(layout.PREDICTIONS).set_index("key")["logits"]
     missing = [key for key in keys if key not in logits.index]
@@ -188,11 +191,6 @@ def _test_images() -> tuple[list[str], list[bytes], NDArray[np.float64]]:
         raise StageError(f"{layout.PREDICTIONS}: {what} in data/shards/finetune; `dvc repro evaluate` makes it anew")
     expected = np.stack([logits[key] for key in keys])
     return keys, [samples.jpeg(i) for i in chosen], np.exp(log_probabilities(expected))
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """At most `count` indexes below `total`, evenly spread."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64)).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ gate and version

@@ -9,7 +9,7 @@ from contextlib import suppress
 import psutil
 
 AFTER_KILL = 10.0
-"""Seconds to wait after SIGKILL: only what waits for a disk, or a zombie that nobody reaps, is left then."""
+"""Seconds to wait after SIGKILL: only what waits for a disk is left then."""
 _POLL = 0.05
 
 
@@ -18,7 +18,7 @@ def end_group(leader: int, poll: Callable[[], int | None], grace: float, leader_
 
     Args:
         leader: its process id, which is the group's too (`start_new_session=True`).
-        poll: reaps the leader and gives its exit code, None while it runs. A zombie would keep the group alive.
+        poll: reaps the leader and gives its exit code, None while it runs.
         grace: 0: SIGKILL at once.
         leader_grace: seconds in which SIGTERM goes to the leader alone: it may have its own way of ending the others.
     """
@@ -39,12 +39,19 @@ def end_group(leader: int, poll: Callable[[], int | None], grace: float, leader_
 
 
 def group_lives(leader: int) -> bool:
-    """Whether a process of the group is left, be it a zombie."""
+    """Whether a process of the group is at work. A zombie is not: in a container nobody may ever reap it."""
     try:
         os.killpg(leader, 0)
     except ProcessLookupError:
         return False
-    return True
+    return any(_works_in(leader, process) for process in psutil.process_iter())
+
+
+def _works_in(group: int, process: psutil.Process) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return False
 
 
 def end_processes(processes: Sequence[psutil.Process], grace: float) -> None:

@@ -17,9 +17,11 @@ Image.MAX_IMAGE_PIXELS = None
 # The formats that are recognised, a closed list: some of PIL's plugins start other programs (EPS).
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Suffixes of image files, in lower case. They tell layouts of folders apart; whether a file is an image is told by its
-content."""
+SOURCE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""Suffixes of image files, in lower case. They tell layouts of sources apart; whether a file is an image is told by its
+content. A longer list would read sources otherwise that were read before."""
+IMAGE_SUFFIXES = (*SOURCE_SUFFIXES, ".jpe", ".jfif", ".gif", ".tif", ".tiff")
+"""What `predict` takes from folders and tars."""
 
 # Pillow raises these at damaged images; some of its decoders only pass on that Python cannot go on.
 _EXPECTED = (OSError, SyntaxError, EOFError, ValueError)

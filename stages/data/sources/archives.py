@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from stages.data.raw.images import IMAGE_SUFFIXES
+from stages.data.raw.images import SOURCE_SUFFIXES
 from stages.data.sources.locations import Location
 from stages.data.sources.parts import SPLITS, Image, Name, Part, Unique, check_class
 from stages.data.sources.tars import decompressed, members, opened
@@ -74,9 +74,9 @@ def first_image(location: Location) -> list[str]:
     """
     with location.open() as raw:
         for member in members(decompressed(raw, str(location)), str(location)):
-            if member.path[-1].lower().endswith(IMAGE_SUFFIXES):
+            if member.path[-1].lower().endswith(SOURCE_SUFFIXES):
                 return member.path
-    raise StageError(f"{location} holds no image (by their suffixes: {', '.join(IMAGE_SUFFIXES)})")
+    raise StageError(f"{location} holds no image (by their suffixes: {', '.join(SOURCE_SUFFIXES)})")
 
 
 def layout_of(location: Location) -> Layout:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.data.raw.images import IMAGE_SUFFIXES
+from stages.data.raw.images import SOURCE_SUFFIXES
 from stages.data.sources.archives import Archive, first_image
 from stages.data.sources.folders import (
     flat_folder,
@@ -28,7 +28,7 @@ from stages.data.sources.uri import ARCHIVES, CHECKSUMS, SourceUri, expanded, mi
 from stages.data.sources.webdataset import webdataset_shards
 from stages.runtime.command import StageError
 
-LAYOUT = "2"
+LAYOUT = "1"
 """Raised when the same source gives other tars than before: work in progress is then of no use."""
 
 
@@ -156,7 +156,7 @@ def _shards_below(folder: Location, entries: list[Entry], depth: int = 3) -> lis
     files = [entry.name for entry in entries if not entry.is_folder]
     # Kaggle's and Tiny ImageNet's folders often have the archive that they came from beside them.
     if {TRAIN, VAL, "ILSVRC", "wnids.txt"} & {entry.name for entry in entries} or any(
-        name.lower().endswith(IMAGE_SUFFIXES) for name in files
+        name.lower().endswith(SOURCE_SUFFIXES) for name in files
     ):
         return []
     for suffixes in ((".parquet",), ARCHIVES):

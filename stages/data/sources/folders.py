@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from stages.data.raw.images import IMAGE_SUFFIXES
+from stages.data.raw.images import SOURCE_SUFFIXES
 from stages.data.sources.locations import Entry, Location, check_size
 from stages.data.sources.parts import SPLITS, Image, Name, Part, check_class, stamp_of
 from stages.runtime.command import StageError
@@ -186,7 +186,7 @@ def is_kaggle(folder: Location, entries: list[Entry]) -> bool:
 def is_flat(_: Location, entries: list[Entry]) -> bool:
     """Whether a folder holds images itself, and no folders."""
     files = [entry for entry in entries if not entry.is_folder]
-    return len(files) == len(entries) and any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in files)
+    return len(files) == len(entries) and any(entry.name.lower().endswith(SOURCE_SUFFIXES) for entry in files)
 
 
 def _folders(folder: Location) -> list[str]:

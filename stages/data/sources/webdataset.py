@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from stages.data.raw.images import IMAGE_SUFFIXES
+from stages.data.raw.images import SOURCE_SUFFIXES
 from stages.data.sources.locations import Location
 from stages.data.sources.parts import Image, Name, Part, ShardPart, Unique, check_class, splits_of, stamp_of
 from stages.data.sources.tars import Member, members, opened
@@ -71,7 +71,7 @@ class WebdatasetShard(ShardPart):
 
     def _take(self, sample: _Sample, suffix: str, member: Member, with_bytes: bool) -> None:
         where = f"{self.location}: {'/'.join(member.path)}"
-        if f".{suffix}" in IMAGE_SUFFIXES:
+        if f".{suffix}" in SOURCE_SUFFIXES:
             if sample.image:
                 raise StageError(f"{where} is the second image of its sample; a sample has one image and one label")
             if member.size > LARGEST_HELD:

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr, betaincinv, ndtri
 from scipy.stats import binom
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from stages.evaluation.metrics import (
@@ -416,8 +415,16 @@ def clopper_pearson(correct: int, n: int, confidence: float) -> Interval:
 
 
 def holm(p_values: ArrayLike) -> Float64:
-    """Adjusted p values (Holm 1979): calling all at most α significant has a joint error rate of α."""
-    return np.asarray(multipletests(p_values, method="holm")[1], dtype=np.float64)
+    """Adjusted p values (Holm 1979): calling all at most α significant has a joint error rate of α.
+
+    Equal to statsmodels' `multipletests` bit for bit; that one collects garbage in every call, 20 ms beside torch.
+    """
+    p_values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p_values, kind="stable")
+    steps = np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1))
+    adjusted = np.empty_like(p_values)
+    adjusted[order] = np.minimum(1, steps)
+    return adjusted
 
 
 def _normal_quantile(confidence: float) -> float:

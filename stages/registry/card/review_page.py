@@ -7,6 +7,7 @@ from typing import Any
 from stages.pages import templates
 from stages.registry.card.comparison import comparison_rows, figure_rows
 from stages.registry.gate_review import Review, class_name
+from stages.registry.records import GATE, REVIEW
 from stages.runtime.files import write_json, write_text
 
 MOST_CHANGED = 40
@@ -49,9 +50,9 @@ def with_exports(page: str, exports: Mapping[str, Any]) -> str:
 
 def write_verdict(review: Review, folder: Path, exports: Mapping[str, Any] | None = None) -> None:
     """gate.json and review.html, with what is recorded of exports."""
-    write_json(folder / "gate.json", review.verdict.to_dict())
+    write_json(folder / GATE, review.verdict.to_dict())
     page = render_review(review)
-    write_text(folder / "review.html", with_exports(page, exports) if exports else page)
+    write_text(folder / REVIEW, with_exports(page, exports) if exports else page)
 
 
 def changed_images(review: Review) -> dict[str, list[dict[str, str]]]:
