@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines import environment, reconcile, verify
+from pipelines.processes.cron import checked_cron
 from pipelines.processes.supervisor import FLOWS, clear_up
 from pipelines.retrain import flow as retrain
 from stages.params.reconcile import Reconcile
 from stages.params.retrain import Retrain
-from stages.runtime.command import StageError
 from stages.runtime.params_file import load_section
 
 environment.apply()  # Prefect reads its settings when it is imported
@@ -19,7 +19,6 @@ environment.apply()  # Prefect reads its settings when it is imported
 from prefect.client.orchestration import SyncPrefectClient, get_client  # noqa: E402
 from prefect.client.schemas import filters, objects  # noqa: E402
 from prefect.client.schemas.objects import StateType  # noqa: E402
-from prefect.client.schemas.schedules import CronSchedule  # noqa: E402
 from prefect.flows import EntrypointType  # noqa: E402
 from prefect.runner import Runner  # noqa: E402
 from prefect.schedules import Cron, Interval, Schedule  # noqa: E402
@@ -85,22 +84,6 @@ def schedule(name: str) -> Schedule | None:
     if name != "retrain":
         return None
     return Cron(checked_cron(load_section("retrain", Retrain).cron), timezone="UTC")
-
-
-def checked_cron(expression: str) -> str:
-    """The expression itself.
-
-    Raises:
-        StageError: Prefect does not take it.
-    """
-    try:
-        CronSchedule(cron=expression, timezone="UTC")
-    except ValueError:
-        raise StageError(
-            f"params.yaml: `retrain.cron`: expected minute, hour, day, month and weekday, as in '0 3 * * *', "
-            f"got {expression!r}"
-        ) from None
-    return expression
 
 
 def put_in_order(flows: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from pipelines.processes import deployments
+from pipelines.processes.cron import checked_cron
 from stages.params.reconcile import Reconcile
 from stages.params.retrain import Retrain
 from stages.runtime.command import StageError
@@ -56,9 +57,9 @@ def test_of_missed_runs_one_is_kept_and_whatever_a_person_asked_for(
 
 
 def test_a_wrong_cron_is_named() -> None:
-    assert deployments.checked_cron("*/5 3 * * mon-fri") == "*/5 3 * * mon-fri"
+    assert checked_cron("*/5 3 * * mon-fri") == "*/5 3 * * mon-fri"
     with pytest.raises(StageError, match=r"`retrain\.cron`.*every night"):
-        deployments.checked_cron("every night")
+        checked_cron("every night")
 
 
 def test_the_flows_are_importable_and_named_as_their_modules() -> None:
