@@ -1,4 +1,4 @@
-"""What reconcile tells, and how it asks for an examination; what it decides is in test_in_force.py."""
+"""What reconcile tells, and how it asks for an examination; what it decides is in promotion/test_promotion.py."""
 
 import json
 import sys
