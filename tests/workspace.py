@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from pipelines.environment import settings
@@ -30,6 +31,8 @@ SMALL: dict[str, Any] = {
     "pretrain": {"epochs": 1, "batch_size": 64, "lr": 0.05},
     "finetune": {"epochs": 1, "batch_size": 32},
     "training": {"threads": 1},  # tests run side by side, and two pools of spinning threads starve each other
+    # Robustness has tests of its own; by default it takes most of an evaluation.
+    "evaluate": {"gallery": 20, "robustness": {"images": 8, "corruptions": ["fog"], "epsilons": [4.0], "pgd_steps": 2}},
     "gate": {"min_top1": 0, "min_worst_class": 0, "max_ece": 1},
 }
 
@@ -118,3 +121,11 @@ def held(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def is_at_work(pid: int) -> bool:
+    """Whether the process is there and has not ended; one that nobody has reaped yet has ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,5 +1,6 @@
 """How a process group ends: asked first, killed after its grace, nothing left."""
 
+import os
 import subprocess
 import sys
 
@@ -48,3 +49,11 @@ def test_processes_of_several_groups() -> None:
     processes = [psutil.Process(start(code).pid) for code in (POLITE, STUBBORN)]
     end_processes(processes, grace=0.2)
     assert [each.wait() for each in processes] == [-15, -9]
+
+
+def test_a_zombie_keeps_no_group_alive() -> None:
+    """In a container nobody may ever reap it."""
+    process = subprocess.Popen(["true"], start_new_session=True)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is not reaped
+    assert not group_lives(process.pid)
+    process.wait()

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pipelines.processes import supervisor
 from pipelines.processes.servers import Service
 from pipelines.processes.stage_process import Stop
 from stages.runtime.command import StageError
+from tests.workspace import is_at_work
 
 
 def shell(name: str, script: str) -> Service:
@@ -73,11 +73,11 @@ def test_who_keeps_ending_is_given_up_and_the_others_are_stopped(
     server = shell("server", f"until test -s {tmp_path}/pid; do sleep 0.05; done; echo no such thing; exit 3")
     with pytest.raises(StageError, match=r"server ended with exit code 3, 2 times in a row(.|\n)*no such thing"):
         supervisor.keep_running([other, server], other, Stop(), print)
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert not is_at_work(int((tmp_path / "pid").read_text()))
 
 
 def test_a_stop_leaves_nothing_of_the_groups(tmp_path: Path) -> None:
     deaf = f"sh -c 'trap \"\" TERM; echo $$ > {tmp_path}/deaf; while :; do sleep 0.1; done' & wait"
     stop = asked_when(lambda: (tmp_path / "deaf").exists() and bool((tmp_path / "deaf").read_text().strip()))
     supervisor.keep_running([], shell("flows", deaf), stop, print)
-    assert not psutil.pid_exists(int((tmp_path / "deaf").read_text()))
+    assert not is_at_work(int((tmp_path / "deaf").read_text()))

@@ -199,6 +199,15 @@ def test_dvc_in_the_tree_has_the_cache_remotes_and_secrets_of_the_checkout(root:
     connect(root, tree)  # again
 
 
+def test_a_remote_of_the_user_is_none_of_the_checkout(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "global").mkdir()
+    (tmp_path / "global/config").write_text("[core]\n    remote = own\n['remote \"own\"']\n    url = /somewhere\n")
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "global"))
+    assert default_remote(root) == ""
+
+
 def test_git_never_climbs_to_a_checkout_above(root: Path, tmp_path: Path) -> None:
     inside = root / "data"
     inside.mkdir()

@@ -105,7 +105,7 @@ def test_a_backend_that_cannot_be_reached_any_more_did_not_break_off_an_answer(t
     async def ask() -> int:
         proxied = Proxy(NAME, 1, tmp_path)
         proxied.client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
-        process = SimpleNamespace(wait=partial(asyncio.sleep, 0))
+        process = SimpleNamespace(wait=partial(asyncio.sleep, 0), returncode=1)
         proxied.backend = Backend(3, 1, process)  # type: ignore[arg-type]
         scope = {"type": "http", "method": "GET", "path": "/ping", "query_string": b"", "headers": []}
         receive: Any = partial(asyncio.sleep, 0, {"type": "http.request"})
