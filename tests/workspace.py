@@ -31,8 +31,6 @@ SMALL: dict[str, Any] = {
     "pretrain": {"epochs": 1, "batch_size": 64, "lr": 0.05},
     "finetune": {"epochs": 1, "batch_size": 32},
     "training": {"threads": 1},  # tests run side by side, and two pools of spinning threads starve each other
-    # Robustness has tests of its own; by default it takes most of an evaluation.
-    "evaluate": {"gallery": 20, "robustness": {"images": 8, "corruptions": ["fog"], "epsilons": [4.0], "pgd_steps": 2}},
     "gate": {"min_top1": 0, "min_worst_class": 0, "max_ece": 1},
 }
 
