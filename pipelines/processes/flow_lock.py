@@ -154,7 +154,12 @@ def _write(file: IO[bytes], runs: list[_Run], holder: int | None = None) -> None
 
 
 def _end_leftovers(mark: str) -> None:
-    if left := [process for process in psutil.process_iter() if _has_mark(process, mark)]:
+    # More than once: a process that was started a moment ago does not show its environment yet, and one that is asked
+    # to end may start another.
+    for _ in range(5):
+        left = [process for process in psutil.process_iter() if _has_mark(process, mark)]
+        if not left:
+            return
         logger.warning("warning: ending %d processes that a killed run left behind", len(left))
         end_processes(left, GRACE)
 
