@@ -154,9 +154,9 @@ def _write(file: IO[bytes], runs: list[_Run], holder: int | None = None) -> None
 
 
 def _end_leftovers(mark: str) -> None:
-    # More than once: a process that was started a moment ago does not show its environment yet, and one that is asked
-    # to end may start another.
-    for _ in range(5):
+    # Twice: right after its start a process may not show its environment yet, and one that is asked to end may start
+    # another. No more often: one that waits for a dead disk outlives any number of signals.
+    for _ in range(2):
         left = [process for process in psutil.process_iter() if _has_mark(process, mark)]
         if not left:
             return

@@ -17,7 +17,7 @@ def run(main: Callable[[], object]) -> None:
     """Calls `main`; a `StageError` or a full disk ends the process with one message instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # OpenMP reads it when torch is imported, which is later. Its threads otherwise spin while they wait for each other:
-    # beside other work, evaluating the sample took half an hour instead of two minutes. The bytes are the same.
+    # beside other work, a batch of inference took 1.6 to 3.4 s instead of 0.24 s. The bytes are the same.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # SIGTERM ends like an error: unfinished output is removed, and the MLflow run is marked KILLED.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import psutil
 import pytest
 
 from pipelines.processes import flow_lock as module
@@ -82,6 +83,26 @@ def test_after_a_kill_the_next_ends_what_was_left(
     process.kill()
     process.wait()
     assert all(map(lives, children))
+    with exclusive("work", root=tmp_path):
+        assert not any(map(lives, children))
+
+
+def test_what_does_not_show_its_environment_at_first_is_found_all_the_same(
+    holder: tuple[subprocess.Popen[str], list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, children = holder
+    process.kill()
+    process.wait()
+    has_mark, hidden = module._has_mark, {children[1]}
+
+    def late(candidate: psutil.Process, mark: str) -> bool:
+        if candidate.pid in hidden:
+            hidden.remove(candidate.pid)
+            return False
+        return has_mark(candidate, mark)
+
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    monkeypatch.setattr(module, "_has_mark", late)
     with exclusive("work", root=tmp_path):
         assert not any(map(lives, children))
 
