@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +19,9 @@ from stages.data.raw.facts import ACCEPTED
 from stages.data.shards.loading.samples.index import read_samples
 from stages.params.all import check_all
 from stages.params.register import Register
-from stages.runtime import command
 from stages.runtime.params_file import ParamsError, load_section
 from stages.runtime.tables import read_table, write_table
-from tests.workspace import ROOT, SMALL
+from tests.workspace import ROOT, SMALL, call
 
 
 @pytest.fixture
@@ -52,23 +50,10 @@ def run(folder: Path, *arguments: str) -> str:
     return done.stderr[done.stderr.index("error: ") :]
 
 
-def call(folder: Path, main: Callable[[], object], *arguments: str) -> None:
-    """Runs a stage in this process, as its module does."""
-    sigterm = signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["stage", *arguments])
-        patch.setenv("SYNSET_TRACKING", "off")
-        try:
-            command.run(main)
-        finally:
-            signal.signal(signal.SIGTERM, sigterm)
-
-
 def failed(folder: Path, main: Callable[[], object], *arguments: str) -> str:
     """The one message with which a stage fails in this process: what it would print, with exit code 1."""
     with pytest.raises(SystemExit) as ended:
-        call(folder, main, *arguments)
+        call(folder, main, *arguments, SYNSET_TRACKING="off")
     message = str(ended.value.code)
     assert message.startswith("error: ") and message.count("error: ") == 1, message
     return message
@@ -131,7 +116,7 @@ def test_names_of_which_git_makes_a_tag(folder: Path) -> None:
 def scanned(folder: Path) -> None:
     """Runs ingest and scan of the batch `mine`."""
     for stage in (ingest, scan):
-        call(folder, stage.main, "mine")
+        call(folder, stage.main, "mine", SYNSET_TRACKING="off")
 
 
 def test_a_class_folder_with_no_readable_image(folder: Path) -> None:
@@ -206,7 +191,7 @@ def test_a_damaged_shard(folder: Path) -> None:
     scanned(folder)
     facts = read_table(folder / "data/facts/finetune/mine.parquet")
     write_table(facts.assign(split="train", label=0), ACCEPTED, folder / "data/accepted/finetune/mine.parquet")
-    call(folder, shard.main, "mine")
+    call(folder, shard.main, "mine", SYNSET_TRACKING="off")
     path = folder / "data/shards/finetune/mine/train-00000.tar"
     content = bytearray(path.read_bytes())
     content[1000] ^= 1

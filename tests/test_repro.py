@@ -67,7 +67,7 @@ def test_a_new_key_of_evaluate_reruns_evaluate_and_register_only(done: Workspace
     ran = done.repro()
     done.write_params(params)
     assert ran == ["evaluate", "register"]
-    assert set(done.repro()) <= {"evaluate", "register"}
+    assert done.repro("evaluate") in (["evaluate"], [])
 
 
 def test_a_new_finetune_batch_leaves_older_data_alone(done: Workspace) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 from pipelines.environment import settings
+from stages.runtime.command import run
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {
@@ -31,6 +34,7 @@ SMALL: dict[str, Any] = {
     "pretrain": {"epochs": 1, "batch_size": 64, "lr": 0.05},
     "finetune": {"epochs": 1, "batch_size": 32},
     "training": {"threads": 1},  # tests run side by side, and two pools of spinning threads starve each other
+    "evaluate": {"gallery": 20, "robustness": {"images": 8, "corruptions": ["fog"], "epsilons": [4], "pgd_steps": 2}},
     "gate": {"min_top1": 0, "min_worst_class": 0, "max_ece": 1},
 }
 
@@ -80,6 +84,10 @@ class Workspace:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
+    def call(self, main: Callable[[], object], *arguments: str) -> None:
+        """Runs a stage in this process, as its module does: starting Python and importing torch takes seconds."""
+        call(self.root, main, *arguments, **self.environment)
+
     def repro(self, *arguments: str, **environment: str) -> list[str]:
         """`dvc repro`, which must succeed; the stages that ran."""
         done = self.run("dvc", "repro", *arguments, **environment)
@@ -90,6 +98,20 @@ class Workspace:
         """The checksum of every output by path, as dvc.lock has them."""
         lock = yaml.safe_load((self.root / "dvc.lock").read_text(encoding="utf-8"))
         return {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage.get("outs", [])}
+
+
+def call(folder: Path, main: Callable[[], object], *arguments: str, **environment: str) -> None:
+    """Runs a stage in this process, in `folder`, as its module does."""
+    sigterm = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["stage", *arguments])
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            run(main)
+        finally:
+            signal.signal(signal.SIGTERM, sigterm)
 
 
 def until(true: Callable[[], Any], by: "subprocess.Popen[Any]", what: str = "") -> None:
