@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.io
 
+from stages.data.sources.account import Seen
 from stages.data.sources.dispatch import Source, read_source
 from stages.data.sources.parts import Part
 
@@ -103,6 +104,14 @@ def contents(source: Source | str, incoming: Path | str = "") -> dict[str, bytes
             assert not each.keys() & found.keys()
             found |= each
     return found
+
+
+def left_out(source: str, incoming: Path | str = "") -> dict[str, int]:
+    """Why files of a source are left out, and how many."""
+    read, seen = read_source(source, incoming), Seen()
+    for item in (*read.left_out, *(item for part in read.parts for item in part.names())):
+        seen.see(item, taken=True)
+    return {why: example.files for why, example in seen.left_out.items()}
 
 
 def taken(source: Source, part: Part) -> Iterable[dict[str, bytes]]:

@@ -34,8 +34,12 @@ QUARANTINE = DATA / "quarantine.parquet"
 
 
 def raw(role: str, batch: str) -> Path:
-    """Folder of a batch's raw tars, and of their digests."""
+    """Folder of a batch's raw tars, and of the account of its source."""
     return RAW / role / batch
+
+
+ACCOUNT = "source.json"
+"""The account's file in the folder of a batch's raw tars; batches of older versions have none."""
 
 
 def facts(role: str, batch: str) -> Path:

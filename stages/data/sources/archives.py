@@ -1,16 +1,15 @@
 """Archives of class folders: `imagenette2.tgz`, `.tar.gz` or `.tar`, read in one pass without unpacking."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stages.data.raw.images import SOURCE_SUFFIXES
 from stages.data.sources.locations import Location
-from stages.data.sources.parts import SPLITS, Image, Name, Part, Unique, check_class
+from stages.data.sources.parts import SPLITS, Image, LeftOut, Listed, Name, Noted, Part, Unique, check_class, stamp_of
 from stages.data.sources.tars import decompressed, members, opened
 from stages.runtime.command import StageError
 
-logger = logging.getLogger(__name__)
+OUTSIDE = "file outside of the class folders"
 
 
 @dataclass(frozen=True)
@@ -39,31 +38,28 @@ class Archive(Part):
     def title(self) -> str:
         return self.location.name
 
-    def images(self) -> Iterator[Image]:
+    def images(self) -> Iterator[Image | LeftOut | Noted]:
         """Every file that lies in a class, in the archive's order.
 
         Raises:
             StageError: the archive is damaged, holds what is refused, or has another layout.
         """
-        where, unique, left_out = str(self.location), Unique(str(self.location)), 0
+        where, unique = str(self.location), Unique(str(self.location))
         layout = layout_of(self.location)
         with opened(self.location, self.checksum) as tar:
             for member in members(tar, where):
                 if (found := _name_of(member.path, layout, where)) is None:
-                    left_out += 1
+                    yield LeftOut("/".join(member.path), OUTSIDE)
                     continue
-                unique.check(*found)
-                yield Image(*found, member.size, member.data)
-        if left_out:
-            logger.info("%s: %d files are left out, as they lie in no class folder", where, left_out)
+                unique.check(found.split, found.class_name, found.name)
+                yield Image(found.split, found.class_name, found.name, member.size, member.data)
 
-    def names(self) -> Iterator[Name]:
+    def names(self) -> Iterator[Name | LeftOut | Noted]:
         """The same without the bytes; of a compressed archive, all of it is read."""
         layout = layout_of(self.location)
         with opened(self.location, self.checksum) as tar:
             for member in members(tar, str(self.location)):
-                if found := _name_of(member.path, layout, str(self.location)):
-                    yield found
+                yield _name_of(member.path, layout, str(self.location)) or LeftOut("/".join(member.path), OUTSIDE)
 
 
 def first_image(location: Location) -> list[str]:
@@ -77,6 +73,14 @@ def first_image(location: Location) -> list[str]:
             if member.path[-1].lower().endswith(SOURCE_SUFFIXES):
                 return member.path
     raise StageError(f"{location} holds no image (by their suffixes: {', '.join(SOURCE_SUFFIXES)})")
+
+
+def archive(location: Location, checksum: tuple[str, str] | None) -> Listed:
+    """One archive of class folders as a source."""
+    layout = layout_of(location)
+    words = "split folders with class folders" if layout.has_splits else "class folders"
+    inside = f" in {layout.top}/" if layout.top else ""
+    return Listed(f"archive of {words}{inside}", [Archive(location, stamp_of([location.entry()]), checksum)])
 
 
 def layout_of(location: Location) -> Layout:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stages.data.raw.tars import members, raw_tars, read_at
 from stages.data.sources.dispatch import Source, read_source
-from stages.data.sources.parts import Part
+from stages.data.sources.parts import Image, Part
 from stages.runtime import layout
 from stages.runtime.command import StageError, run
 from stages.runtime.progress import progress, worker_count
@@ -53,7 +53,9 @@ def raw_digest(folder: Path) -> str:
 
 def _contents(source: Source, part: Part) -> list[tuple[str, str]]:
     found = []
-    for image in filter(source.choice.takes, part.images()):
+    for image in part.images():
+        if not isinstance(image, Image) or not source.choice.takes(image):
+            continue
         content = hashlib.sha256()
         while data := image.data.read(CHUNK):
             content.update(data)

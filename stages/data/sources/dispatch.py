@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stages.data.raw.images import SOURCE_SUFFIXES
-from stages.data.sources.archives import Archive, first_image
+from stages.data.sources.archives import archive, first_image
 from stages.data.sources.folders import (
     flat_folder,
     image_folder,
@@ -21,15 +21,15 @@ from stages.data.sources.folders import (
 from stages.data.sources.locations import Entry, Location
 from stages.data.sources.official import TRAIN, VAL, is_official, official
 from stages.data.sources.parquet import parquet_shards
-from stages.data.sources.parts import Image, Part, stamp_of
+from stages.data.sources.parts import Image, LeftOut, Listed, Part
 from stages.data.sources.sample import SAMPLES, sample_parts
 from stages.data.sources.subset import Choice, choose
 from stages.data.sources.uri import ARCHIVES, CHECKSUMS, SourceUri, expanded, missing_source
 from stages.data.sources.webdataset import webdataset_shards
 from stages.runtime.command import StageError
 
-LAYOUT = "1"
-"""Raised when the same source gives other tars than before: work in progress is then of no use."""
+LAYOUT = "2"
+"""Raised when the same source gives other tars than before, or another done.json: work begun is then of no use."""
 
 
 class FolderKind(NamedTuple):
@@ -37,7 +37,7 @@ class FolderKind(NamedTuple):
 
     recognises: Callable[[Location, list[Entry]], bool]
     """Takes the folder and its entries."""
-    parts: Callable[[Location], list[Part]]
+    listed: Callable[[Location], Listed]
 
 
 FOLDER_KINDS = (
@@ -58,6 +58,10 @@ class Source:
     parts: list[Part]
     choice: Choice
     is_remote: bool = False
+    layout: str = ""
+    """In words; `notes` and `left_out` as in Listed."""
+    notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def listing(self) -> str:
@@ -92,15 +96,15 @@ def read_source(text: str, incoming: Path | str) -> Source:
     uri.number("seed", 0)
     if uri.address.startswith("sample:"):
         uri.check()
-        parts = _sample_parts(uri)
-        rest = {key: value for key, value in uri.query.items() if key != "images_per_class"}
-        return Source(text, *choose(replace(uri, query=rest), parts, incoming))
-    location = Location.of(uri.address, incoming)
-    parts, choice = choose(uri, _parts(uri, location, incoming), incoming)
-    return Source(text, parts, choice, is_remote=not location.is_local)
+        listed, is_remote = _sample(uri), False
+        chosen = replace(uri, query={key: value for key, value in uri.query.items() if key != "images_per_class"})
+    else:
+        location, chosen = Location.of(uri.address, incoming), uri
+        listed, is_remote = _listed(uri, location, incoming), not location.is_local
+    return Source(text, *choose(chosen, listed.parts, incoming), is_remote, listed.layout, *listed[2:])
 
 
-def _parts(uri: SourceUri, location: Location, incoming: Path | str) -> list[Part]:
+def _listed(uri: SourceUri, location: Location, incoming: Path | str) -> Listed:
     path = location.address.partition("?")[0]
     if "{" in path or "*" in path:
         return _shards(uri, expanded(uri, location), incoming)
@@ -110,22 +114,23 @@ def _parts(uri: SourceUri, location: Location, incoming: Path | str) -> list[Par
         if path.endswith(".parquet") or len(first_image(location)) == 1:
             return _shards(uri, [location], incoming)
         uri.check(*CHECKSUMS)
-        return [Archive(location, stamp_of([location.entry()]), uri.checksum())]
+        return archive(location, uri.checksum())
     if not location.is_folder():
         raise missing_source(uri, f"the folder {location}")
     entries = location.entries()
     if shards := _shards_below(location, entries):
         if len(shards) == 1 and not shards[0].name.endswith(".tar"):  # rather an archive of class folders
-            return _parts(uri, shards[0], incoming)
+            return _listed(uri, shards[0], incoming)
         return _shards(uri, shards, incoming)
     uri.check()
     kind = next(kind for kind in FOLDER_KINDS if kind.recognises(location, entries))
-    if not (parts := kind.parts(location)) and kind.parts is image_folder:
+    listed = kind.listed(location)
+    if not listed.parts and kind.listed is image_folder:
         raise StageError(f"source {uri.text}: {location} holds no class folder (expected CLASS/*, or train/CLASS/*)")
-    return parts
+    return listed
 
 
-def _shards(uri: SourceUri, shards: list[Location], incoming: Path | str) -> list[Part]:
+def _shards(uri: SourceUri, shards: list[Location], incoming: Path | str) -> Listed:
     """Parquet files or webdataset tars, told by their suffix."""
     suffixes = {shard.name.partition("?")[0].rpartition(".")[2] for shard in shards}
     named = _without_common(shards)
@@ -172,7 +177,7 @@ def _shards_below(folder: Location, entries: list[Entry], depth: int = 3) -> lis
     return []
 
 
-def _sample_parts(uri: SourceUri) -> list[Part]:
+def _sample(uri: SourceUri) -> Listed:
     name = uri.address.removeprefix("sample:")
     if name not in SAMPLES:
         known = ", ".join(f"sample:{each}" for each in SAMPLES)

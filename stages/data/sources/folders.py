@@ -1,7 +1,6 @@
 """Folders of images: classes, with or without splits; the layouts of Tiny ImageNet and Kaggle; images alone."""
 
 import csv
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +9,19 @@ from typing import NamedTuple
 
 from stages.data.raw.images import SOURCE_SUFFIXES
 from stages.data.sources.locations import Entry, Location, check_size
-from stages.data.sources.parts import SPLITS, Image, Name, Part, check_class, stamp_of
+from stages.data.sources.parts import (
+    SPLITS,
+    Image,
+    LeftOut,
+    Listed,
+    Name,
+    Noted,
+    Part,
+    check_class,
+    stamp_of,
+)
 from stages.runtime.command import StageError
 
-logger = logging.getLogger(__name__)
 PIECE = 20_000
 """Files. A larger class is read in pieces, so that no single one keeps the others waiting at the end."""
 LISTED_AT_ONCE = 16
@@ -40,7 +48,7 @@ class ClassFiles(Part):
     def whole_class(self) -> tuple[str, str] | None:
         return (self.split, self.class_name) if self.class_name and self.piece is None else None
 
-    def images(self) -> Iterator[Image]:
+    def images(self) -> Iterator[Image | LeftOut | Noted]:
         """Every file, sorted by name.
 
         Raises:
@@ -55,7 +63,7 @@ class ClassFiles(Part):
                     check_size(f"{self.folder}/{entry.name}", size)
                 yield Image(self.split, self.class_name, entry.name, size, data)
 
-    def names(self) -> Iterator[Name]:
+    def names(self) -> Iterator[Name | LeftOut | Noted]:
         for entry in self._entries():
             yield Name(self.split, self.class_name, entry.name)
 
@@ -76,14 +84,16 @@ class _Class(NamedTuple):
     folder: Location
 
 
-def image_folder(folder: Location) -> list[Part]:
+def image_folder(folder: Location) -> Listed:
     """`train/CLASS/*` with `val/` and `test/` where there are any, or one level of classes.
 
     Raises:
         StageError: split folders lie beside others, or a class has no file.
     """
     children = _folders(folder)
+    layout = "class folders"
     if "train" in children and set(children) <= set(SPLITS):
+        layout = "split folders with class folders"
         classes = [
             _Class(split, name, folder.child(f"{split}/{name}"))
             for split in children
@@ -94,10 +104,10 @@ def image_folder(folder: Location) -> list[Part]:
         raise StageError(f"{folder} mixes split folders with others ({others}); expected train/ val/ test/, or classes")
     else:
         classes = [_Class("all", name, folder.child(name)) for name in children]
-    return _listed(classes)
+    return Listed(layout, _listed(classes))
 
 
-def tiny_imagenet(folder: Location) -> list[Part]:
+def tiny_imagenet(folder: Location) -> Listed:
     """Tiny ImageNet's own layout: images of train in a folder a class, those of val in one, with a table of labels.
 
     Raises:
@@ -117,10 +127,11 @@ def tiny_imagenet(folder: Location) -> list[Part]:
         labels[name] = class_name
     train = folder.child("train")
     classes = [_Class("train", name, train.child(f"{name}/images")) for name in _folders(train)]
-    return _listed(classes) + _labelled("val", folder.child("val/images"), labels, str(table))
+    val, left_out = _labelled("val", folder.child("val/images"), labels, table)
+    return Listed("Tiny ImageNet's folders", _listed(classes) + val, left_out=left_out)
 
 
-def kaggle(folder: Location) -> list[Part]:
+def kaggle(folder: Location) -> Listed:
     """`ILSVRC/Data/CLS-LOC` as Kaggle's archive unpacks; `folder` holds ILSVRC, or is it.
 
     Raises:
@@ -132,14 +143,16 @@ def kaggle(folder: Location) -> list[Part]:
     if not train.is_folder():
         raise StageError(f"{images} has no train/; unpack all of Kaggle's archive")
     parts = _listed([_Class("train", name, train.child(name)) for name in _folders(train)])
+    left_out: tuple[LeftOut, ...] = ()
     if images.child("val").is_folder():
         table = next((table for table in tables if table.is_file()), None)
         if table is None:
             raise StageError(f"{images.child('val')} has no labels: put {LABELS} of the same download into {folder}")
-        parts += _labelled("val", images.child("val"), kaggle_labels(table), str(table))
+        val, left_out = _labelled("val", images.child("val"), kaggle_labels(table), table)
+        parts += val
     if images.child("test").is_folder():
-        logger.info("%s is left out: its labels were never published", images.child("test"))
-    return parts
+        left_out += (LeftOut("test/", "folder of images whose labels were never published"),)
+    return Listed("Kaggle's folders of ImageNet", parts, left_out=left_out)
 
 
 KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
@@ -163,13 +176,13 @@ def kaggle_labels(table: Location) -> dict[str, str]:
     return labels
 
 
-def flat_folder(folder: Location, split: str = "all") -> list[Part]:
+def flat_folder(folder: Location, split: str = "all") -> Listed:
     """Images without classes, in one folder or below it.
 
     Raises:
         StageError: something cannot be read.
     """
-    return _pieces(ClassFiles(split, "", folder, ""), folder.files_below())
+    return Listed("images without classes", _pieces(ClassFiles(split, "", folder, ""), folder.files_below()))
 
 
 def is_tiny_imagenet(_: Location, entries: list[Entry]) -> bool:
@@ -219,22 +232,23 @@ def _pieces(whole: ClassFiles, entries: list[Entry]) -> list[Part]:
     ]
 
 
-def _labelled(split: str, folder: Location, labels: dict[str, str], table: str) -> list[Part]:
-    """A folder of files of all classes, and the table that tells which; each class as a part."""
+def _labelled(
+    split: str, folder: Location, labels: dict[str, str], table: Location
+) -> tuple[list[Part], tuple[LeftOut, ...]]:
+    """A folder of files of all classes, and the table that tells which: a part a class, and what it does not name."""
     entries = {entry.name: entry for entry in folder.files_below()} if folder.is_folder() else {}
     if missing := sorted(labels.keys() - entries.keys()):
         raise StageError(f"{table} names {missing[0]}, but {folder.child(missing[0])} is not there")
-    if others := sorted(entries.keys() - labels.keys()):
-        logger.info(
-            "%s: %d files are left out, as %s does not name them (%s, ...)", folder, len(others), table, others[0]
-        )
+    others = sorted(entries.keys() - labels.keys())
+    left_out = [LeftOut(f"{split}/{others[0]}", f"not named in {table.name}", len(others))] if others else []
     classes: dict[str, list[Entry]] = {}
     for name, class_name in sorted(labels.items()):
         classes.setdefault(class_name, []).append(entries[name])
-    return [
-        ClassFiles(split, check_class(name, table), folder, stamp_of(found), _without_stamps(found))
+    parts: list[Part] = [
+        ClassFiles(split, check_class(name, str(table)), folder, stamp_of(found), _without_stamps(found))
         for name, found in sorted(classes.items())
     ]
+    return parts, tuple(left_out)
 
 
 def _without_stamps(entries: list[Entry]) -> tuple[Entry, ...]:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable
 
 from stages.data.raw.tars import UNLABELLED
+from stages.data.sources.account import Seen, account
 from stages.data.sources.digests import raw_digest
 from stages.data.sources.dispatch import read_source
 from stages.data.sources.subset import check_classes
@@ -13,7 +14,7 @@ from stages.data.sources.tars import ChangedError
 from stages.params.batches import Batch
 from stages.runtime import layout
 from stages.runtime.command import StageError
-from stages.runtime.files import replaced_directory
+from stages.runtime.files import replaced_directory, write_json
 from stages.runtime.fingerprint import fingerprint, prune, work_folder
 from stages.runtime.progress import worker_count
 
@@ -39,12 +40,16 @@ def ingest(name: str, batch: Batch) -> None:
     except ChangedError:
         shutil.rmtree(work)
         raise
-    check_classes(source.text, source.choice, (class_name for part in made.values() for class_name in part.classes))
+    seen = Seen()
+    for part in sorted(made):
+        seen.join(made[part].seen)
+    check_classes(source.text, source.choice, seen.classes)
     if not tally.images:
         raise StageError(f"source {batch.source} of batch {name} holds no file")
     if batch.role == "finetune" and all(map(_is_unlabelled, made.values())):
         raise StageError(f"source {batch.source} has no labels, and batch {name} is to fine-tune on: role: pretrain")
     with replaced_directory(layout.raw(batch.role, name)) as aside:
+        write_json(aside / layout.ACCOUNT, account(source, seen))
         count = assemble([made[part] for part in sorted(made)], work, aside)
         if batch.digest and raw_digest(aside) != batch.digest:
             shutil.rmtree(work)

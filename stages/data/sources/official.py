@@ -10,7 +10,7 @@ from scipy.io import loadmat
 
 from stages.data.sources.folders import LABELS, kaggle_labels
 from stages.data.sources.locations import LARGEST_TABLE, Entry, Location
-from stages.data.sources.parts import Image, Part, Unique, check_class, stamp_of
+from stages.data.sources.parts import Image, LeftOut, Listed, Noted, Part, Unique, check_class, stamp_of
 from stages.data.sources.tars import Readable, StreamSection, decompressed, members, opened
 from stages.runtime.command import StageError
 
@@ -39,7 +39,7 @@ class ClassTar(Part):
     def whole_class(self) -> tuple[str, str] | None:
         return "train", self.class_name
 
-    def images(self) -> Iterator[Image]:
+    def images(self) -> Iterator[Image | LeftOut | Noted]:
         """Every file, in the tar's order.
 
         Raises:
@@ -67,7 +67,7 @@ class ValTar(Part):
     def title(self) -> str:
         return "val"
 
-    def images(self) -> Iterator[Image]:
+    def images(self) -> Iterator[Image | LeftOut | Noted]:
         """Every file, in the tar's order.
 
         Raises:
@@ -88,7 +88,7 @@ def is_official(_: Location, entries: list[Entry]) -> bool:
     return any(entry.name in (TRAIN, VAL) for entry in entries)
 
 
-def official(folder: Location) -> list[Part]:
+def official(folder: Location) -> Listed:
     """Train as a part a class, val as one, of the archives in one folder.
 
     Raises:
@@ -100,7 +100,7 @@ def official(folder: Location) -> list[Part]:
     if (val := folder.child(VAL)).is_file():
         labels, table = _val_labels(folder)
         parts.append(ValTar(val, labels, stamp_of([val.entry(), table.entry()])))
-    return parts
+    return Listed("the official ILSVRC2012 archives", parts)
 
 
 def _class_tars(train: Location) -> list[ClassTar]:

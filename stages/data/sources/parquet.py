@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.data.sources.locations import Location, check_name, check_size, first_line, unreadable
-from stages.data.sources.parts import Image, Name, Part, ShardPart, check_class, splits_of, stamp_of
+from stages.data.sources.parts import (
+    Image,
+    LeftOut,
+    Listed,
+    Name,
+    Noted,
+    ShardPart,
+    check_class,
+    splits_of,
+    stamp_of,
+)
 from stages.runtime.command import StageError
 
-logger = logging.getLogger(__name__)
 ROWS = 16
 """Rows that are in memory at a time."""
 READ_AHEAD = 2**20
@@ -31,7 +39,7 @@ class ParquetShard(ShardPart):
     label: str | None
     class_names: tuple[str, ...] | None
 
-    def images(self) -> Iterator[Image]:
+    def images(self) -> Iterator[Image | LeftOut | Noted]:
         """A row after the other; a row without an image becomes a file of no bytes, for validation to name it.
 
         Raises:
@@ -46,7 +54,7 @@ class ParquetShard(ShardPart):
                 yield Image(self.split, self._class_name(label, number), name, len(data), io.BytesIO(data))
                 number += 1
 
-    def names(self) -> Iterator[Name]:
+    def names(self) -> Iterator[Name | LeftOut | Noted]:
         """The same without the bytes, which are not read."""
         number = 0
         for batch in self._batches(f"{self.image}.path"):
@@ -114,7 +122,7 @@ def parquet_file(location: Location) -> Iterator[pq.ParquetFile]:
 
 def parquet_shards(
     shards: dict[str, Location], where: str, image: str | None, label: str | None, unlabelled: bool = False
-) -> list[Part]:
+) -> Listed:
     """Shards by their path below what they have in common, each a part.
 
     Args:
@@ -132,13 +140,13 @@ def parquet_shards(
     test = [part for part in parts if part.split == "test"]
     others = [part for part in parts if part.split != "test"]
     if test and not unlabelled and any(part.label for part in others) and not any(map(_has_labels, test)):
-        logger.info("%s: the test split is left out, as its labels were never published", where)
-        return list(others)
-    return list(parts)
+        left_out = [LeftOut(part.below, "shard of test whose labels were never published") for part in test]
+        return Listed("Parquet shards", list(others), left_out=tuple(left_out))
+    return Listed("Parquet shards", list(parts))
 
 
 def _has_labels(part: ParquetShard) -> bool:
-    return any(name.class_name for name in part.names())
+    return any(isinstance(name, Name) and name.class_name for name in part.names())
 
 
 def _part(location: Location, split: str, below: str, image: str, label: str | None) -> ParquetShard:

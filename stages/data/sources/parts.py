@@ -19,6 +19,7 @@ class Image(NamedTuple):
     name: str  # unique in its class and split
     size: int  # in bytes
     data: IO[bytes]
+    title: str = ""  # what the source calls the class, where `class_name` had to differ from it
 
 
 class Name(NamedTuple):
@@ -27,6 +28,23 @@ class Name(NamedTuple):
     split: str
     class_name: str
     name: str
+    title: str = ""
+
+
+class LeftOut(NamedTuple):
+    """A file that is not taken. Counted in the account by `why`, which is the same for all of a kind: no name in it."""
+
+    name: str  # within the source, never a path of this machine: an example for people
+    why: str
+    files: int = 1
+
+
+class Noted(NamedTuple):
+    """An image that is taken in another way than it came: converted, renamed, guessed. Counted by `what`."""
+
+    name: str
+    what: str
+    files: int = 1
 
 
 class Part:
@@ -45,14 +63,26 @@ class Part:
         """Split and class where the part is all of one class in one split; else None."""
         return None
 
-    def images(self) -> Iterator[Image]:
-        """Every file, in an order that never changes."""
+    def images(self) -> Iterator[Image | LeftOut | Noted]:
+        """Every file, in an order that never changes, and among them what is to be said of them."""
         raise NotImplementedError
 
-    def names(self) -> Iterator[Name]:
+    def names(self) -> Iterator[Name | LeftOut | Noted]:
         """The same without the bytes."""
-        for image in self.images():
-            yield Name(image.split, image.class_name, image.name)
+        for item in self.images():
+            yield Name(item.split, item.class_name, item.name, item.title) if isinstance(item, Image) else item
+
+
+class Listed(NamedTuple):
+    """A source as it was listed: its parts, and what a person should know of how it was understood."""
+
+    layout: str
+    """In words: `class folders in train/ and val/`."""
+    parts: list[Part]
+    notes: tuple[str, ...] = ()
+    """Sentences on what was guessed or renamed: `valid/ is read as val`."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files and folders that no part has."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +110,7 @@ class Group(Part):
     def whole_class(self) -> tuple[str, str] | None:
         return self.split, self.class_name
 
-    def images(self) -> Iterator[Image]:
+    def images(self) -> Iterator[Image | LeftOut | Noted]:
         """Every file, as listed."""
         for file in self.files:
             with file.open() as data:
@@ -88,7 +118,7 @@ class Group(Part):
                 data.seek(0)
                 yield Image(self.split, self.class_name, file.name, size, data)
 
-    def names(self) -> Iterator[Name]:
+    def names(self) -> Iterator[Name | LeftOut | Noted]:
         for file in self.files:
             yield Name(self.split, self.class_name, file.name)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from stages.data.sources.parts import Group, Part, SourceFile
+from stages.data.sources.parts import Group, Listed, SourceFile
 
 SAMPLES = ("upstream", "target")
 # <shape>_<colour>_<texture>. Every colour and texture, and most shapes, occur in several classes: none decides alone.
@@ -71,13 +71,13 @@ def draw(name: str, seed: int, images_per_class: int | None = None) -> Iterator[
         yield SampleFile(path, data)
 
 
-def sample_parts(name: str, seed: int, images_per_class: int | None, stamp: str) -> list[Part]:
+def sample_parts(name: str, seed: int, images_per_class: int | None, stamp: str) -> Listed:
     """The sample as a source: a part per class and split, all with the same `stamp`."""
     listed: dict[tuple[str, str], list[SourceFile]] = {}
     for file in draw(name, seed, images_per_class):
         split, class_name, file_name = file.path.split("/")
         listed.setdefault((split, class_name), []).append(SourceFile(file_name, partial(io.BytesIO, file.data)))
-    return [Group(*key, files, stamp) for key, files in sorted(listed.items())]
+    return Listed("the built-in sample", [Group(*key, files, stamp) for key, files in sorted(listed.items())])
 
 
 def planted(name: str, seed: int, images_per_class: int | None = None) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from stages.data.sources.parts import Image, Name, Part
+from stages.data.sources.parts import Image, LeftOut, Name, Noted, Part
 from stages.data.sources.uri import SourceUri
 from stages.runtime.command import StageError
 from stages.runtime.progress import worker_count
@@ -36,8 +36,10 @@ class Choice:
         classes = None if self.classes is None else sorted(self.classes)
         return repr((self.seed, classes, self.limits is None, limits, self.unlabelled))
 
-    def takes(self, image: Image | Name) -> bool:
-        """Whether this one is."""
+    def takes(self, image: Image | Name | LeftOut | Noted) -> bool:
+        """Whether this one is; what is no image is not."""
+        if not isinstance(image, (Image, Name)):
+            return False
         if self.classes is not None and image.class_name not in self.classes:
             return False
         limits = self.limits
@@ -136,5 +138,6 @@ def _listing_pass(uri: SourceUri, parts: list[Part], seed: int, per_class: int |
 def _ranks(part: Part, seed: int, count: int | None) -> Ranks:
     found = Ranks(seed, count)
     for name in part.names():
-        found.see(name)
+        if isinstance(name, Name):
+            found.see(name)
     return found

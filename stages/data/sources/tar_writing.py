@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from stages.data.raw.tars import UNLABELLED
+from stages.data.sources.account import Seen
 from stages.data.sources.dispatch import Source
 from stages.data.sources.locations import unreadable
 from stages.data.sources.parts import Image
@@ -51,8 +52,8 @@ class Made(NamedTuple):
     tars: dict[str, int]
     images: int
     size: int
-    classes: list[str]
     whole_class: tuple[str, str] | None
+    seen: Seen
 
 
 @dataclass
@@ -177,17 +178,18 @@ def _write_part(source: Source, number: int, work: Path, tally: Tally) -> Made:
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*"):
         left.unlink()
-    whole_class, classes = source.whole_class(part), set()
+    whole_class, seen = source.whole_class(part), Seen()
     with _Cutter(folder, whole_class) as cutter:
-        for image in part.images():
+        for item in part.images():
             tally.check()
-            if source.choice.takes(image):
-                classes.add(image.class_name)
-                cutter.add(source.as_taken(image))
-                tally.add(1, image.size)
+            taken = source.choice.takes(item)
+            seen.see(item, taken)
+            if isinstance(item, Image) and taken:
+                cutter.add(source.as_taken(item))
+                tally.add(1, item.size)
     tars = {name: (folder / name).stat().st_size for name in sorted(cutter.tars)}
-    made = Made(tars, cutter.images, cutter.size, sorted(classes), whole_class)
-    write_json(folder / DONE, made._asdict())
+    made = Made(tars, cutter.images, cutter.size, whole_class, seen)
+    write_json(folder / DONE, made._asdict() | {"seen": vars(seen)})
     return made
 
 
@@ -201,7 +203,7 @@ def _made_before(folder: Path) -> Made | None:
     except ValueError:  # a disk that lost it
         return None
     stored["whole_class"] = tuple(stored["whole_class"]) if stored["whole_class"] else None
-    made = Made(**stored)
+    made = Made(**stored | {"seen": Seen.of(stored["seen"])})
     sizes = {name: (folder / name).stat().st_size for name in made.tars if (folder / name).is_file()}
     return made if sizes == made.tars else None
 

@@ -2,18 +2,28 @@
 
 import io
 import json
-import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from stages.data.raw.images import SOURCE_SUFFIXES
 from stages.data.sources.locations import Location
-from stages.data.sources.parts import Image, Name, Part, ShardPart, Unique, check_class, splits_of, stamp_of
+from stages.data.sources.parts import (
+    Image,
+    LeftOut,
+    Listed,
+    Name,
+    Noted,
+    Part,
+    ShardPart,
+    Unique,
+    check_class,
+    splits_of,
+    stamp_of,
+)
 from stages.data.sources.tars import Member, members, opened
 from stages.runtime.command import StageError
 
-logger = logging.getLogger(__name__)
 LARGEST_HELD = 2**28
 """Bytes of an image. Its label may follow it in the tar, and until then it is held in memory."""
 LARGEST_LABEL = 2**20
@@ -38,7 +48,7 @@ class WebdatasetShard(ShardPart):
     class_names: tuple[str, ...] | None
     labelled: bool
 
-    def images(self) -> Iterator[Image]:
+    def images(self) -> Iterator[Image | LeftOut | Noted]:
         """A sample after the other.
 
         Raises:
@@ -46,28 +56,24 @@ class WebdatasetShard(ShardPart):
         """
         yield from self._samples(with_bytes=True)
 
-    def names(self) -> Iterator[Name]:
-        for image in self._samples(with_bytes=False):
-            yield Name(image.split, image.class_name, image.name)
+    def names(self) -> Iterator[Name | LeftOut | Noted]:
+        for item in self._samples(with_bytes=False):
+            yield Name(item.split, item.class_name, item.name, item.title) if isinstance(item, Image) else item
 
-    def _samples(self, with_bytes: bool) -> Iterator[Image]:
-        unique, without_image = Unique(str(self.location)), 0
+    def _samples(self, with_bytes: bool) -> Iterator[Image | LeftOut | Noted]:
+        unique = Unique(str(self.location))
         sample: _Sample | None = None
         with opened(self.location) as tar:
             for member in members(tar, str(self.location)):
                 key, suffix = _key(member.path)
                 if sample is None or sample.key != key:
-                    if sample is not None and sample.image:
-                        yield self._image(sample)
-                    without_image += sample is not None and not sample.image
+                    if sample is not None:
+                        yield self._whole(sample)
                     unique.check(key)
                     sample = _Sample(key)
                 self._take(sample, suffix, member, with_bytes)
-            if sample is not None and sample.image:
-                yield self._image(sample)
-            without_image += sample is not None and not sample.image
-        if without_image and with_bytes:
-            logger.info("%s: %d samples have no image and are left out", self.location, without_image)
+            if sample is not None:
+                yield self._whole(sample)
 
     def _take(self, sample: _Sample, suffix: str, member: Member, with_bytes: bool) -> None:
         where = f"{self.location}: {'/'.join(member.path)}"
@@ -82,7 +88,9 @@ class WebdatasetShard(ShardPart):
                 raise StageError(f"{where} has {member.size} bytes, too many for a label")
             sample.labels[suffix] = member.data.read()
 
-    def _image(self, sample: _Sample) -> Image:
+    def _whole(self, sample: _Sample) -> Image | LeftOut:
+        if not sample.image:
+            return LeftOut(f"{self.below}/{sample.key}", "sample without an image")
         name = f"{self.below}/{sample.key}.{sample.image}"
         class_name = self._class_name(sample)
         return Image(self.split, class_name, name, len(sample.data), io.BytesIO(sample.data))
@@ -109,7 +117,7 @@ class WebdatasetShard(ShardPart):
 
 def webdataset_shards(
     shards: dict[str, Location], where: str, class_names: tuple[str, ...] | None, labelled: bool
-) -> list[Part]:
+) -> Listed:
     """Shards by their path below what they have in common, each a part.
 
     Args:
@@ -122,10 +130,11 @@ def webdataset_shards(
         StageError: some names tell a split and others do not.
     """
     splits = splits_of(shards, where)
-    return [
+    parts: list[Part] = [
         WebdatasetShard(location, splits[below], below, stamp_of([location.entry()]), class_names, labelled)
         for below, location in sorted(shards.items())
     ]
+    return Listed("webdataset shards", parts)
 
 
 def _key(path: list[str]) -> tuple[str, str]:

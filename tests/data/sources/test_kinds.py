@@ -10,7 +10,7 @@ import pytest
 from stages.data.sources import folders
 from stages.data.sources.dispatch import read_source
 from stages.runtime.command import StageError
-from tests.packing import contents, image, kaggle_table, official, parquet, tar_bytes, write
+from tests.packing import contents, image, kaggle_table, left_out, official, parquet, tar_bytes, write
 
 PETS = {"train/cat/1.jpg": b"a", "train/dog/2.jpg": b"b", "train/dog/deep/3.jpg": b"c", "val/cat/4.jpg": b"d"}
 POOL = {"cat/1.jpg": b"a", "dog/2.jpg": b"b", "dog/notes.txt": b"c"}
@@ -30,12 +30,11 @@ def test_archives_of_class_folders(tmp_path: Path, top: str, name: str, mode: st
     assert contents(name, tmp_path) == {f"all/{path}": data for path, data in POOL.items()}
 
 
-def test_what_lies_in_no_class_folder_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_lies_in_no_class_folder_is_left_out(tmp_path: Path) -> None:
     others = {"set/noisy.csv": b"x", "set/train/README": b"x", "set/.DS_Store": b"x", "set/train/cat/._1.jpg": b"x"}
     write(tmp_path / "a.tgz", tar_bytes(others | {f"set/{path}": data for path, data in PETS.items()}, "w:gz"))
-    with caplog.at_level("INFO"):
-        assert contents("a.tgz", tmp_path) == PETS
-    assert "2 files are left out" in caplog.text
+    assert contents("a.tgz", tmp_path) == PETS
+    assert left_out("a.tgz", tmp_path) == {"file outside of the class folders": 2}
 
 
 @pytest.mark.parametrize("stray", ["set/extra/dog/9.jpg", "other/train/dog/9.jpg"])
@@ -105,14 +104,13 @@ def unpacked(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("place", ["in", "in/ILSVRC"])
-def test_kaggle(tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_kaggle(tmp_path: Path, place: str) -> None:
     packed = unpacked(tmp_path / "in")
     with pytest.raises(StageError, match=r"put LOC_val_solution\.csv"):
         read_source(place, tmp_path)
     write(tmp_path / "in/LOC_val_solution.csv", kaggle_table({"v1.JPEG": "n02", "v2.JPEG": "n01"}))
-    with caplog.at_level("INFO"):
-        assert contents(place, tmp_path) == packed
-    assert "test is left out" in caplog.text
+    assert contents(place, tmp_path) == packed
+    assert left_out(place, tmp_path) == {"folder of images whose labels were never published": 1}
     write(tmp_path / "in/LOC_val_solution.csv", kaggle_table({"v1.JPEG": "n02", "v3.JPEG": "n01"}))
     with pytest.raises(StageError, match=r"names v3\.JPEG, but .* is not there"):
         read_source(place, tmp_path)
@@ -140,7 +138,7 @@ def row(data: bytes, label: Any, path: str | None = "x.JPEG") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("source", ["hf", "hf/data/*.parquet", "hf/data"])
-def test_parquet(tmp_path: Path, source: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_parquet(tmp_path: Path, source: str) -> None:
     data = tmp_path / "hf/data"
     write(tmp_path / "hf/README.md", b"x")
     parquet(data / "train-00000-of-00002.parquet", [row(bytes([n]), n % 3) for n in range(5)], NAMES)
@@ -148,19 +146,18 @@ def test_parquet(tmp_path: Path, source: str, caplog: pytest.LogCaptureFixture) 
     parquet(data / "validation-00000-of-00001.parquet", [row(b"9", 1, "a/b.png")], NAMES)
     parquet(data / "test-00000-of-00001.parquet", [row(b"t", -1)], NAMES)
     first = "train-00000-of-00002"
-    with caplog.at_level("INFO"):
-        assert contents(source, tmp_path) == {
-            f"train/tench/{first}/000000-x.JPEG": b"\0",
-            f"train/crane (1)/{first}/000001-x.JPEG": b"\1",
-            f"train/crane (2)/{first}/000002-x.JPEG": b"\2",
-            f"train/tench/{first}/000003-x.JPEG": b"\3",
-            f"train/crane (1)/{first}/000004-x.JPEG": b"\4",
-            "train/tench/train-00001-of-00002/000000": b"6",
-            "train//train-00001-of-00002/000001-x.JPEG": b"7",
-            "train//train-00001-of-00002/000002-x.JPEG": b"8",
-            "val/crane (1)/validation-00000-of-00001/000000-b.png": b"9",
-        }
-    assert "test split is left out" in caplog.text
+    assert contents(source, tmp_path) == {
+        f"train/tench/{first}/000000-x.JPEG": b"\0",
+        f"train/crane (1)/{first}/000001-x.JPEG": b"\1",
+        f"train/crane (2)/{first}/000002-x.JPEG": b"\2",
+        f"train/tench/{first}/000003-x.JPEG": b"\3",
+        f"train/crane (1)/{first}/000004-x.JPEG": b"\4",
+        "train/tench/train-00001-of-00002/000000": b"6",
+        "train//train-00001-of-00002/000001-x.JPEG": b"7",
+        "train//train-00001-of-00002/000002-x.JPEG": b"8",
+        "val/crane (1)/validation-00000-of-00001/000000-b.png": b"9",
+    }
+    assert left_out(source, tmp_path) == {"shard of test whose labels were never published": 1}
 
 
 def test_parquet_of_other_columns(tmp_path: Path) -> None:
