@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ from stages.params.retrain import Retrain
 from stages.runtime.command import StageError
 from stages.runtime.git import GitError, git
 from tests.closure import ROOT
+from tests.workspace import until
 
 SETTINGS = Retrain()
 NEW = {"role": "finetune", "source": "2026-11-23", "digest": "ab" * 32}
@@ -158,21 +160,56 @@ def test_locks_that_a_kill_left_are_in_nobodys_way(root: Path, tree: Path) -> No
     assert not list((tree / ".dvc/tmp").iterdir())
 
 
-def test_a_kill_at_any_time_while_the_tree_is_made_is_repaired(root: Path, tree: Path) -> None:
+@pytest.fixture
+def opening(root: Path, tree: Path) -> Callable[..., "subprocess.Popen[bytes]"]:
+    """Starts `open_tree` of a commit with many files, as leader of a process group."""
     for number in range(200):
         (root / f"file{number}").write_text("x" * 1000)
     start = commit(root, "many files")
-    code = "from pathlib import Path; from pipelines.retrain.worktree import open_tree; "
-    code += f"open_tree(Path({str(root)!r}), Path({str(tree)!r}), {start!r})"
-    for delay in (0.15, 0.2, 0.25, 0.3):
+
+    def begin(**environment: str) -> "subprocess.Popen[bytes]":
         shutil.rmtree(tree, ignore_errors=True)
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
-        time.sleep(delay)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        open_tree(root, tree, start)
-        assert not git(tree, "status", "--porcelain")
-        assert len(list(tree.glob("file*"))) == 200
+        code = "from pathlib import Path; from pipelines.retrain.worktree import open_tree; "
+        code += f"open_tree(Path({str(root)!r}), Path({str(tree)!r}), {start!r})"
+        command = [sys.executable, "-c", code]
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, start_new_session=True)
+
+    return begin
+
+
+def check_repaired(root: Path, tree: Path) -> None:
+    """The next call makes the tree whole."""
+    open_tree(root, tree, commit_of(root, "HEAD"))
+    assert not git(tree, "status", "--porcelain")
+    assert len(list(tree.glob("file*"))) == 200
+
+
+def test_a_kill_between_any_two_steps_of_making_the_tree_is_repaired(
+    root: Path, tree: Path, opening: Callable[..., "subprocess.Popen[bytes]"]
+) -> None:
+    faults = {"PYTHONPATH": f"{ROOT / 'tests/faults'}:{ROOT}"}
+    for count in range(1, 100):
+        ended = opening(SYNSET_FAULT=f"kill open_tree subprocess.Popen git {count}", **faults).wait()
+        check_repaired(root, tree)
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+    assert count > 3
+
+
+def test_a_kill_while_git_writes_the_files_is_repaired(
+    root: Path, tree: Path, tmp_path: Path, opening: Callable[..., "subprocess.Popen[bytes]"]
+) -> None:
+    fifo, mark = tmp_path / "fifo", tmp_path / "mark"
+    os.mkfifo(fifo)  # whoever reads it waits for ever
+    (root / ".git/info/attributes").write_text("file150 filter=stop\n")
+    git(root, "config", "filter.stop.smudge", f"touch {mark}; cat {fifo}")
+    process = opening()
+    until(mark.exists, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    git(root, "config", "filter.stop.smudge", "cat")
+    check_repaired(root, tree)
 
 
 def test_dvc_in_the_tree_has_the_cache_remotes_and_secrets_of_the_checkout(root: Path, tree: Path) -> None:
