@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torchvision  # noqa: F401  the model imports it; here, while the caller is still logging the model
 from numpy.typing import NDArray
 
 from stages.data.shards.loading.samples.index import read_samples
@@ -214,4 +213,6 @@ def _predict_shards(model: Any, keys: set[str], shards: Sequence[Path], folder: 
 
 
 if __name__ == "__main__":
+    import torchvision  # noqa: F401  the model imports it; here, while the caller is still logging the model
+
     run(main)
