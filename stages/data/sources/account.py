@@ -5,11 +5,21 @@ page and the model card show it.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.dispatch import Source
-from stages.data.sources.parts import Image, LeftOut, Name, Noted
+from stages.data.sources.oddities import odd_classes, odd_counts, odd_folders, some
+from stages.data.sources.parts import Image, LeftOut, Name, Noted, ShardPart
+
+FIRST = 3
+"""Classes that are named, before the last one."""
+BELOW = 4
+"""Folders below a class folder that are remembered."""
+NO_IMAGE = "file whose name is not an image's; its bytes decide"
+NO_SUFFIX = "file without a suffix; its bytes decide"
 
 
 class Counted(NamedTuple):
@@ -31,6 +41,9 @@ class Seen:
     noted: dict[str, Counted] = field(default_factory=dict)
     not_chosen: int = 0
     """Images that the source has and its query does not take."""
+    suffixes: dict[str, int] = field(default_factory=dict)
+    below: dict[str, list[str]] = field(default_factory=dict)
+    """Folders inside each class folder; an empty name stands for files in the class folder itself."""
 
     @property
     def classes(self) -> set[str]:
@@ -48,8 +61,24 @@ class Seen:
         else:
             of_split = self.counts.setdefault(item.split, {})
             of_split[item.class_name] = of_split.get(item.class_name, 0) + 1
+            self._see_name(item.class_name, item.name)
             if item.title:
                 self.titles[item.class_name] = item.title
+
+    def _see_name(self, class_name: str, name: str) -> None:
+        folder, _, base = name.rpartition("/")
+        _, dot, suffix = base.rpartition(".")
+        suffix = f".{suffix.lower()}" if dot else ""
+        if suffix not in IMAGE_SUFFIXES:
+            _add(self.noted, NO_IMAGE if suffix else NO_SUFFIX, Counted(1, name))
+            suffix = "others" if suffix else "no suffix"
+        self.suffixes[suffix] = self.suffixes.get(suffix, 0) + 1
+        self._see_folder(class_name, folder.partition("/")[0])
+
+    def _see_folder(self, class_name: str, folder: str) -> None:
+        below = self.below.setdefault(class_name, [])
+        if folder not in below and (len(below) < BELOW or not folder):
+            below.append(folder)
 
     def join(self, other: "Seen") -> None:
         """Takes in what a later part held."""
@@ -59,7 +88,11 @@ class Seen:
         for own, others in ((self.left_out, other.left_out), (self.noted, other.noted)):
             for why, example in others.items():
                 _add(own, why, example)
+        for class_name, folders in other.below.items():
+            for folder in folders:
+                self._see_folder(class_name, folder)
         self.not_chosen += other.not_chosen
+        self.suffixes = dict(Counter(self.suffixes) + Counter(other.suffixes))
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> "Seen":
@@ -68,23 +101,104 @@ class Seen:
         return cls(**stored | kinds)
 
 
-def account(source: Source, seen: Seen) -> dict[str, Any]:
-    """The account as plain values.
+def account(source: Source, seen: Seen, read: str = "") -> dict[str, Any]:
+    """The account as plain values: counts, and `understood` and `odd` in words.
 
     Args:
         source: as it was listed.
         seen: of all its parts.
+        read: how much of it, where that is not all; empty: all.
     """
-    for item in source.left_out:
-        seen.see(item, False)
-    return {
+    counts = seen.counts
+    if source.choice.unlabelled:
+        counts = {split: {"": sum(of_split.values())} for split, of_split in counts.items()}
+    shards = any(isinstance(part, ShardPart) for part in source.parts)
+    classes = class_order({name for of_split in counts.values() for name in of_split} - {""})
+    values = {
         "layout": source.layout,
-        "splits": {split: sum(counts.values()) for split, counts in sorted(seen.counts.items())},
+        "read": read,
+        "chosen": source.chosen,
+        "images": sum(sum(of_split.values()) for of_split in counts.values()),
+        "not_taken": {"classes": source.classes_left, "images": seen.not_chosen},
+        "unlabelled": sum(of_split.get("", 0) for of_split in counts.values()),
+        "splits": {split: sum(of_split.values()) for split, of_split in sorted(counts.items())},
+        "classes": {"count": len(classes), "first": classes[:FIRST], "last": classes[FIRST:][-1:]},
+        "suffixes": dict(sorted(seen.suffixes.items(), key=lambda item: (-item[1], item[0]))),
+        "left_out": _plain(seen.left_out, source.left_out),
+        # Rows of Parquet often have no name.
+        "noted": _plain({what: each for what, each in seen.noted.items() if what != NO_SUFFIX or not shards}),
         "notes": list(source.notes),
-        "left_out": {why: example._asdict() for why, example in sorted(seen.left_out.items())},
-        "noted": {what: example._asdict() for what, example in sorted(seen.noted.items())},
         "titles": dict(sorted(seen.titles.items())),
     }
+    odd = [*odd_classes(classes), *([] if read else odd_counts(counts, classes))]
+    deep = {name: folders for name, folders in seen.below.items() if "" not in folders}
+    odd += [] if shards or not classes else odd_folders(deep, len(classes))
+    return values | {"understood": understood(values), "odd": odd}
+
+
+def understood(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """The account in words: a label and a text each."""
+    images, unlabelled, classes, titles = (values[key] for key in ("images", "unlabelled", "classes", "titles"))
+    splits = ", ".join(f"{split} {count:,}" for split, count in values["splits"].items())
+    labels = f"{unlabelled:,} of {images:,} images have none" if classes["count"] else "none"
+    lines = [
+        ("layout", values["layout"]),
+        ("read", values["read"]),
+        ("chosen", _chosen(values)),
+        ("images", f"{images:,}, without splits" if splits.startswith("all ") else f"{images:,}: {splits}"),
+        ("labels", labels if unlabelled else "every image has one"),
+        ("classes", _classes(classes)),
+        ("titles", some(f"{title} is {name}" for name, title in titles.items())),
+        ("files", ", ".join(f"{suffix} {count:,}" for suffix, count in values["suffixes"].items())),
+        *(("read as", note) for note in values["notes"]),
+        *(("noted", _counted(what, each)) for what, each in values["noted"].items()),
+        *(("left out", _counted(why, each)) for why, each in values["left_out"].items()),
+    ]
+    lines += [] if values["left_out"] else [("left out", "nothing")]
+    return [(label, text) for label, text in lines if text]
+
+
+def as_text(values: dict[str, Any]) -> str:
+    """The account for a terminal: a line each, odd things last."""
+    lines = [f"  {label:<9} {text}" for label, text in values["understood"]]
+    return "\n".join(lines + [f"  odd       {each}" for each in values["odd"]])
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """Names as they are numbered: whole numbers by their value and before all others, the others as text."""
+    return sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
+
+
+def _classes(classes: dict[str, Any]) -> str:
+    names = classes["first"] + classes["last"]
+    if not names:
+        return ""
+    order = "numbered by their value" if all(map(str.isdecimal, names)) else "in the order of their names"
+    gap = ", ..." if classes["count"] > len(names) else ""
+    first = ", ".join(classes["first"])
+    return f"{classes['count']:,}, {order}: {first}{gap}" + "".join(f", {name}" for name in classes["last"])
+
+
+def _chosen(values: dict[str, Any]) -> str:
+    classes, images = values["not_taken"]["classes"], values["not_taken"]["images"]
+    others = [f"{classes:,} whole classes"] if classes else []
+    others += [f"{images:,} images"] if images else []
+    return values["chosen"] + (f"; not taken: {' and '.join(others)}" if others else "")
+
+
+def _counted(why: str, counted: dict[str, Any]) -> str:
+    files, name = counted["files"], counted["name"]
+    return f"{files:,} × {why} ({name}{', ...' if files > 1 else ''})"
+
+
+def _plain(counted: dict[str, Counted], listed: Iterable[LeftOut] = ()) -> dict[str, dict[str, Any]]:
+    """Sorted, together with what was left out when the source was listed."""
+    found: dict[str, Counted] = {}
+    for item in listed:
+        _add(found, item.why, Counted(item.files, item.name))
+    for why, each in counted.items():
+        _add(found, why, each)
+    return {why: found[why]._asdict() for why in sorted(found)}
 
 
 def _add(counts: dict[str, Counted], why: str, example: Counted) -> None:

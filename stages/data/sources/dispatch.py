@@ -24,7 +24,7 @@ from stages.data.sources.parquet import parquet_shards
 from stages.data.sources.parts import Image, LeftOut, Listed, Part
 from stages.data.sources.sample import SAMPLES, sample_parts
 from stages.data.sources.subset import Choice, choose
-from stages.data.sources.uri import ARCHIVES, CHECKSUMS, SourceUri, expanded, missing_source
+from stages.data.sources.uri import ARCHIVES, CHECKSUMS, SUBSET, SourceUri, expanded, missing_source
 from stages.data.sources.webdataset import webdataset_shards
 from stages.runtime.command import StageError
 
@@ -62,6 +62,9 @@ class Source:
     """In words; `notes` and `left_out` as in Listed."""
     notes: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    chosen: str = ""
+    """What the query asks for, `images_per_class=50, seed=1`; `classes_left` are those that it does not take at all."""
+    classes_left: int = 0
 
     @property
     def listing(self) -> str:
@@ -101,7 +104,10 @@ def read_source(text: str, incoming: Path | str) -> Source:
     else:
         location, chosen = Location.of(uri.address, incoming), uri
         listed, is_remote = _listed(uri, location, incoming), not location.is_local
-    return Source(text, *choose(chosen, listed.parts, incoming), is_remote, listed.layout, *listed[2:])
+    parts, choice = choose(chosen, listed.parts, incoming)
+    asked = ", ".join(f"{key}={value}" for key, value in uri.query.items() if key in SUBSET)
+    left = len(_classes(listed.parts) - _classes(parts))
+    return Source(text, parts, choice, is_remote, listed.layout, listed.notes, listed.left_out, asked, left)
 
 
 def _listed(uri: SourceUri, location: Location, incoming: Path | str) -> Listed:
@@ -175,6 +181,10 @@ def _shards_below(folder: Location, entries: list[Entry], depth: int = 3) -> lis
             names = [entry.name for entry in folder.files_below()]
             return [folder.child(name) for name in names if name.endswith((".parquet", *ARCHIVES))]
     return []
+
+
+def _classes(parts: list[Part]) -> set[str]:
+    return {part.whole_class[1] for part in parts if part.whole_class}
 
 
 def _sample(uri: SourceUri) -> Listed:

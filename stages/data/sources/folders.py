@@ -39,6 +39,7 @@ class ClassFiles(Part):
     stamp: str
     chosen: tuple[Entry, ...] | None = None
     piece: int | None = None
+    file_count: int | None = None
 
     @property
     def title(self) -> str:
@@ -219,7 +220,7 @@ def _class_parts(of: _Class) -> list[Part]:
     if not entries:
         raise StageError(f"{of.folder}: the class folder {of.split}/{of.class_name} has no file; fill it or remove it")
     check_class(of.class_name, str(of.folder))
-    whole = ClassFiles(of.split, of.class_name, of.folder, stamp_of(entries))
+    whole = ClassFiles(of.split, of.class_name, of.folder, stamp_of(entries), file_count=len(entries))
     return [whole] if len(entries) <= PIECE else _pieces(whole, entries)
 
 
@@ -227,7 +228,7 @@ def _pieces(whole: ClassFiles, entries: list[Entry]) -> list[Part]:
     """A large class, or images without one, as parts that know their names: to list it again for each costs more."""
     cuts = [entries[start : start + PIECE] for start in range(0, len(entries), PIECE)]
     return [
-        replace(whole, stamp=stamp_of(cut), chosen=_without_stamps(cut), piece=number)
+        replace(whole, stamp=stamp_of(cut), chosen=_without_stamps(cut), piece=number, file_count=len(cut))
         for number, cut in enumerate(cuts)
     ]
 

@@ -2,10 +2,9 @@
 
 import logging
 import shutil
-from collections.abc import Iterable
 
 from stages.data.raw.tars import UNLABELLED
-from stages.data.sources.account import Seen, account
+from stages.data.sources.account import Seen, account, as_text
 from stages.data.sources.digests import raw_digest
 from stages.data.sources.dispatch import read_source
 from stages.data.sources.subset import check_classes
@@ -49,7 +48,8 @@ def ingest(name: str, batch: Batch) -> None:
     if batch.role == "finetune" and all(map(_is_unlabelled, made.values())):
         raise StageError(f"source {batch.source} has no labels, and batch {name} is to fine-tune on: role: pretrain")
     with replaced_directory(layout.raw(batch.role, name)) as aside:
-        write_json(aside / layout.ACCOUNT, account(source, seen))
+        of_source = account(source, seen)
+        write_json(aside / layout.ACCOUNT, of_source)
         count = assemble([made[part] for part in sorted(made)], work, aside)
         if batch.digest and raw_digest(aside) != batch.digest:
             shutil.rmtree(work)
@@ -58,14 +58,8 @@ def ingest(name: str, batch: Batch) -> None:
                 f"never changed: put it back as it was, `dvc pull` the raw data, or deliver it under a new name"
             )
     shutil.rmtree(work)
-    logger.info("ingest %s: %d files in %d tars%s", name, tally.images, count, _without_labels(made.values()))
+    logger.info("ingest %s: %d files in %d tars, understood as\n%s", name, tally.images, count, as_text(of_source))
 
 
 def _is_unlabelled(part: Made) -> bool:
     return all(tar.startswith(UNLABELLED) for tar in part.tars)
-
-
-def _without_labels(made: Iterable[Made]) -> str:
-    """It is logged even if it is intended: an archive read as another layout than its owner thinks loses its labels."""
-    images = sum(part.images for part in made if _is_unlabelled(part))
-    return f", {images} of them without a label" if images else ""

@@ -52,6 +52,8 @@ class Part:
 
     stamp: str
     """Changes with the content: made of names, sizes, and etags or times."""
+    file_count: int | None = None
+    """How many there are, where the listing told."""
 
     @property
     def title(self) -> str:

@@ -1,0 +1,95 @@
+"""What looks odd in the classes and splits of a source: one sentence each, for a person to say yes or no to.
+
+Nothing here stops anything. Each check is of names and counts alone, so that it costs nothing at a million images.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+
+from stages.data.sources.parts import split_in
+
+FEW = 10
+"""Images. A class of fewer has one or two to be tested on."""
+SHOWN = 3
+"""Names in one sentence."""
+FOLDER_WORDS = frozenset(
+    ("image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpegimages", "data", "dataset")
+) | {"label", "labels", "annotation", "annotations", "mask", "masks", "__macosx", "lost+found", "@eadir"}
+"""What folders are called that hold a data set, or what a machine put beside one."""
+NO_LABEL_WORDS = frozenset(
+    ("nan", "none", "null", "n/a", "na", "unknown", "unlabelled", "unlabeled", "nolabel", "?", "-")
+)
+FILE = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|zip|tar)$", re.IGNORECASE)
+COPY = re.compile(r"( ?- ?copy| ?\(\d+\)|^copy of )+")
+
+
+def odd_classes(names: list[str]) -> Iterator[str]:
+    """Of the names of classes, in their order."""
+    if len(names) == 1:
+        yield f"there is one class only, {names[0]}: nothing can be told apart"
+    for what, is_odd in NAME_CHECKS:
+        if odd := list(filter(is_odd, names)):
+            yield f"{what}: {some(odd)}"
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_plain(name), []).append(name)
+    if pairs := [" and ".join(map(repr, same)) for same in alike.values() if len(same) > 1]:
+        yield f"names of classes differ only in case, blanks or signs: {some(pairs)}"
+
+
+def odd_counts(counts: dict[str, dict[str, int]], names: list[str]) -> Iterator[str]:
+    """Of the images by split and class, the class empty where one has none; `names` are the classes in their order."""
+    splits = sorted(counts.keys() - {"all"}, key=("train", "val", "test").index)
+    if splits and "train" not in splits:
+        yield f"there is no train split (found: {', '.join(splits)})"
+    for split, of_split in sorted(counts.items()):
+        without, images = of_split.get("", 0), sum(of_split.values())
+        if names and without:
+            yield f"{split}: {without:,} of {images:,} images have no label"
+        if names and without < images and (missing := [name for name in names if name not in of_split]):
+            yield f"{split} has no image of {len(missing):,} of {len(names):,} classes: {some(missing)}"
+    totals = {name: sum(of_split.get(name, 0) for of_split in counts.values()) for name in names}
+    if small := sorted((name for name in names if totals[name] < FEW), key=lambda name: totals[name]):
+        fewest = [f"{name} ({totals[name]})" for name in small]
+        yield f"{len(small):,} of {len(names):,} classes have fewer than {FEW} images: {some(fewest)}"
+
+
+def odd_folders(folders: dict[str, list[str]], classes: int) -> Iterator[str]:
+    """Of the classes whose images all lie in folders below the class folder, and of these folders' names."""
+    if deep := sorted(name for name, below in folders.items() if len(below) > 1):
+        below = some([f"{folder}/" for folder in folders[deep[0]]])
+        yield (
+            f"{len(deep):,} of {classes:,} class folders hold only folders, as {deep[0]}/ with {below}: if those are "
+            f"the classes, the source is one folder too high"
+        )
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _plain(name: str) -> str:
+    text = COPY.sub("", unicodedata.normalize("NFKC", name).casefold())
+    return re.sub(r"[\s_.\-]+", "", text) or name
+
+
+def _is_split(name: str) -> bool:
+    return split_in(name) is not None and len(re.findall(r"[^\W\d_]+", name)) == 1
+
+
+NAME_CHECKS: tuple[tuple[str, Callable[[str], bool]], ...] = (
+    ("names of classes look like splits", _is_split),
+    ("names of classes look like folders of a data set", lambda name: name.lower() in FOLDER_WORDS),
+    ("names of classes look like a missing label", lambda name: name.lower() in NO_LABEL_WORDS),
+    ("names of classes look like JSON", lambda name: name.startswith(("{", "["))),
+    ("names of classes are numbers with a point", lambda name: bool(re.fullmatch(r"-?\d+\.\d+", name))),
+    ("names of classes begin or end with a blank or a point", lambda name: name != name.strip(" .")),
+    (
+        "names of classes look like files",
+        lambda name: bool(FILE.search(name)),
+    ),
+)
