@@ -20,7 +20,7 @@ from stages.data.raw.images import decode_strictly, read_header
 from stages.data.sources.account import Seen, account, as_text
 from stages.data.sources.dispatch import Source, read_source
 from stages.data.sources.locations import Location
-from stages.data.sources.parts import Image, Part
+from stages.data.sources.parts import Image, Name, Part
 from stages.data.sources.uri import SourceUri
 
 NAMES, SECONDS = 100_000, 8.0
@@ -40,9 +40,8 @@ class Budget:
     ends: float = field(default_factory=lambda: time.monotonic() + SECONDS)
 
     def is_left(self) -> bool:
-        """Counts one name."""
-        self.names -= 1
-        return self.names >= 0 and time.monotonic() < self.ends
+        """Whether to go on."""
+        return self.names > 0 and time.monotonic() < self.ends
 
 
 def preview(text: str, incoming: Path | str) -> str:
@@ -90,30 +89,27 @@ def _names(source: Source, budget: Budget) -> tuple[Seen, str]:
     if whole == len(source.parts):
         return seen, ""
     images = sum(sum(counts.values()) for counts in seen.counts.values())
-    if len(source.parts) == 1:
-        return seen, f"the beginning only, {images:,} images; there are more"
-    return (
-        seen,
-        f"{whole:,} of {len(source.parts):,} parts and the beginning of others, {images:,} images; there are more",
-    )
+    where = f"{whole:,} of {len(source.parts):,} files and " if len(source.parts) > 1 else ""
+    return seen, f"{where}the beginning only ({images:,} images), as reading the names of all takes long"
 
 
 def _see_names(source: Source, part: Part, seen: Seen, budget: Budget) -> bool:
     """Whether all of the part was counted: by its names, or from its listing where time is over."""
-    known, read = part.files, 0
-    if budget.names > 0:
-        for item in part.names():
-            seen.see(item, source.choice.takes(item))
-            read += 1
-            if not budget.is_left():
-                break
-        else:
+    read = 0
+    for item in part.names() if budget.is_left() else ():
+        seen.see(item, source.choice.takes(item))
+        read += isinstance(item, Name)
+        budget.names -= 1
+        if not budget.is_left():
+            break
+    else:
+        if budget.is_left():
             return True
-    if known is None or part.whole_class is None:
+    if part.file_count is None or part.whole_class is None:
         return False
     split, class_name = part.whole_class
     of_split = seen.counts.setdefault(split, {})
-    of_split[class_name] = of_split.get(class_name, 0) + known - read
+    of_split[class_name] = of_split.get(class_name, 0) + part.file_count - read
     return True
 
 
@@ -143,8 +139,8 @@ def _opened(source: Source) -> str:
     text = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     if not sizes:
         return text
-    (left, top), (right, bottom) = min(sizes), max(sizes)
-    return f"{text}; {left} × {top} to {right} × {bottom} pixels"
+    smallest, largest = (f"{width} × {height}" for width, height in (min(sizes), max(sizes)))
+    return f"{text}; {smallest}{f' to {largest}' if largest != smallest else ''} pixels"
 
 
 def _kind(image: Image, sizes: list[tuple[int, int]]) -> str:
@@ -162,7 +158,7 @@ def _kind(image: Image, sizes: list[tuple[int, int]]) -> str:
 
 def _advice(text: str, values: dict[str, Any]) -> str:
     labelled = values["classes"]["count"] > 1
-    why = "it has labels; pretrain, if only the backbone is to learn from it" if labelled else "too few classes to tell"
+    why = "or pretrain, for the backbone alone" if labelled else "finetune needs labels of two classes or more"
     role = "finetune" if labelled else "pretrain"
     batch = {_batch_name(text): {"role": role, "source": text}}
     lines = yaml.safe_dump({"batches": batch}, sort_keys=False, allow_unicode=True, width=10_000)
