@@ -20,12 +20,12 @@ from stages.data.sources.folders import (
 )
 from stages.data.sources.locations import Entry, Location
 from stages.data.sources.official import TRAIN, VAL, is_official, official
-from stages.data.sources.parquet import parquet_shards
+from stages.data.sources.parquet import Columns, parquet_shards
 from stages.data.sources.parts import Image, LeftOut, Listed, Part
 from stages.data.sources.sample import SAMPLES, sample_parts
 from stages.data.sources.subset import Choice, choose
 from stages.data.sources.uri import ARCHIVES, CHECKSUMS, SUBSET, SourceUri, expanded, missing_source
-from stages.data.sources.webdataset import webdataset_shards
+from stages.data.sources.webdataset import Fields, webdataset_shards
 from stages.runtime.command import StageError
 
 LAYOUT = "2"
@@ -142,12 +142,14 @@ def _shards(uri: SourceUri, shards: list[Location], incoming: Path | str) -> Lis
     named = _without_common(shards)
     if suffixes == {"parquet"}:
         uri.check("image", "label")
-        columns = uri.query.get("image"), uri.query.get("label")
-        return parquet_shards(named, uri.text, *columns, uri.flag("unlabelled"))
+        columns = Columns(uri.query.get("image"), uri.query.get("label"), uri.flag("unlabelled"))
+        return parquet_shards(named, uri.text, columns)
     if "parquet" in suffixes:
         raise StageError(f"source {uri.text} mixes Parquet files with others; name those to read, with `*`")
-    uri.check("class_names")
-    return webdataset_shards(named, uri.text, uri.class_names(incoming), not uri.flag("unlabelled"))
+    uri.check("image", "label", "class_names")
+    image = uri.query.get("image")
+    names, labelled = uri.class_names(incoming), not uri.flag("unlabelled")
+    return webdataset_shards(named, uri.text, Fields(image and image.lower(), uri.query.get("label"), names, labelled))
 
 
 def _without_common(shards: list[Location]) -> dict[str, Location]:

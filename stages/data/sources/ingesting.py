@@ -46,7 +46,11 @@ def ingest(name: str, batch: Batch) -> None:
     if not tally.images:
         raise StageError(f"source {batch.source} of batch {name} holds no file")
     if batch.role == "finetune" and all(map(_is_unlabelled, made.values())):
-        raise StageError(f"source {batch.source} has no labels, and batch {name} is to fine-tune on: role: pretrain")
+        why = "; ".join([*source.notes, *(what for what in sorted(seen.noted) if what.startswith("unlabelled"))][:5])
+        raise StageError(
+            f"source {batch.source} has no labels, and batch {name} is to fine-tune on: "
+            + (f"{why}. Where there are none: role: pretrain" if why else "role: pretrain")
+        )
     with replaced_directory(layout.raw(batch.role, name)) as aside:
         of_source = account(source, seen)
         write_json(aside / layout.ACCOUNT, of_source)

@@ -2,11 +2,12 @@
 
 import io
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from stages.data.raw.images import SOURCE_SUFFIXES
+from stages.data.sources.labels import MISSING, SEVERAL, Label, apart, label_of, nested, text_label
 from stages.data.sources.locations import Location
 from stages.data.sources.parts import (
     Image,
@@ -17,7 +18,6 @@ from stages.data.sources.parts import (
     Part,
     ShardPart,
     Unique,
-    check_class,
     splits_of,
     stamp_of,
 )
@@ -27,8 +27,21 @@ from stages.runtime.command import StageError
 LARGEST_HELD = 2**28
 """Bytes of an image. Its label may follow it in the tar, and until then it is held in memory."""
 LARGEST_LABEL = 2**20
+MOST_LABELS, SHOWN = 16, 6
+"""Files of one sample that may be its label, and that a message names."""
 LABELS = ("cls", "json", "txt")
 """Which file tells the class: the first of these that the sample has."""
+
+
+class Fields(NamedTuple):
+    """Which files of a sample are read, as the source's query tells it."""
+
+    image: str | None = None
+    """A field or suffix, `left` or `left.png`; None: the one without a field, or the only one."""
+    label: str | None = None
+    """A suffix or a path in `.json`, `meta.class`; None: LABELS, and `label` in `.json`."""
+    class_names: tuple[str, ...] | None = None
+    labelled: bool = True
 
 
 @dataclass
@@ -36,8 +49,10 @@ class _Sample:
     """The files of one sample that have come so far."""
 
     key: str
+    suffixes: list[str] = field(default_factory=list)  # the first ones, for messages
     image: str = ""
     data: bytes = b""
+    images: int = 0
     labels: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -45,8 +60,7 @@ class _Sample:
 class WebdatasetShard(ShardPart):
     """Samples become `<shard>/<key>.<suffix>`."""
 
-    class_names: tuple[str, ...] | None
-    labelled: bool
+    fields: Fields
 
     def images(self) -> Iterator[Image | LeftOut | Noted]:
         """A sample after the other.
@@ -54,84 +68,178 @@ class WebdatasetShard(ShardPart):
         Raises:
             StageError: the shard is damaged or holds what is refused; a sample has two images, or an odd label.
         """
-        yield from self._samples(with_bytes=True)
+        yield from _Reading(self, with_bytes=True).items()
 
     def names(self) -> Iterator[Name | LeftOut | Noted]:
-        for item in self._samples(with_bytes=False):
+        for item in _Reading(self, with_bytes=False).items():
             yield Name(item.split, item.class_name, item.name, item.title) if isinstance(item, Image) else item
 
-    def _samples(self, with_bytes: bool) -> Iterator[Image | LeftOut | Noted]:
-        unique = Unique(str(self.location))
-        sample: _Sample | None = None
-        with opened(self.location) as tar:
-            for member in members(tar, str(self.location)):
+
+class _Reading:
+    """One pass over a shard."""
+
+    def __init__(self, shard: WebdatasetShard, with_bytes: bool) -> None:
+        self._shard, self._fields, self._with_bytes = shard, shard.fields, with_bytes
+        self._json_kinds: dict[type, str] = {}
+        """The first sample whose label in `.json` is a number, and the first with a name."""
+        self._without: dict[str, str] = {}
+        """What is said of samples without a label: one text a kind, of its first sample."""
+
+    def items(self) -> Iterator[Image | LeftOut | Noted]:
+        location = self._shard.location
+        unique, sample = Unique(str(location)), _Sample("")
+        with opened(location) as tar:
+            for member in members(tar, str(location)):
                 key, suffix = _key(member.path)
-                if sample is None or sample.key != key:
-                    if sample is not None:
-                        yield self._whole(sample)
+                if sample.key != key:
+                    yield from self._whole(sample)
                     unique.check(key)
                     sample = _Sample(key)
-                self._take(sample, suffix, member, with_bytes)
-            if sample is not None:
-                yield self._whole(sample)
+                self._take(sample, suffix, member)
+            yield from self._whole(sample)
 
-    def _take(self, sample: _Sample, suffix: str, member: Member, with_bytes: bool) -> None:
-        where = f"{self.location}: {'/'.join(member.path)}"
-        if f".{suffix}" in SOURCE_SUFFIXES:
-            if sample.image:
-                raise StageError(f"{where} is the second image of its sample; a sample has one image and one label")
-            if member.size > LARGEST_HELD:
-                raise StageError(f"{where} has {member.size / 2**20:.0f} MiB, and an image of a shard may have 256")
-            sample.image, sample.data = suffix, member.data.read() if with_bytes else b""
-        elif suffix in LABELS and self.labelled:
-            if member.size > LARGEST_LABEL:
-                raise StageError(f"{where} has {member.size} bytes, too many for a label")
+    def _take(self, sample: _Sample, suffix: str, member: Member) -> None:
+        where = f"{self._shard.location}: {'/'.join(member.path)}"
+        sample.suffixes += [suffix[:40]] if len(sample.suffixes) < SHOWN else []
+        kind = suffix.rpartition(".")[2]
+        if f".{kind}" in SOURCE_SUFFIXES:
+            sample.images += 1
+            if self._is_image(sample, suffix, where):
+                if member.size > LARGEST_HELD:
+                    raise StageError(f"{where} has {member.size / 2**20:.0f} MiB, and an image of a shard may have 256")
+                sample.image, sample.data = suffix, member.data.read() if self._with_bytes else b""
+        elif self._fields.labelled and (kind in LABELS or suffix == self._fields.label):
+            if member.size > LARGEST_LABEL or len(sample.labels) == MOST_LABELS:
+                raise StageError(f"{where} has {member.size} bytes, too many for a label, or is one label too many")
             sample.labels[suffix] = member.data.read()
 
-    def _whole(self, sample: _Sample) -> Image | LeftOut:
+    def _is_image(self, sample: _Sample, suffix: str, where: str) -> bool:
+        """Whether this is the sample's image, as far as its files have come."""
+        wanted = self._fields.image
+        if wanted is None:  # one without a field replaces one with, and of those the first is held
+            chosen = "." not in suffix
+            second = chosen and bool(sample.image) and "." not in sample.image
+            chosen = chosen or not sample.image
+        else:
+            chosen = wanted in (suffix, suffix.rpartition(".")[0])
+            second = chosen and bool(sample.image)
+        if second:
+            raise StageError(
+                f"{where} is the second image of its sample; a sample has one image and one label: "
+                f"?image=FIELD chooses one, such as `{suffix}`"
+            )
+        return chosen
+
+    def _whole(self, sample: _Sample) -> Iterator[Image | LeftOut | Noted]:
+        if not sample.suffixes:
+            return
+        shard, named = self._shard, f"{self._shard.below}/{sample.key}"
         if not sample.image:
-            return LeftOut(f"{self.below}/{sample.key}", "sample without an image")
-        name = f"{self.below}/{sample.key}.{sample.image}"
-        class_name = self._class_name(sample)
-        return Image(self.split, class_name, name, len(sample.data), io.BytesIO(sample.data))
+            what = f"the image `{self._fields.image}`" if self._fields.image else "an image"
+            yield LeftOut(f"{named}.{sample.suffixes[0]}".rstrip("."), f"sample without {what}")
+            return
+        if sample.images > 1:
+            if self._fields.image is None and "." in sample.image:
+                raise StageError(
+                    f"{shard.location}: the sample {sample.key} has {sample.images} images "
+                    f"({', '.join(sample.suffixes)}); choose one with ?image=FIELD, such as "
+                    f"?image={sample.image.rpartition('.')[0]}. A sample is named by what stands before the first dot: "
+                    f"if these are images of their own, rename them without dots"
+                )
+            yield LeftOut(f"{named}.{sample.image}", "further image of a sample", sample.images - 1)
+        label = self._label(sample)
+        if label.noted:
+            yield Noted(f"{named}.{sample.image}", label.noted)
+        name = f"{named}.{sample.image}"
+        yield Image(shard.split, label.class_name, name, len(sample.data), io.BytesIO(sample.data), title=label.title)
 
-    def _class_name(self, sample: _Sample) -> str:
-        where = f"{self.location}: {sample.key}"
-        kind = next((kind for kind in LABELS if kind in sample.labels), None)
-        if kind is None:
-            return ""
+    def _label(self, sample: _Sample) -> Label:
+        if not self._fields.labelled:
+            return Label("")
+        where, wanted = f"{self._shard.location}: {sample.key}", self._fields.label
+        suffix = self._label_file(sample, where)
+        if suffix is None:
+            what = f"file `{wanted}`, nor a .json" if wanted else ".cls, .json or .txt"
+            return self._no_label(f"no {what} (files: {', '.join(sample.suffixes)})", "file")
+        hint = "?label=FIELD names another file of the sample, or a field of its .json"
+        if suffix.rpartition(".")[2] != "json":
+            return text_label(sample.labels[suffix], self._fields.class_names, f"{where}.{suffix}", hint)
+        value = self._json(sample.labels[suffix], f"{where}.{suffix}")
+        if suffix != wanted and value is not None:
+            path = wanted or "label"
+            found = nested(value, path) if isinstance(value, dict) else MISSING
+            if not isinstance(value, dict):
+                raise StageError(f"{where}.{suffix} is no label: it is no object with `{path}`; {hint}")
+            if found is MISSING:
+                keys = ", ".join(ascii(str(key))[1:-1][:30] for key in sorted(value)[:10]) or "none"
+                return self._no_label(f"no `{path}` in its .json (fields: {keys}; ?label=FIELD names one)", "field")
+            if isinstance(found, dict) and found:
+                hint = f"?label={path}.{min(found)} names one of them"
+            value = found
+        self._check_kind(value, sample.key)
+        if isinstance(value, str) and SEVERAL.fullmatch(value):
+            raise StageError(
+                f"{where}.{suffix}: the label {value[:60]!r} is more than one; an image has one class; {hint}"
+            )
+        if isinstance(value, str) and self._fields.class_names is not None:
+            return text_label(value.encode("utf-8", "surrogatepass"), self._fields.class_names, where, hint)
+        return label_of(value, self._fields.class_names, f"{where}.{suffix}", hint)
+
+    def _label_file(self, sample: _Sample, where: str) -> str | None:
+        """The suffix of the file that tells the class: LABELS, and where there is none of them, one with a field."""
+        wanted = self._fields.label
+        if wanted is not None and wanted in sample.labels:
+            return wanted
+        for kind in LABELS if wanted is None else ("json",):
+            if kind in sample.labels:
+                return kind
+        # A .txt with a field is rather a caption.
+        for kind in ("cls", "json") if wanted is None else ("json",):
+            found = [suffix for suffix in sample.labels if suffix.rpartition(".")[2] == kind]
+            if len(found) > 1:
+                raise StageError(f"{where} has the labels {', '.join(found[:5])}; choose one: ?label={found[0]}")
+            if found:
+                return found[0]
+        return None
+
+    def _json(self, data: bytes, where: str) -> Any:
         try:
-            text = sample.labels[kind].decode("utf-8").strip()
-            label = str(json.loads(text).get("label", "")) if kind == "json" else text
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise StageError(f"{where}.{kind} is no label ({error})") from error
-        if kind == "json" and label == "":
-            return ""
-        if self.class_names is None or not re.fullmatch(r"-?\d+", label, re.ASCII):
-            return "" if label == "-1" else check_class(label, f"{where}.{kind}")
-        number = int(label) if len(label) < 20 else len(self.class_names)
-        if not -1 <= number < len(self.class_names):
-            raise StageError(f"{where}.{kind}: {number} is none of the {len(self.class_names)} class names")
-        return "" if number == -1 else check_class(self.class_names[number], f"{where}.{kind}")
+            return json.loads(data.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise StageError(f"{where} is no label ({error})") from error
+
+    def _check_kind(self, value: Any, key: str) -> None:
+        """Raises StageError where some labels are numbers without names, and others names: one of them is wrong."""
+        kind = {str: str, int: int, float: int}.get(type(value))
+        if kind is None or value in ("", -1) or value != value or self._fields.class_names is not None:
+            return
+        self._json_kinds.setdefault(kind, key)
+        if len(self._json_kinds) == 2:
+            raise StageError(
+                f"{self._shard.location}: the label of {self._json_kinds[int]} is a number, and that of "
+                f"{self._json_kinds[str]} a name. ?class_names=FILE tells the names of numbers; else mend the labels"
+            )
+
+    def _no_label(self, why: str, kind: str) -> Label:
+        return Label("", noted=self._without.setdefault(kind, f"unlabelled: {why}"))
 
 
-def webdataset_shards(
-    shards: dict[str, Location], where: str, class_names: tuple[str, ...] | None, labelled: bool
-) -> Listed:
+def webdataset_shards(shards: dict[str, Location], where: str, fields: Fields) -> Listed:
     """Shards by their path below what they have in common, each a part.
 
     Args:
         shards: path, without the suffix -> the shard.
         where: for messages.
-        class_names: of the numbers in labels; None: a number is the name.
-        labelled: whether labels are read.
+        fields: which image and label of a sample are read; class names are of the numbers in labels.
 
     Raises:
         StageError: some names tell a split and others do not.
     """
     splits = splits_of(shards, where)
+    if fields.class_names is not None:
+        fields = fields._replace(class_names=apart(fields.class_names))
     parts: list[Part] = [
-        WebdatasetShard(location, splits[below], below, stamp_of([location.entry()]), class_names, labelled)
+        WebdatasetShard(location, splits[below], below, stamp_of([location.entry()]), fields)
         for below, location in sorted(shards.items())
     ]
     return Listed("webdataset shards", parts)

@@ -173,7 +173,9 @@ def test_parquet_of_other_columns(tmp_path: Path) -> None:
         "train//train/0000/000001",
         "test//test/0000/000000",
     }
-    with pytest.raises(StageError, match=r"no column 'image' \(it has: img, kind\)"):
+    with pytest.raises(
+        StageError, match=r"no column 'image' \(it has: img \(binary\), kind \(string\)\).*may be in: img"
+    ):
         read_source("in", tmp_path)
     with pytest.raises(StageError, match="no column 'label'"):
         read_source("in?image=img&label=label", tmp_path)
@@ -183,13 +185,10 @@ def test_parquet_of_other_columns(tmp_path: Path) -> None:
 
 def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", [row(b"a", 3)], NAMES)
-    with pytest.raises(StageError, match=r"a\.parquet, row 0: the label 3 is none of 3 classes"):
+    with pytest.raises(StageError, match=r"a\.parquet, row 0: the label 3 is none of the 3 class names"):
         contents("a.parquet", tmp_path)
     parquet(tmp_path / "a.parquet", [{"image": image(None, "far/away.jpg"), "label": 0}, row(b"b", 0)], NAMES)
     with pytest.raises(StageError, match=r"row 0 names a file, 'far/away\.jpg', and does not hold it"):
-        contents("a.parquet", tmp_path)
-    parquet(tmp_path / "a.parquet", [{"image": b"a", "label": "a/b"}])
-    with pytest.raises(StageError, match="'a/b' cannot name a class"):
         contents("a.parquet", tmp_path)
     whole = parquet(tmp_path / "a.parquet", [row(bytes(1000), 0)] * 9, NAMES).read_bytes()
     for damaged in (b"", b"x" * 100, whole[:500], whole[:-1], whole[: len(whole) // 2] + whole[-300:]):
@@ -235,7 +234,6 @@ def test_webdataset_that_cannot_be_used(tmp_path: Path) -> None:
             contents("a.tar?class_names=names.txt", tmp_path)
 
     refused("2 is none of the 2 class names", a_jpg=b"x", a_cls=b"2")
-    refused("'../x' cannot name a class", a_jpg=b"x", a_cls=b"../x")
     refused("second image of its sample", a_jpg=b"x", a_png=b"x")
     refused("is no label", a_jpg=b"x", a_json=b"[1]")
     refused("is no label", a_jpg=b"x", a_cls=b"\xff")
