@@ -1,6 +1,7 @@
 """reports/validation.json: what was judged, in counts."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -14,8 +15,17 @@ IN_REPORT = ("name", "scope", "severity", "column", "limit", "parameter", "reaso
 """What the report repeats of each expectation."""
 
 
-def summary(result: ValidationResult, batches: dict[str, Batch], limits: Validate) -> dict[str, Any]:
-    """The report as plain values: counts and figures, no time, no path, no host."""
+def summary(
+    result: ValidationResult, batches: dict[str, Batch], limits: Validate, accounts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The report as plain values: counts and figures, no time, no path, no host.
+
+    Args:
+        result: of judging all images.
+        batches: in order of arrival.
+        limits: of validation.
+        accounts: what ingest understood of each batch; none where an older version ingested it.
+    """
     images = result.images
     table: dict[str, Any] = {row["batch"]: row for row in result.batch_table.to_dict("records")}
     good = images["reason"] == ""
@@ -35,6 +45,7 @@ def summary(result: ValidationResult, batches: dict[str, Batch], limits: Validat
         "batches": {
             name: {
                 "role": batch.role,
+                "source": (accounts or {}).get(name),
                 "images": int(table[name]["images"]),
                 "accepted": int(table[name]["accepted"]),
                 "quarantined": int(table[name]["quarantined"]),

@@ -5,6 +5,7 @@ import logging
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -36,7 +37,7 @@ def validate(batches: dict[str, Batch], split: Split, limits: Validate) -> None:
     images = read_facts(batches)
     assign(images, batches, split)
     result = judge(images, batches, limits, partial(pixel_confirmation, cache=thumbnail_cache()))
-    report = summary(result, batches, limits)
+    report = summary(result, batches, limits, {name: read_account(batch.role, name) for name, batch in batches.items()})
     html = render(report, result.images, layout.RAW, result.noted, result.collapsed)
     folder = layout.VALIDATION_FAILED if result.stops else layout.REPORTS
     write_text(folder / layout.VALIDATION.name, as_json(report))
@@ -90,6 +91,18 @@ def read_facts(batches: dict[str, Batch]) -> pd.DataFrame:
             raise StageError(f"{path} is missing; `dvc repro scan@{name}` makes it, `dvc pull` brings it")
         tables.append(read_table(path).assign(role=batch.role, arrival=arrival))
     return pd.concat(tables, ignore_index=True)
+
+
+def read_account(role: str, batch: str) -> dict[str, Any] | None:
+    """What ingest understood of a batch's source; None where an older version of it did not record that.
+
+    Titles of classes are left out: there may be as many as classes.
+    """
+    path = layout.raw(role, batch) / layout.ACCOUNT
+    if not path.is_file():
+        return None
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in values.items() if key != "titles"}
 
 
 def assign(images: pd.DataFrame, batches: dict[str, Batch], limits: Split) -> None:
