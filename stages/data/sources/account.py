@@ -5,14 +5,14 @@ page and the model card show it.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.dispatch import Source
-from stages.data.sources.oddities import odd_classes, odd_counts, odd_folders, some
-from stages.data.sources.parts import Image, LeftOut, Name, Noted, ShardPart
+from stages.data.sources.oddities import odd_classes, odd_counts, odd_folders, odd_left_out, some
+from stages.data.sources.parts import SPLITS, Image, LeftOut, Name, Noted, ShardPart
 
 FIRST = 3
 """Classes that are named, before the last one."""
@@ -109,19 +109,19 @@ def account(source: Source, seen: Seen, read: str = "") -> dict[str, Any]:
         seen: of all its parts.
         read: how much of it, where that is not all; empty: all.
     """
-    counts = seen.counts
+    counts = {split: seen.counts[split] for split in (*SPLITS, "all") if split in seen.counts}
     if source.choice.unlabelled:
         counts = {split: {"": sum(of_split.values())} for split, of_split in counts.items()}
     shards = any(isinstance(part, ShardPart) for part in source.parts)
     classes = class_order({name for of_split in counts.values() for name in of_split} - {""})
-    values = {
+    values: dict[str, Any] = {
         "layout": source.layout,
         "read": read,
         "chosen": source.chosen,
         "images": sum(sum(of_split.values()) for of_split in counts.values()),
         "not_taken": {"classes": source.classes_left, "images": seen.not_chosen},
         "unlabelled": sum(of_split.get("", 0) for of_split in counts.values()),
-        "splits": {split: sum(of_split.values()) for split, of_split in sorted(counts.items())},
+        "splits": {split: sum(of_split.values()) for split, of_split in counts.items()},
         "classes": {"count": len(classes), "first": classes[:FIRST], "last": classes[FIRST:][-1:]},
         "suffixes": dict(sorted(seen.suffixes.items(), key=lambda item: (-item[1], item[0]))),
         "left_out": _plain(seen.left_out, source.left_out),
@@ -130,10 +130,7 @@ def account(source: Source, seen: Seen, read: str = "") -> dict[str, Any]:
         "notes": list(source.notes),
         "titles": dict(sorted(seen.titles.items())),
     }
-    odd = [*odd_classes(classes), *([] if read else odd_counts(counts, classes))]
-    deep = {name: folders for name, folders in seen.below.items() if "" not in folders}
-    odd += [] if shards or not classes else odd_folders(deep, len(classes))
-    return values | {"understood": understood(values), "odd": odd}
+    return values | {"understood": understood(values), "odd": list(_odd(source, seen, values, counts))}
 
 
 def understood(values: dict[str, Any]) -> list[tuple[str, str]]:
@@ -167,6 +164,17 @@ def as_text(values: dict[str, Any]) -> str:
 def class_order(names: Iterable[str]) -> list[str]:
     """Names as they are numbered: whole numbers by their value and before all others, the others as text."""
     return sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
+
+
+def _odd(source: Source, seen: Seen, values: dict[str, Any], counts: dict[str, dict[str, int]]) -> Iterator[str]:
+    """A sentence for each thing that looks odd; counts are not judged where only the beginning was read."""
+    classes = class_order({name for of_split in counts.values() for name in of_split} - {""})
+    yield from odd_classes(classes)
+    if not values["read"]:
+        yield from odd_counts(counts, classes, few_asked=source.choice.limits is not None)
+    if classes and not any(isinstance(part, ShardPart) for part in source.parts):
+        yield from odd_folders({name: below for name, below in seen.below.items() if "" not in below}, len(classes))
+    yield from odd_left_out(sum(each["files"] for each in values["left_out"].values()), values["images"])
 
 
 def _classes(classes: dict[str, Any]) -> str:

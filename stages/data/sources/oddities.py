@@ -11,6 +11,8 @@ from stages.data.sources.parts import split_in
 
 FEW = 10
 """Images. A class of fewer has one or two to be tested on."""
+MOST_LEFT_OUT = 0.05
+"""Of the images that are taken."""
 SHOWN = 3
 """Names in one sentence."""
 FOLDER_WORDS = frozenset(
@@ -38,17 +40,25 @@ def odd_classes(names: list[str]) -> Iterator[str]:
         yield f"names of classes differ only in case, blanks or signs: {some(pairs)}"
 
 
-def odd_counts(counts: dict[str, dict[str, int]], names: list[str]) -> Iterator[str]:
-    """Of the images by split and class, the class empty where one has none; `names` are the classes in their order."""
+def odd_counts(counts: dict[str, dict[str, int]], names: list[str], few_asked: bool = False) -> Iterator[str]:
+    """Of the images of a source.
+
+    Args:
+        counts: of images by split and class, the class empty where one has none.
+        names: of the classes, in their order.
+        few_asked: the query asks for few images of each.
+    """
     splits = sorted(counts.keys() - {"all"}, key=("train", "val", "test").index)
     if splits and "train" not in splits:
         yield f"there is no train split (found: {', '.join(splits)})"
-    for split, of_split in sorted(counts.items()):
+    for split, of_split in counts.items():
         without, images = of_split.get("", 0), sum(of_split.values())
         if names and without:
             yield f"{split}: {without:,} of {images:,} images have no label"
         if names and without < images and (missing := [name for name in names if name not in of_split]):
             yield f"{split} has no image of {len(missing):,} of {len(names):,} classes: {some(missing)}"
+    if few_asked:
+        return
     totals = {name: sum(of_split.get(name, 0) for of_split in counts.values()) for name in names}
     if small := sorted((name for name in names if totals[name] < FEW), key=lambda name: totals[name]):
         fewest = [f"{name} ({totals[name]})" for name in small]
@@ -63,6 +73,12 @@ def odd_folders(folders: dict[str, list[str]], classes: int) -> Iterator[str]:
             f"{len(deep):,} of {classes:,} class folders hold only folders, as {deep[0]}/ with {below}: if those are "
             f"the classes, the source is one folder too high"
         )
+
+
+def odd_left_out(left_out: int, images: int) -> Iterator[str]:
+    """Of how many files are left out, and images taken."""
+    if left_out > MOST_LEFT_OUT * images:
+        yield f"{left_out:,} of {left_out + images:,} files are left out"
 
 
 def some(names: Iterable[str]) -> str:

@@ -127,6 +127,7 @@ def _model_part(candidate: Candidate, review: Review, links: Mapping[str, str], 
         "data": metrics.get("data", {}),
         "quarantined": reasons[:rows],
         "more_reasons": len(reasons[rows:]),
+        "sources": _source_lines(candidate.validation, rows),
         "drift": _drift_lines(candidate.validation.get("batches", {}), rows),
     }
     return _markdown("model_card.md.j2", values)
@@ -144,6 +145,20 @@ def _batch_rows(batches: Sequence[BatchCounts], rows: int) -> list[tuple[str, st
     shown: list[tuple[str, str, Mapping[str, int]]] = [(each.name, each.role, each.counts) for each in newest]
     total = sum((Counter(each.counts) for each in earlier), Counter())
     return [(f"{len(earlier):,} earlier", "", total), *shown] if earlier else shown
+
+
+def _source_lines(validation: Mapping[str, Any], rows: int) -> list[str]:
+    """What ingest understood of the newest batches, a line each: the layout, what was left out, and what looks odd."""
+    lines = []
+    for name in validation.get("order", [])[-rows:]:
+        if source := validation["batches"][name].get("source"):
+            left_out = sum(each["files"] for each in source["left_out"].values())
+            odd = f"; **odd:** {shortened('; '.join(source['odd']), 50 * rows)}" if source["odd"] else ""
+            of = f"{source['layout']}, {source['classes']['count']:,} classes, {left_out:,} files left out"
+            lines.append(f"- `{shortened(name)}`: {of}{odd}")
+        else:
+            lines.append(f"- `{shortened(name)}`: what ingest understood is not recorded")
+    return lines
 
 
 def _drift_lines(batches: Mapping[str, Any], rows: int) -> list[str]:
