@@ -5,7 +5,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,19 @@ class Entry(NamedTuple):
     is_folder: bool
     size: int = -1
     stamp: str = ""
+
+
+@dataclass
+class Hidden:
+    """Counts the hidden files and folders that a listing leaves out (`.DS_Store`, `._1.jpg`, `.ipynb_checkpoints`)."""
+
+    files: int = 0
+    name: str = ""
+    """Of the first one."""
+
+    def add(self, name: str) -> None:
+        """One more."""
+        self.files, self.name = self.files + 1, self.name or name
 
 
 @dataclass(frozen=True)
@@ -90,25 +103,31 @@ class Location:
         filesystem, path = self.filesystem()
         return bool(self._call(partial(filesystem.isfile, path)))
 
-    def entries(self) -> list[Entry]:
+    def entries(self, hidden: Hidden | None = None) -> list[Entry]:
         """What the folder holds, sorted by name, hidden ones left out; of files on this machine, the names alone.
+
+        Args:
+            hidden: counts those.
 
         Raises:
             StageError: it cannot be read, or the name of a folder is not UTF-8 or has control characters.
         """
-        found = self._local_entries() if self.is_local else self._remote_entries()
+        found = _shown(self._local_entries() if self.is_local else self._remote_entries(), hidden)
         for entry in found:
             if entry.is_folder:
                 check_name(f"{self}/{entry.name}", entry.name, "folder")
         return sorted(found)
 
-    def files_below(self) -> list[Entry]:
+    def files_below(self, hidden: Hidden | None = None) -> list[Entry]:
         """Every file at any depth, named relative to this, sorted; hidden ones are left out and links followed.
+
+        Args:
+            hidden: counts those; a hidden folder counts once.
 
         Raises:
             StageError: something cannot be read, is no file, or links back into itself; a name is not UTF-8.
         """
-        found = sorted(self._local_files() if self.is_local else self._remote_files())
+        found = _shown(self._local_files() if self.is_local else self._remote_files(), hidden)
         for entry in found:
             check_name(f"{self}/{entry.name}", entry.name)
             check_size(f"{self}/{entry.name}", entry.size)
@@ -177,7 +196,7 @@ class Location:
 
     def _local_entries(self) -> list[Entry]:
         with os.scandir(self.address) as found:
-            return [Entry(each.name, each.is_dir()) for each in found if not each.name.startswith(".")]
+            return [Entry(each.name, each.is_dir()) for each in found]
 
     def _local_files(self) -> Iterator[Entry]:
         seen = set()
@@ -185,10 +204,13 @@ class Location:
             if (real := os.path.realpath(root)) in seen:
                 raise StageError(f"{root} is a link to a folder that is read already ({real}); remove the link")
             seen.add(real)
-            folders[:] = [name for name in folders if not name.startswith(".")]
             below = os.path.relpath(root, self.address) + "/" if root != self.address else ""
+            yield from (Entry(f"{below}{name}/", True) for name in folders if name.startswith("."))
+            folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
-                if not name.startswith("."):
+                if name.startswith("."):
+                    yield Entry(below + name, False)
+                else:
                     yield _local_entry(os.path.join(root, name), below + name)  # noqa: PTH118 - a Path a file is slow
 
     def filesystem(self) -> tuple[Any, str]:
@@ -216,7 +238,7 @@ class Location:
         found = self._call(partial(filesystem.ls, path, detail=True))
         own = path.strip("/")
         listed = [_remote_entry(each, _last(each["name"])) for each in found if each["name"].strip("/") != own]
-        return [entry for entry in listed if entry.name and not entry.name.startswith(".")]
+        return [entry for entry in listed if entry.name]
 
     def _remote_files(self) -> Iterator[Entry]:
         filesystem, path = self.filesystem()
@@ -225,7 +247,7 @@ class Location:
             below = unquote(name) if self.address.startswith("http") else name
             below = below.strip("/").removeprefix(own)
             # A name that ends in a slash is no file: the S3 console makes such an object of every new folder.
-            if below and not name.endswith("/") and not any(part.startswith(".") for part in below.split("/")):
+            if below and not name.endswith("/"):
                 yield _remote_entry(info, below)
 
 
@@ -377,6 +399,19 @@ def first_line(error: BaseException) -> str:
     """What an error of other people's code says, fit for a message: it may quote bytes of a damaged file."""
     line = (str(error).splitlines() or [""])[0] or type(error).__name__
     return "".join(each if each.isprintable() else "?" for each in line)
+
+
+def _shown(entries: Iterable[Entry], hidden: Hidden | None) -> list[Entry]:
+    """Sorted, without the hidden ones, which are counted."""
+    found: list[Entry] = []
+    left_out: list[Entry] = []
+    for entry in entries:
+        is_hidden = entry.name.startswith(".") or "/." in entry.name
+        (left_out if is_hidden else found).append(entry)
+    for entry in sorted(left_out):
+        if hidden is not None:
+            hidden.add(entry.name)
+    return sorted(found)
 
 
 def _refuse(error: OSError) -> None:

@@ -9,8 +9,8 @@ from typing import cast
 from scipy.io import loadmat
 
 from stages.data.sources.folders import LABELS, kaggle_labels
-from stages.data.sources.locations import LARGEST_TABLE, Entry, Location
-from stages.data.sources.parts import Image, LeftOut, Listed, Noted, Part, Unique, check_class, stamp_of
+from stages.data.sources.locations import LARGEST_TABLE, Entry, Hidden, Location
+from stages.data.sources.parts import Image, LeftOut, Listed, Noted, Part, Unique, check_class, hidden_files, stamp_of
 from stages.data.sources.tars import Readable, StreamSection, decompressed, members, opened
 from stages.runtime.command import StageError
 
@@ -46,13 +46,14 @@ class ClassTar(Part):
             StageError: the tar is damaged, or holds what is refused.
         """
         where = f"{self.location}: {self.class_name}.tar"
-        unique = Unique(where)
+        unique, hidden = Unique(where), Hidden()
         with self.location.open(random_access=True) as outer:
             section = StreamSection(cast(Readable, outer), self.offset, self.size)
-            for member in members(section, where):
+            for member in members(section, where, hidden=hidden):
                 name = "/".join(member.path)
                 unique.check(name)
                 yield Image("train", self.class_name, name, member.size, member.data)
+        yield from hidden_files(hidden, f"{self.class_name}.tar/")
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,15 @@ class ValTar(Part):
         Raises:
             StageError: the tar is damaged, holds what is refused, or a file that has no label.
         """
-        unique = Unique(str(self.location))
+        unique, hidden = Unique(str(self.location)), Hidden()
         with opened(self.location) as tar:
-            for member in members(tar, str(self.location)):
+            for member in members(tar, str(self.location), hidden=hidden):
                 name = member.path[-1]
                 if name not in self.labels:
                     raise StageError(f"{self.location}: {'/'.join(member.path)} has no label beside it")
                 unique.check(name)
                 yield Image("val", self.labels[name], name, member.size, member.data)
+        yield from hidden_files(hidden)
 
 
 def is_official(_: Location, entries: list[Entry]) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, NamedTuple
 
-from stages.data.sources.locations import Entry, Location, check_name
+from stages.data.sources.locations import Entry, Hidden, Location, check_name
 from stages.runtime.command import StageError
 
 SPLITS = ("train", "val", "test")
@@ -73,6 +73,11 @@ class Part:
         """The same without the bytes."""
         for item in self.images():
             yield Name(item.split, item.class_name, item.name, item.title) if isinstance(item, Image) else item
+
+
+def hidden_files(hidden: Hidden, folder: str = "") -> tuple[LeftOut, ...]:
+    """What a listing of `folder` counted, if there is any."""
+    return (LeftOut(folder + hidden.name, "hidden file or folder", hidden.files),) if hidden.files else ()
 
 
 class Listed(NamedTuple):

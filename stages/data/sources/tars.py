@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import IO, NamedTuple, Protocol, cast
 
 from stages.data.raw.tars import check_end
-from stages.data.sources.locations import LARGEST_FILE, Location, check_size, first_line, unreadable
+from stages.data.sources.locations import LARGEST_FILE, Hidden, Location, check_size, first_line, unreadable
 from stages.data.sources.parts import check_path
 from stages.runtime.command import StageError
 
@@ -174,7 +174,7 @@ class _Data:
         return data
 
 
-def members(file: Readable, where: str, largest: int = LARGEST_FILE) -> Iterator[Member]:
+def members(file: Readable, where: str, largest: int = LARGEST_FILE, hidden: Hidden | None = None) -> Iterator[Member]:
     """The files of an uncompressed tar, in its order; hidden ones and folders are left out.
 
     Each one's bytes can be read until the next one is asked for.
@@ -183,6 +183,7 @@ def members(file: Readable, where: str, largest: int = LARGEST_FILE) -> Iterator
         file: the stream, at its beginning.
         where: for messages.
         largest: bytes of a file; tars in a tar may be larger than any image.
+        hidden: counts the hidden files.
 
     Raises:
         StageError: it is no tar, or is damaged or cut off, or has what no one should open: links, devices, names that
@@ -196,7 +197,10 @@ def members(file: Readable, where: str, largest: int = LARGEST_FILE) -> Iterator
             member = _next(tar, stream)
         if member is None:
             return
-        if (path := check_path(member.name, where)) is None or member.isdir():
+        path = check_path(member.name, where)
+        if path is None and hidden is not None and not member.isdir():
+            hidden.add(member.name)
+        if path is None or member.isdir():
             continue
         named = f"{where}: {member.name}"
         if not member.isreg() or member.issparse():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from stages.data.raw.images import SOURCE_SUFFIXES
 from stages.data.sources.labels import MISSING, SEVERAL, Label, apart, label_of, nested, text_label
-from stages.data.sources.locations import Location
+from stages.data.sources.locations import Hidden, Location
 from stages.data.sources.parts import (
     Image,
     LeftOut,
@@ -18,6 +18,7 @@ from stages.data.sources.parts import (
     Part,
     ShardPart,
     Unique,
+    hidden_files,
     splits_of,
     stamp_of,
 )
@@ -87,9 +88,9 @@ class _Reading:
 
     def items(self) -> Iterator[Image | LeftOut | Noted]:
         location = self._shard.location
-        unique, sample = Unique(str(location)), _Sample("")
+        unique, sample, hidden = Unique(str(location)), _Sample(""), Hidden()
         with opened(location) as tar:
-            for member in members(tar, str(location)):
+            for member in members(tar, str(location), hidden=hidden):
                 key, suffix = _key(member.path)
                 if sample.key != key:
                     yield from self._whole(sample)
@@ -97,6 +98,7 @@ class _Reading:
                     sample = _Sample(key)
                 self._take(sample, suffix, member)
             yield from self._whole(sample)
+        yield from hidden_files(hidden, f"{self._shard.below}/")
 
     def _take(self, sample: _Sample, suffix: str, member: Member) -> None:
         where = f"{self._shard.location}: {'/'.join(member.path)}"
