@@ -174,6 +174,7 @@ def rows_of(part: TarPart, folder: Path, batch: str, report: Report) -> Iterator
                     "tar": part.tar,
                     "offset": member.offset,
                     "bytes": member.size,
+                    "group": member.group,
                     **_member_facts(tar, member, member.offset in part.crashed),
                 }
     except OSError as error:

@@ -22,6 +22,7 @@ FACTS = pa.schema(
         ("hash", pa.uint64()),  # perceptual (64-bit difference hash); 0 where it does not decode
         ("brightness", pa.float32()),  # mean luminance, 0-255; NaN where it does not decode
         ("contrast", pa.float32()),  # standard deviation of luminance
+        ("group", pa.string()),  # images that belong together: the same name is the same group in all batches; or empty
     ]
 )
 ACCEPTED = FACTS.append(pa.field("split", pa.string())).append(

@@ -4,7 +4,8 @@
     <split>-NNNNN.tar               members <class>/<name>: mixed, streamed, or pieces of very large classes
     unlabelled/<split>-NNNNN.tar    members <name>: no labels; the class name is empty
 
-The split is train, val, test, or all (one pool).
+The split is train, val, test, or all (one pool). The group of an image, where it is in one, is a keyword of the
+member's PAX header.
 """
 
 import os
@@ -19,6 +20,8 @@ from stages.runtime.command import StageError
 MIXED = re.compile(r"(train|val|test|all)-\d{5,}\.tar")
 UNLABELLED = "unlabelled"
 SPLITS = ("train", "val", "test", "all")
+GROUP = "SYNSET.group"
+"""Upper case, as POSIX 1003.1 asks of keywords that are no standard's."""
 END = bytes(tarfile.BLOCKSIZE)
 PLAIN = re.compile(
     rb"([ -~]{1,100})\0*(?<=^.{100})"  # name
@@ -38,6 +41,7 @@ class RawFile(NamedTuple):
     name: str
     offset: int  # of the first byte
     size: int  # in bytes
+    group: str = ""  # empty: in none
 
     @property
     def path(self) -> str:
@@ -63,7 +67,7 @@ def members(path: Path, folder: Path, start: int = 0, end: int | None = None) ->
         StageError: it is no raw tar, or a damaged one.
     """
     split, class_name = _place(path, folder)
-    for header, name, offset, size in _files(path, folder, start):
+    for header, name, offset, size, group in _files(path, folder, start):
         if end is not None and header >= end:
             return
         name = name if name.isascii() else _readable(name)
@@ -71,7 +75,7 @@ def members(path: Path, folder: Path, start: int = 0, end: int | None = None) ->
             of_class, name = (class_name, name) if class_name is not None else _parted(name)
         except ValueError as error:
             raise _damaged(path, folder, error) from None
-        yield RawFile(split, of_class, name, offset, size)
+        yield RawFile(split, of_class, name, offset, size, group if group.isascii() else _readable(group))
 
 
 def part_starts(path: Path, folder: Path, size: int) -> list[int]:
@@ -137,23 +141,23 @@ def _place(path: Path, folder: Path) -> tuple[str, str | None]:
     raise StageError(f"{path} is none of the raw tars that ingest writes. Remove it, or restore {_restored(folder)}")
 
 
-def _files(path: Path, folder: Path, start: int) -> Iterator[tuple[int, str, int, int]]:
-    """Offset of the header, name, offset of the bytes, and size of each file; the tar must end as a whole one does."""
+def _files(path: Path, folder: Path, start: int) -> Iterator[tuple[int, str, int, int, str]]:
+    """Offset of the header, name, offset of the bytes, size and group of each file; it must end as a whole tar does."""
     try:
         with path.open("rb", buffering=0) as file:
             length, at = os.fstat(file.fileno()).st_size, start
             while (block := os.pread(file.fileno(), tarfile.BLOCKSIZE, at)) != END:
                 if plain := PLAIN.fullmatch(block):
-                    name, size = plain[1].decode(), int(plain[2], 8)
+                    name, size, group = plain[1].decode(), int(plain[2], 8), ""
                     offset = at + tarfile.BLOCKSIZE
                     if int(plain[3], 8) != sum(block) - sum(plain[3]) + 7 * ord(" "):
                         raise tarfile.ReadError("bad checksum")
                 else:
-                    name, offset, size = _odd_file(file, at)
+                    name, offset, size, group = _odd_file(file, at)
                 header, at = at, offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if at > length:
                     raise tarfile.ReadError("unexpected end of data")
-                yield header, name, offset, size
+                yield header, name, offset, size, group
     except FileNotFoundError:
         raise StageError(f"{path} is missing; restore {_restored(folder)}") from None
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
@@ -162,8 +166,8 @@ def _files(path: Path, folder: Path, start: int) -> Iterator[tuple[int, str, int
         raise unreadable(path, error) from error
 
 
-def _odd_file(file: IO[bytes], at: int) -> tuple[str, int, int]:
-    """Name, offset and size of a file with a header that is not of the plainest kind (a long name, or not ASCII)."""
+def _odd_file(file: IO[bytes], at: int) -> tuple[str, int, int, str]:
+    """Name, offset, size and group of a file whose header is not of the plainest kind: a long name, or a group."""
     file.seek(at)
     with tarfile.open(fileobj=file, mode="r:") as tar:
         member = tar.next()
@@ -171,7 +175,7 @@ def _odd_file(file: IO[bytes], at: int) -> tuple[str, int, int]:
         raise tarfile.ReadError(f"it is cut or damaged at byte {at}")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         raise tarfile.ReadError(f"{_readable(member.name)!r} is no plain file")
-    return member.name, member.offset_data, member.size
+    return member.name, member.offset_data, member.size, member.pax_headers.get(GROUP, "")
 
 
 def _damaged(path: Path, folder: Path, error: Exception) -> StageError:

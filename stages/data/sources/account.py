@@ -19,6 +19,7 @@ FIRST = 3
 BELOW = 4
 """Folders below a class folder that are remembered."""
 NO_IMAGE = "file whose name is not an image's; its bytes decide"
+NO_GROUP = "image in no group; it is its own"
 NO_SUFFIX = "file without a suffix; its bytes decide"
 
 
@@ -41,6 +42,8 @@ class Seen:
     noted: dict[str, Counted] = field(default_factory=dict)
     not_chosen: int = 0
     """Images that the source has and its query does not take."""
+    groups: dict[str, int] = field(default_factory=dict)
+    """Images of each group, where the source's query asks for groups."""
     suffixes: dict[str, int] = field(default_factory=dict)
     below: dict[str, list[str]] = field(default_factory=dict)
     """Folders inside each class folder; an empty name stands for files in the class folder itself."""
@@ -80,6 +83,13 @@ class Seen:
         if folder not in below and (len(below) < BELOW or not folder):
             below.append(folder)
 
+    def see_group(self, name: str, group: str | None) -> None:
+        """Counts the group of an image that is taken; None: nobody asked for groups."""
+        if group:
+            self.groups[group] = self.groups.get(group, 0) + 1
+        elif group is not None:
+            _add(self.noted, NO_GROUP, Counted(1, name))
+
     def join(self, other: "Seen") -> None:
         """Takes in what a later part held."""
         for split, counts in other.counts.items():
@@ -92,6 +102,7 @@ class Seen:
             for folder in folders:
                 self._see_folder(class_name, folder)
         self.not_chosen += other.not_chosen
+        self.groups = dict(Counter(self.groups) + Counter(other.groups))
         self.suffixes = dict(Counter(self.suffixes) + Counter(other.suffixes))
 
     @classmethod
@@ -123,6 +134,7 @@ def account(source: Source, seen: Seen, read: str = "") -> dict[str, Any]:
         "unlabelled": sum(of_split.get("", 0) for of_split in counts.values()),
         "splits": {split: sum(of_split.values()) for split, of_split in counts.items()},
         "classes": {"count": len(classes), "first": classes[:FIRST], "last": classes[FIRST:][-1:]},
+        "groups": _groups(source.grouping.text, seen.groups),
         "suffixes": dict(sorted(seen.suffixes.items(), key=lambda item: (-item[1], item[0]))),
         "left_out": _plain(seen.left_out, source.left_out),
         # Rows of Parquet often have no name.
@@ -145,6 +157,7 @@ def understood(values: dict[str, Any]) -> list[tuple[str, str]]:
         ("images", f"{images:,}, without splits" if splits.startswith("all ") else f"{images:,}: {splits}"),
         ("labels", labels if unlabelled else "every image has one"),
         ("classes", _classes(classes)),
+        ("groups", _groups_in_words(values["groups"])),
         ("titles", some(f"{title} is {name}" for name, title in titles.items())),
         ("files", ", ".join(f"{suffix} {count:,}" for suffix, count in values["suffixes"].items())),
         *(("read as", note) for note in values["notes"]),
@@ -185,6 +198,20 @@ def _classes(classes: dict[str, Any]) -> str:
     gap = ", ..." if classes["count"] > len(names) else ""
     first = ", ".join(classes["first"])
     return f"{classes['count']:,}, {order}: {first}{gap}" + "".join(f", {name}" for name in classes["last"])
+
+
+def _groups(asked: str, groups: dict[str, int]) -> dict[str, Any]:
+    """Empty where nobody asked for groups."""
+    largest = max(sorted(groups), key=groups.__getitem__, default="")
+    counts = {"count": len(groups), "images": sum(groups.values()), "largest": groups.get(largest, 0)}
+    return counts | {"by": asked, "name": largest} if asked else {}
+
+
+def _groups_in_words(groups: dict[str, Any]) -> str:
+    if not groups:
+        return ""
+    largest = f"; the largest, {groups['name']}, has {groups['largest']:,}" if groups["count"] else ""
+    return f"{groups['count']:,} of {groups['images']:,} images, by {groups['by']}{largest}"
 
 
 def _chosen(values: dict[str, Any]) -> str:

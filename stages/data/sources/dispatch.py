@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,17 +18,18 @@ from stages.data.sources.folders import (
     kaggle,
     tiny_imagenet,
 )
+from stages.data.sources.grouping import Grouping
 from stages.data.sources.locations import Entry, Location
 from stages.data.sources.official import TRAIN, VAL, is_official, official
 from stages.data.sources.parquet import Columns, parquet_shards
-from stages.data.sources.parts import Image, LeftOut, Listed, Part
+from stages.data.sources.parts import Image, LeftOut, Listed, Name, Part
 from stages.data.sources.sample import SAMPLES, sample_parts
 from stages.data.sources.subset import Choice, choose
 from stages.data.sources.uri import ARCHIVES, CHECKSUMS, SUBSET, SourceUri, expanded, missing_source
 from stages.data.sources.webdataset import Fields, webdataset_shards
 from stages.runtime.command import StageError
 
-LAYOUT = "2"
+LAYOUT = "3"
 """Raised when the same source gives other tars than before, or another done.json: work begun is then of no use."""
 
 
@@ -65,22 +66,29 @@ class Source:
     chosen: str = ""
     """What the query asks for, `images_per_class=50, seed=1`; `classes_left` are those that it does not take at all."""
     classes_left: int = 0
+    grouping: Grouping = field(default_factory=Grouping)
 
     @property
     def listing(self) -> str:
         """Names, sizes, and etags or times of all that is read, one line per part: it changes with the source."""
         lines = [f"{part.title}\t{part.stamp}\n" for part in self.parts]
-        return f"{LAYOUT}\t{self.choice.listing}\n" + "".join(lines)
+        return f"{LAYOUT}\t{self.choice.listing}\t{self.grouping.text}\n" + "".join(lines)
 
     def as_taken(self, image: Image) -> Image:
-        """The image as it goes into the batch: where labels are forgotten, the class becomes part of the name."""
-        if not self.choice.unlabelled or not image.class_name:
-            return image
-        return image._replace(class_name="", name=f"{image.class_name}/{image.name}")
+        """The image as it goes into the batch, with its group; where labels are forgotten, the class is in the name."""
+        image = image._replace(group=self.group_of(image) or "", name=self._name(image))
+        return image._replace(class_name="") if self.choice.unlabelled else image
+
+    def group_of(self, image: Image | Name) -> str | None:
+        """Its group, empty if it is in none; None if nobody asked for groups."""
+        return self.grouping.group_of(self._name(image), image.group) if self.grouping.text else None
 
     def whole_class(self, part: Part) -> tuple[str, str] | None:
         """Split and class where the part is all of one class, and is taken as such."""
         return None if self.choice.unlabelled else part.whole_class
+
+    def _name(self, image: Image | Name) -> str:
+        return f"{image.class_name}/{image.name}" if self.choice.unlabelled and image.class_name else image.name
 
 
 def read_source(text: str, incoming: Path | str) -> Source:
@@ -97,6 +105,7 @@ def read_source(text: str, incoming: Path | str) -> Source:
     """
     uri = SourceUri.parse(text)
     uri.number("seed", 0)
+    grouping = Grouping.of(uri)
     if uri.address.startswith("sample:"):
         uri.check()
         listed, is_remote = _sample(uri), False
@@ -107,7 +116,7 @@ def read_source(text: str, incoming: Path | str) -> Source:
     parts, choice = choose(chosen, listed.parts, incoming)
     asked = ", ".join(f"{key}={value}" for key, value in uri.query.items() if key in SUBSET)
     left = len(_classes(listed.parts) - _classes(parts))
-    return Source(text, parts, choice, is_remote, listed.layout, listed.notes, listed.left_out, asked, left)
+    return Source(text, parts, choice, is_remote, listed.layout, listed.notes, listed.left_out, asked, left, grouping)
 
 
 def _listed(uri: SourceUri, location: Location, incoming: Path | str) -> Listed:

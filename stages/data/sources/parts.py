@@ -20,6 +20,7 @@ class Image(NamedTuple):
     size: int  # in bytes
     data: IO[bytes]
     title: str = ""  # what the source calls the class, where `class_name` had to differ from it
+    group: str = ""  # of images that belong together, where a part itself tells it (`grouping.py`)
 
 
 class Name(NamedTuple):
@@ -29,6 +30,7 @@ class Name(NamedTuple):
     class_name: str
     name: str
     title: str = ""
+    group: str = ""
 
 
 class LeftOut(NamedTuple):
@@ -72,7 +74,10 @@ class Part:
     def names(self) -> Iterator[Name | LeftOut | Noted]:
         """The same without the bytes."""
         for item in self.images():
-            yield Name(item.split, item.class_name, item.name, item.title) if isinstance(item, Image) else item
+            if isinstance(item, Image):
+                yield Name(item.split, item.class_name, item.name, item.title, item.group)
+            else:
+                yield item
 
 
 def hidden_files(hidden: Hidden, folder: str = "") -> tuple[LeftOut, ...]:

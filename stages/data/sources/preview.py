@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import yaml
 
@@ -77,7 +77,7 @@ def _without(text: str, keys: tuple[str, ...]) -> str:
     if uri.address.startswith("sample:") or not uri.query.keys() & set(keys):
         return text
     rest = {key: value for key, value in uri.query.items() if key not in keys}
-    return uri.address + (f"?{urlencode(rest, safe='@,/:')}" if rest else "")
+    return uri.address + (f"?{urlencode(rest, safe='@,/:', quote_via=quote)}" if rest else "")
 
 
 def _names(source: Source, budget: Budget) -> tuple[Seen, str]:
@@ -97,7 +97,10 @@ def _see_names(source: Source, part: Part, seen: Seen, budget: Budget) -> bool:
     """Whether all of the part was counted: by its names, or from its listing where time is over."""
     read = 0
     for item in part.names() if budget.is_left() else ():
-        seen.see(item, source.choice.takes(item))
+        taken = source.choice.takes(item)
+        seen.see(item, taken)
+        if isinstance(item, Name) and taken:
+            seen.see_group(item.name, source.group_of(item))
         read += isinstance(item, Name)
         budget.names -= 1
         if not budget.is_left():

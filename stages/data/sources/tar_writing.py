@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from stages.data.raw.tars import UNLABELLED
+from stages.data.raw.tars import GROUP, UNLABELLED
 from stages.data.sources.account import Seen
 from stages.data.sources.dispatch import Source
 from stages.data.sources.locations import unreadable
@@ -185,6 +185,7 @@ def _write_part(source: Source, number: int, work: Path, tally: Tally) -> Made:
             taken = source.choice.takes(item)
             seen.see(item, taken)
             if isinstance(item, Image) and taken:
+                seen.see_group(item.name, source.group_of(item))
                 cutter.add(source.as_taken(item))
                 tally.add(1, item.size)
     tars = {name: (folder / name).stat().st_size for name in sorted(cutter.tars)}
@@ -348,6 +349,7 @@ def _tar(file: IO[bytes]) -> tarfile.TarFile:
 def _add(tar: tarfile.TarFile, name: str, image: Image) -> None:
     info = tarfile.TarInfo(name)
     info.size = image.size
+    info.pax_headers = {GROUP: image.group} if image.group else {}
     tar.addfile(info, cast(IO[bytes], _Whole(image)))
     tar.members.clear()  # type: ignore[attr-defined]  # or it would remember all, a kilobyte each
     if image.data.read(1):

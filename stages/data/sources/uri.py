@@ -3,15 +3,19 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from stages.data.sources.locations import Location
 from stages.runtime.command import StageError
 
 SUBSET = {"seed", "classes", "num_classes", "images_per_class", "unlabelled"}
 """Keys that every source has: which of its images are taken (subset.py)."""
+GROUP = "group"
+"""A key that every source has: which images belong together (grouping.py)."""
 CHECKSUMS = {"sha256": 64, "md5": 32}
 """Digits of each, in hex."""
+MARK = re.compile(r"\?(?=\w+=|$)")
+ENDS_IN_GROUP = re.compile(r"[?&]group=[^&]*\?$")
 ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2")
 
 
@@ -25,9 +29,19 @@ class SourceUri:
 
     @classmethod
     def parse(cls, text: str) -> "SourceUri":
-        """Splits the query off, at the last `?`: a URL may have a query of its own before it."""
-        address, mark, query = text.rpartition("?")
-        return cls(text, address, dict(parse_qsl(query, keep_blank_values=True))) if mark else cls(text, text)
+        """Splits the query off, at the last `?` that a key follows, or nothing: a URL may have a query of its own.
+
+        In `group`, a regular expression, `+` is no blank.
+        """
+        found = [mark.start() for mark in MARK.finditer(text)]
+        if not found:
+            return cls(text, text)
+        # A regular expression may end in a question mark.
+        start = found[-2] if found[-1] == len(text) - 1 and ENDS_IN_GROUP.search(text) and len(found) > 1 else found[-1]
+        query = dict(parse_qsl(text[start + 1 :], keep_blank_values=True))
+        for key, _, value in (pair.partition("=") for pair in text[start + 1 :].split("&")):
+            query |= {GROUP: unquote(value)} if key == GROUP else {}
+        return cls(text, text[:start], query)
 
     def check(self, *known: str) -> None:
         """Refuses keys that mean nothing for this kind of source.
@@ -35,8 +49,8 @@ class SourceUri:
         Raises:
             StageError: it has one.
         """
-        if unknown := set(self.query) - {*known, *SUBSET}:
-            names, allowed = ", ".join(sorted(unknown)), ", ".join(sorted({*known, *SUBSET}))
+        if unknown := set(self.query) - {*known, *SUBSET, GROUP}:
+            names, allowed = ", ".join(sorted(unknown)), ", ".join(sorted({*known, *SUBSET, GROUP}))
             hint = "; a URL that has a query of its own ends in another `?`" if "://" in self.address else ""
             raise StageError(f"source {self.text}: unknown {names} after the `?` (known here: {allowed}){hint}")
 

@@ -45,7 +45,7 @@ def test_the_place_of_a_tar_says_what_its_members_are(
     first, second = members(path, tmp_path)
     assert first[:3] == expected
     assert read_at(path, first.offset, first.size) == b"bytes"
-    assert second[2:] == (expected[2] + "2", second.offset, 0)
+    assert second[2:] == (expected[2] + "2", second.offset, 0, "")
     assert raw_tars(tmp_path) == [path]
 
 
