@@ -23,7 +23,7 @@ NO_LABEL_WORDS = frozenset(
     ("nan", "none", "null", "n/a", "na", "unknown", "unlabelled", "unlabeled", "nolabel", "?", "-")
 )
 FILE = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|zip|tar)$", re.IGNORECASE)
-COPY = re.compile(r"( ?- ?copy| ?\(\d+\)|^copy of )+")
+COPY = re.compile(r" ?- ?copy| ?\(\d+\)$|^copy of ", re.IGNORECASE)
 
 
 def odd_classes(names: list[str]) -> Iterator[str]:
@@ -36,6 +36,9 @@ def odd_classes(names: list[str]) -> Iterator[str]:
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(_plain(name), []).append(name)
+    for name in names:  # a file manager's copy stands beside its original
+        if (original := _plain(COPY.sub("", name))) != _plain(name) and original in alike:
+            alike[original].append(name)
     if pairs := [" and ".join(map(repr, same)) for same in alike.values() if len(same) > 1]:
         yield f"names of classes differ only in case, blanks or signs: {some(pairs)}"
 
@@ -83,14 +86,13 @@ def odd_left_out(left_out: int, images: int) -> Iterator[str]:
 
 def some(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
-    names = list(names)
+    names = [name if name == name.strip() else repr(name) for name in names]
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
 def _plain(name: str) -> str:
-    text = COPY.sub("", unicodedata.normalize("NFKC", name).casefold())
-    return re.sub(r"[\s_.\-]+", "", text) or name
+    return re.sub(r"[\s_.\-]+", "", unicodedata.normalize("NFKC", name).casefold()) or name
 
 
 def _is_split(name: str) -> bool:
