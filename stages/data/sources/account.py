@@ -209,7 +209,7 @@ def _groups(asked: str, groups: dict[str, int]) -> dict[str, Any]:
 
 def _groups_in_words(groups: dict[str, Any]) -> str:
     if not groups:
-        return ""
+        return "none (nobody asked for them: ?group=)"
     largest = f"; the largest, {groups['name']}, has {groups['largest']:,}" if groups["count"] else ""
     return f"{groups['count']:,} of {groups['images']:,} images, by {groups['by']}{largest}"
 
