@@ -108,10 +108,19 @@ def contents(source: Source | str, incoming: Path | str = "") -> dict[str, bytes
 
 def left_out(source: str, incoming: Path | str = "") -> dict[str, int]:
     """Why files of a source are left out, and how many."""
+    return {why: example.files for why, example in _seen(source, incoming).left_out.items()}
+
+
+def noted(source: str, incoming: Path | str = "") -> dict[str, int]:
+    """What is said of images of a source, and of how many."""
+    return {what: example.files for what, example in _seen(source, incoming).noted.items()}
+
+
+def _seen(source: str, incoming: Path | str) -> Seen:
     read, seen = read_source(source, incoming), Seen()
     for item in (*read.left_out, *(item for part in read.parts for item in part.names())):
         seen.see(item, taken=True)
-    return {why: example.files for why, example in seen.left_out.items()}
+    return seen
 
 
 def taken(source: Source, part: Part) -> Iterable[dict[str, bytes]]:

@@ -41,7 +41,8 @@ def label_of(value: Any, names: Sequence[str] | None, where: str, hint: str) -> 
     if isinstance(value, (float, Decimal)):
         if not _is_whole(value):
             raise StageError(f"{where}: the label {value} is no whole number, so no class; {hint}")
-        return _numbered(int(value), names, where)._replace(noted="label is a whole number with a decimal point")
+        found = _numbered(int(value), names, where)
+        return found if found.noted else found._replace(noted="label is a whole number with a decimal point")
     if isinstance(value, int) and not isinstance(value, bool):
         return _numbered(value, names, where)
     if isinstance(value, str):

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from stages.data.sources.labels import MISSING, Label, apart, class_label, label_of, nested
 from stages.data.sources.locations import Location, check_name, check_size, first_line, unreadable
+from stages.data.sources.memory import available_memory
 from stages.data.sources.parquet_pages import memory_to_read
 from stages.data.sources.parts import Image, LeftOut, Listed, Name, Noted, ShardPart, splits_of, stamp_of
 from stages.runtime.command import StageError
-from stages.runtime.memory import available_memory
 
 logger = logging.getLogger(__name__)
 ROWS = 16
@@ -49,6 +49,8 @@ class ParquetShard(ShardPart):
     class_names: tuple[str, ...] | None
     memory: int = 0
     """Bytes that reading it needs, where its pages are large."""
+    has_numbers: bool = False
+    """Labels are numbers that have no names."""
 
     def images(self) -> Iterator[Image | LeftOut | Noted]:
         """A row after the other; a row without an image becomes a file of no bytes, for validation to name it.
@@ -174,7 +176,7 @@ def parquet_shards(shards: dict[str, Location], where: str, columns: Columns) ->
     test = [part for part in parts if part.split == "test"]
     others = [part for part in parts if part.split != "test"]
     if not columns.unlabelled:
-        _check_alike(others, where)
+        _check_alike(parts, where)
         if test and any(part.label for part in others) and not any(map(_has_labels, test)):
             left_out = [LeftOut(part.below, "shard of test whose labels were never published") for part in test]
             return Listed("Parquet shards", list(others), tuple(notes), tuple(left_out))
@@ -186,17 +188,18 @@ def _has_labels(part: ParquetShard) -> bool:
 
 
 def _check_alike(parts: list[ParquetShard], where: str) -> None:
-    """Raises StageError where one shard has labels or class names that another has not: both cannot be meant."""
-    for part in parts:
-        for first, own, what in (
-            (parts[0].label, part.label, "column of labels"),
-            (parts[0].class_names is None, part.class_names is None, "list of class names in its metadata"),
-        ):
-            if first != own:
-                raise StageError(
-                    f"source {where}: {parts[0].below} and {part.below} differ in their {what}; name the shards that "
-                    f"belong together with `*`, and the column with ?label=COLUMN"
-                )
+    """Refuses shards of which one has labels and another none, or numbers without names: both cannot be meant."""
+    with_labels = [part for part in parts if part.label]
+    for part in parts if with_labels else ():
+        first = with_labels[0]
+        if part.label is None and part.split == "test":  # never published
+            continue
+        if part.label != first.label or part.has_numbers != first.has_numbers:
+            what = "kind of labels, numbers or names" if part.label == first.label else "column of labels"
+            raise StageError(
+                f"source {where}: {first.below} and {part.below} differ in their {what}; name the shards that belong "
+                f"together with `*`, and the column with ?label=COLUMN"
+            )
 
 
 def _part(location: Location, split: str, below: str, columns: Columns) -> tuple[ParquetShard, list[str]]:
@@ -217,7 +220,9 @@ def _part(location: Location, split: str, below: str, columns: Columns) -> tuple
                 f"({_listed(schema)}); ?label=COLUMN names another"
             )
         memory = _memory(location, image)
-    part = ParquetShard(location, split, below, stamp_of([location.entry()]), image, label, class_names, memory)
+        has_numbers = class_names is None and _is_number(_type_at(schema, label))
+    stamp = stamp_of([location.entry()])
+    part = ParquetShard(location, split, below, stamp, image, label, class_names, memory, has_numbers)
     if memory > MEMORY:
         more.append("files with pages of hundreds of images are read one at a time, as each fills the memory")
     return part, notes + more
@@ -323,9 +328,7 @@ def _is_image(kind: pa.DataType) -> bool:
 def _is_label(kind: pa.DataType | None) -> bool:
     kind = kind.value_type if kind is not None and pa.types.is_dictionary(kind) else kind
     tests = (
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_decimal,
+        _is_number,
         pa.types.is_boolean,
         pa.types.is_null,
         pa.types.is_string,
@@ -333,6 +336,12 @@ def _is_label(kind: pa.DataType | None) -> bool:
         pa.types.is_string_view,
         _is_bytes,
     )
+    return kind is not None and any(test(kind) for test in tests)
+
+
+def _is_number(kind: pa.DataType | None) -> bool:
+    kind = kind.value_type if kind is not None and pa.types.is_dictionary(kind) else kind
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     return kind is not None and any(test(kind) for test in tests)
 
 

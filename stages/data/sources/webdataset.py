@@ -167,17 +167,17 @@ class _Reading:
         if suffix.rpartition(".")[2] != "json":
             return text_label(sample.labels[suffix], self._fields.class_names, f"{where}.{suffix}", hint)
         value = self._json(sample.labels[suffix], f"{where}.{suffix}")
-        if suffix != wanted and value is not None:
-            path = wanted or "label"
-            found = nested(value, path) if isinstance(value, dict) else MISSING
-            if not isinstance(value, dict):
-                raise StageError(f"{where}.{suffix} is no label: it is no object with `{path}`; {hint}")
+        path = wanted or "label"
+        if isinstance(value, dict):
+            found = nested(value, path)
             if found is MISSING:
                 keys = ", ".join(ascii(str(key))[1:-1][:30] for key in sorted(value)[:10]) or "none"
                 return self._no_label(f"no `{path}` in its .json (fields: {keys}; ?label=FIELD names one)", "field")
             if isinstance(found, dict) and found:
                 hint = f"?label={path}.{min(found)} names one of them"
             value = found
+        elif value is not None and path not in (suffix, suffix.rpartition(".")[0]):
+            raise StageError(f"{where}.{suffix} is no label: it is no object with `{path}`; {hint}")
         self._check_kind(value, sample.key)
         if isinstance(value, str) and SEVERAL.fullmatch(value):
             raise StageError(
@@ -190,8 +190,9 @@ class _Reading:
     def _label_file(self, sample: _Sample, where: str) -> str | None:
         """The suffix of the file that tells the class: LABELS, and where there is none of them, one with a field."""
         wanted = self._fields.label
-        if wanted is not None and wanted in sample.labels:
-            return wanted
+        for suffix in sample.labels if wanted is not None else ():
+            if wanted in (suffix, suffix.rpartition(".")[0]):
+                return suffix
         for kind in LABELS if wanted is None else ("json",):
             if kind in sample.labels:
                 return kind
