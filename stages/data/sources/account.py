@@ -159,7 +159,7 @@ def understood(values: dict[str, Any]) -> list[tuple[str, str]]:
         ("classes", _classes(classes)),
         ("groups", _groups_in_words(values["groups"])),
         ("titles", some(f"{title} is {name}" for name, title in titles.items())),
-        ("files", ", ".join(f"{suffix} {count:,}" for suffix, count in values["suffixes"].items())),
+        ("files", _files(values["suffixes"], images)),
         *(("read as", note) for note in values["notes"]),
         *(("noted", _counted(what, each)) for what, each in values["noted"].items()),
         *(("left out", _counted(why, each)) for why, each in values["left_out"].items()),
@@ -212,6 +212,12 @@ def _groups_in_words(groups: dict[str, Any]) -> str:
         return "none (nobody asked for them: ?group=)"
     largest = f"; the largest, {groups['name']}, has {groups['largest']:,}" if groups["count"] else ""
     return f"{groups['count']:,} of {groups['images']:,} images, by {groups['by']}{largest}"
+
+
+def _files(suffixes: dict[str, int], images: int) -> str:
+    seen = sum(suffixes.values())
+    some_of = f"of {seen:,} names read: " if seen < images else ""
+    return some_of + ", ".join(f"{suffix} {count:,}" for suffix, count in suffixes.items())
 
 
 def _chosen(values: dict[str, Any]) -> str:

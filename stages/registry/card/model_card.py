@@ -150,7 +150,7 @@ def _batch_rows(batches: Sequence[BatchCounts], rows: int) -> list[tuple[str, st
 def _source_lines(validation: Mapping[str, Any], rows: int) -> list[str]:
     """What ingest understood of the newest batches, a line each: the layout, what was left out, and what looks odd."""
     lines = []
-    for name in validation.get("order", [])[-rows:]:
+    for name in validation.get("order", [])[-rows:]:  # a report of an older version has none
         if source := validation["batches"][name].get("source"):
             left_out = sum(each["files"] for each in source["left_out"].values())
             odd = f"; **odd:** {shortened('; '.join(source['odd']), 50 * rows)}" if source["odd"] else ""

@@ -38,13 +38,25 @@ def _facts(classes: int, each: int) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def _page(facts: pd.DataFrame) -> tuple[str, dict[str, Any]]:
+def _page(facts: pd.DataFrame, account: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
     batches = {"b": Batch(role="pretrain", source="somewhere")}
     limits = Validate(min_images_per_class=1, max_quarantined=1)
     assign(facts, batches, Split())
     result = judge(facts, batches, limits, lambda *_: lambda left, right: np.ones(len(left), dtype=bool))
-    report = summary(result, batches, limits)
+    report = summary(result, batches, limits, {"b": account})
     return render(report, result.images, Path("nowhere"), result.noted, result.collapsed), report
+
+
+def test_it_begins_with_what_ingest_understood() -> None:
+    account = {"images": 8, "understood": [["layout", "class folders <b>"]], "odd": ["there is one class only, x"]}
+    page, report = _page(_facts(classes=2, each=4), account)
+    assert report["batches"]["b"]["source"] == account
+    understood, expectations = page.index("What ingest understood"), page.index('id="expectations"')
+    shown = page[understood:expectations]
+    assert "class folders &lt;b&gt;" in shown and "there is one class only, x" in shown and "1 odd" in shown
+    assert '<details class="account" open>' in shown
+    page, _ = _page(_facts(classes=2, each=4))
+    assert "Not recorded: an older version ingested it." in page
 
 
 def test_a_thousand_classes_and_many_faults_make_a_small_page() -> None:

@@ -87,6 +87,21 @@ def candidate_of(review: Review, **values: Any) -> Candidate:
 CLASSES = ["bell", "cup|mug", "tent", "<b>sofa"]
 
 
+def test_it_says_what_ingest_understood() -> None:
+    review = review_of(1000, 400, CLASSES)
+    odd = {
+        "layout": "class folders",
+        "classes": {"count": 3},
+        "left_out": {"hidden": {"files": 4}},
+        "odd": ["a|b"] * 99,
+    }
+    validation = {"order": ["old", "new"], "batches": {"old": {"source": None}, "new": {"source": odd}}}
+    card = render_card(candidate_of(review, validation=validation), review, LINKS)
+    assert "- `old`: what ingest understood is not recorded" in card
+    assert "- `new`: class folders, 3 classes, 4 files left out; **odd:** a\\|b; a\\|b" in card
+    assert len(card) < 5000
+
+
 def test_a_reviewer_who_sees_only_the_card_can_decide() -> None:
     review = review_of(1000, 400, CLASSES, decisions=3)
     card = render_card(candidate_of(review), review, LINKS)
