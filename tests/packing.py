@@ -14,7 +14,7 @@ import scipy.io
 
 from stages.data.sources.account import Seen
 from stages.data.sources.dispatch import Source, read_source
-from stages.data.sources.parts import Part
+from stages.data.sources.parts import Image, Part
 
 
 def tar_bytes(members: Mapping[str, bytes] | Iterable[tuple[str, bytes]], mode: str = "w") -> bytes:
@@ -125,7 +125,7 @@ def _seen(source: str, incoming: Path | str) -> Seen:
 
 def taken(source: Source, part: Part) -> Iterable[dict[str, bytes]]:
     """The images of one part, one by one."""
-    for each in filter(source.choice.takes, part.images()):
+    for each in (item for item in part.images() if isinstance(item, Image) and source.choice.takes(item)):
         as_taken = source.as_taken(each)
         data = each.data.read()
         assert len(data) == each.size

@@ -18,7 +18,7 @@ from stages.data.sources.folders import (
     kaggle,
     tiny_imagenet,
 )
-from stages.data.sources.grouping import Grouping
+from stages.data.sources.grouping import COLUMN, FIELD, Grouping, group_field
 from stages.data.sources.locations import Entry, Location
 from stages.data.sources.official import TRAIN, VAL, is_official, official
 from stages.data.sources.parquet import Columns, parquet_shards
@@ -151,14 +151,15 @@ def _shards(uri: SourceUri, shards: list[Location], incoming: Path | str) -> Lis
     named = _without_common(shards)
     if suffixes == {"parquet"}:
         uri.check("image", "label")
-        columns = Columns(uri.query.get("image"), uri.query.get("label"), uri.flag("unlabelled"))
-        return parquet_shards(named, uri.text, columns)
+        given = uri.query.get("image"), uri.query.get("label"), uri.flag("unlabelled")
+        return parquet_shards(named, uri.text, Columns(*given, group_field(uri, COLUMN)))
     if "parquet" in suffixes:
         raise StageError(f"source {uri.text} mixes Parquet files with others; name those to read, with `*`")
     uri.check("image", "label", "class_names")
     image = uri.query.get("image")
     names, labelled = uri.class_names(incoming), not uri.flag("unlabelled")
-    return webdataset_shards(named, uri.text, Fields(image and image.lower(), uri.query.get("label"), names, labelled))
+    fields = Fields(image and image.lower(), uri.query.get("label"), names, labelled, group_field(uri, FIELD))
+    return webdataset_shards(named, uri.text, fields)
 
 
 def _without_common(shards: list[Location]) -> dict[str, Location]:

@@ -103,6 +103,21 @@ def apart(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{name} ({number})" if often[name] > 1 else name for number, name in enumerate(names))
 
 
+def group_name(value: Any, where: str) -> str:
+    """The name of a group as a shard tells it; empty where it tells none.
+
+    Raises:
+        StageError: it is a list or an object.
+    """
+    if value is None or value is MISSING or value != value:
+        return ""
+    if isinstance(value, (dict, list)):
+        raise StageError(f"{where}: its group is {_described(value)}; expected a number or a name")
+    if isinstance(value, bytes):
+        value = _decoded(value, where)
+    return str(int(value) if isinstance(value, (float, Decimal)) and _is_whole(value) else value)
+
+
 MISSING = object()
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.data.sources.labels import MISSING, Label, apart, class_label, label_of, nested
+from stages.data.sources.labels import MISSING, Label, apart, class_label, group_name, label_of, nested
 from stages.data.sources.locations import Location, check_name, check_size, first_line, unreadable
 from stages.data.sources.memory import available_memory
 from stages.data.sources.parquet_pages import memory_to_read
@@ -38,6 +38,8 @@ class Columns(NamedTuple):
     """Of labels, `meta.class` in a struct; None: `label`, or the only one with class names in the metadata."""
     unlabelled: bool = False
     """Nobody asks for labels."""
+    group: str | None = None
+    """Of the groups of images; None: there are none."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class ParquetShard(ShardPart):
     """Bytes that reading it needs, where its pages are large."""
     has_numbers: bool = False
     """Labels are numbers that have no names."""
+    group: str | None = None
 
     def images(self) -> Iterator[Image | LeftOut | Noted]:
         """A row after the other; a row without an image becomes a file of no bytes, for validation to name it.
@@ -58,37 +61,32 @@ class ParquetShard(ShardPart):
         Raises:
             StageError: the shard is damaged, or its rows name files that lie elsewhere.
         """
-        number = 0
         with _one_large if self.memory > MEMORY else nullcontext():
-            for batch in self._batches(self.image):
-                for cell, value in zip(batch[0], batch[1], strict=True):
-                    data, path = self._bytes(cell, number)
-                    check_size(self._row(number), len(data))
-                    name, label = self._name(number, path), self._label(value, number)
-                    if label.noted:
-                        yield Noted(name, label.noted)
-                    yield Image(self.split, label.class_name, name, len(data), io.BytesIO(data), title=label.title)
-                    number += 1
+            for number, (cell, value, group) in enumerate(self._rows(self.image)):
+                data, path = self._bytes(cell, number)
+                check_size(self._row(number), len(data))
+                name, label, group = self._name(number, path), self._label(value, number), self._group(group, number)
+                if label.noted:
+                    yield Noted(name, label.noted)
+                yield Image(self.split, label.class_name, name, len(data), io.BytesIO(data), label.title, group)
 
     def names(self) -> Iterator[Name | LeftOut | Noted]:
         """The same without the bytes, which are not read."""
-        number = 0
-        for batch in self._batches(f"{self.image}.path"):
-            for cell, value in zip(batch[0], batch[1], strict=True):
-                path = cell.get("path") if isinstance(cell, dict) else None
-                name, label = self._name(number, path), self._label(value, number)
-                if label.noted:
-                    yield Noted(name, label.noted)
-                yield Name(self.split, label.class_name, name, title=label.title)
-                number += 1
+        for number, (cell, value, group) in enumerate(self._rows(f"{self.image}.path")):
+            path = cell.get("path") if isinstance(cell, dict) else None
+            name, label = self._name(number, path), self._label(value, number)
+            if label.noted:
+                yield Noted(name, label.noted)
+            yield Name(self.split, label.class_name, name, label.title, self._group(group, number))
 
-    def _batches(self, column: str) -> Iterator[tuple[list[Any], list[Any]]]:
-        """Cells of the images and their labels, a few rows at a time."""
+    def _rows(self, column: str) -> Iterator[tuple[Any, Any, Any]]:
+        """Cell of the image, label and group of each row; a few rows are in memory."""
         with parquet_file(self.location) as file:
-            columns = [column] + ([self.label] if self.label else [])
+            columns = [column, *filter(None, (self.label, self.group))]
             for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
                 found = dict(zip(batch.schema.names, batch.columns, strict=True))
-                yield _cells(found, self.image, batch.num_rows), _cells(found, self.label, batch.num_rows)
+                cells = [_cells(found, path, batch.num_rows) for path in (self.image, self.label, self.group)]
+                yield from zip(*cells, strict=True)
 
     def _bytes(self, cell: Any, number: int) -> tuple[bytes, str | None]:
         if not isinstance(cell, dict):
@@ -113,6 +111,9 @@ class ParquetShard(ShardPart):
                 raise StageError(f"{self._row(number)}: the label {value[:60]!r} is none of the class names")
             return class_label(value, self._row(number))
         return label_of(value, self.class_names, self._row(number), "?label=COLUMN names another column")
+
+    def _group(self, value: Any, number: int) -> str:
+        return group_name(value, self._row(number))
 
     def _row(self, number: int) -> str:
         return f"{self.location}, row {number}"
@@ -173,6 +174,13 @@ def parquet_shards(shards: dict[str, Location], where: str, columns: Columns) ->
         part, said = _part(shard, splits[below], below, columns)
         parts.append(part)
         notes |= dict.fromkeys(said)
+    if large := [part.memory for part in parts if part.memory > MEMORY]:
+        say = (
+            f"{len(large)} files hold hundreds of images in a page: up to {max(large) / 1e9:.1f} GB of memory for one, "
+            f"one after the other (small row groups would take far less)"
+        )
+        logger.warning("source %s: %s", where, say)
+        notes[say] = None
     test = [part for part in parts if part.split == "test"]
     others = [part for part in parts if part.split != "test"]
     if not columns.unlabelled:
@@ -222,9 +230,7 @@ def _part(location: Location, split: str, below: str, columns: Columns) -> tuple
         memory = _memory(location, image)
         has_numbers = class_names is None and _is_number(_type_at(schema, label))
     stamp = stamp_of([location.entry()])
-    part = ParquetShard(location, split, below, stamp, image, label, class_names, memory, has_numbers)
-    if memory > MEMORY:
-        more.append("files with pages of hundreds of images are read one at a time, as each fills the memory")
+    part = ParquetShard(location, split, below, stamp, image, label, class_names, memory, has_numbers, columns.group)
     return part, notes + more
 
 
@@ -254,12 +260,13 @@ def _label_column(
     Raises:
         StageError: the one that is asked for is not there, or several may be meant.
     """
-    if columns.label is not None:
-        if _type_at(schema, columns.label) is None:
+    for name in filter(None, (columns.label, columns.group)):
+        if _type_at(schema, name) is None:
             raise StageError(
-                f"{location} has no column {columns.label!r} ({_listed(schema)}); "
-                f"name the right ones: ?image=COLUMN&label=COLUMN"
+                f"{location} has no column {name!r} ({_listed(schema)}); "
+                f"name the right ones: ?image=COLUMN&label=COLUMN&group=column:COLUMN"
             )
+    if columns.label is not None:
         return columns.label, []
     named = [path for path in _class_labels(features) if _type_at(schema, path) is not None]
     has_label = "label" in schema.names
@@ -375,7 +382,6 @@ def _memory(location: Location, image: str) -> int:
                 f"`pyarrow.parquet.write_table(table, path, row_group_size=100)`, or `to_parquet(path, "
                 f"row_group_size=100)` of pandas"
             )
-        logger.warning("%s, one such file at a time; row groups of 100 rows would take a hundredth", say)
     return memory
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from stages.data.raw.images import SOURCE_SUFFIXES
-from stages.data.sources.labels import MISSING, SEVERAL, Label, apart, label_of, nested, text_label
+from stages.data.sources.labels import MISSING, SEVERAL, Label, apart, group_name, label_of, nested, text_label
 from stages.data.sources.locations import Hidden, Location
 from stages.data.sources.parts import (
     Image,
@@ -43,6 +43,8 @@ class Fields(NamedTuple):
     """A suffix or a path in `.json`, `meta.class`; None: LABELS, and `label` in `.json`."""
     class_names: tuple[str, ...] | None = None
     labelled: bool = True
+    group: str | None = None
+    """A path in `.json`; None: there are no groups."""
 
 
 @dataclass
@@ -73,7 +75,10 @@ class WebdatasetShard(ShardPart):
 
     def names(self) -> Iterator[Name | LeftOut | Noted]:
         for item in _Reading(self, with_bytes=False).items():
-            yield Name(item.split, item.class_name, item.name, item.title) if isinstance(item, Image) else item
+            if isinstance(item, Image):
+                yield Name(item.split, item.class_name, item.name, item.title, item.group)
+            else:
+                yield item
 
 
 class _Reading:
@@ -110,10 +115,16 @@ class _Reading:
                 if member.size > LARGEST_HELD:
                     raise StageError(f"{where} has {member.size / 2**20:.0f} MiB, and an image of a shard may have 256")
                 sample.image, sample.data = suffix, member.data.read() if self._with_bytes else b""
-        elif self._fields.labelled and (kind in LABELS or suffix == self._fields.label):
+        elif self._is_read(suffix, kind):
             if member.size > LARGEST_LABEL or len(sample.labels) == MOST_LABELS:
                 raise StageError(f"{where} has {member.size} bytes, too many for a label, or is one label too many")
             sample.labels[suffix] = member.data.read()
+
+    def _is_read(self, suffix: str, kind: str) -> bool:
+        """Whether a file may tell the label or the group."""
+        if kind == "json" and self._fields.group is not None:
+            return True
+        return self._fields.labelled and (kind in LABELS or suffix == self._fields.label)
 
     def _is_image(self, sample: _Sample, suffix: str, where: str) -> bool:
         """Whether this is the sample's image, as far as its files have come."""
@@ -152,8 +163,18 @@ class _Reading:
         label = self._label(sample)
         if label.noted:
             yield Noted(f"{named}.{sample.image}", label.noted)
-        name = f"{named}.{sample.image}"
-        yield Image(shard.split, label.class_name, name, len(sample.data), io.BytesIO(sample.data), title=label.title)
+        name, group = f"{named}.{sample.image}", self._group(sample)
+        data = io.BytesIO(sample.data)
+        yield Image(shard.split, label.class_name, name, len(sample.data), data, label.title, group)
+
+    def _group(self, sample: _Sample) -> str:
+        if self._fields.group is None:
+            return ""
+        where, found = f"{self._shard.location}: {sample.key}", MISSING
+        for suffix, data in sample.labels.items():
+            if suffix.rpartition(".")[2] == "json" and found is MISSING:
+                found = nested(self._json(data, f"{where}.{suffix}"), self._fields.group)
+        return group_name(found, where)
 
     def _label(self, sample: _Sample) -> Label:
         if not self._fields.labelled:
@@ -209,7 +230,7 @@ class _Reading:
         try:
             return json.loads(data.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            raise StageError(f"{where} is no label ({error})") from error
+            raise StageError(f"{where} is no label: it is no JSON ({error})") from error
 
     def _check_kind(self, value: Any, key: str) -> None:
         """Raises StageError where some labels are numbers without names, and others names: one of them is wrong."""

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.data.sources.dispatch import read_source
-from stages.data.sources.parts import Name
+from stages.data.sources.parts import Image, Name
 from stages.runtime.command import StageError
 from tests.packing import contents, image, noted
 
@@ -93,6 +93,19 @@ def test_shards_that_differ_in_their_labels_stop(tmp_path: Path) -> None:
         read_source(str(tmp_path), "")
     shard(tmp_path / "train-1.parquet", {"label": ["cat"]})
     assert classes(str(tmp_path)) == ["dog", "cat"]
+
+
+def test_groups_of_a_column(tmp_path: Path) -> None:
+    columns = {"label": [1, 0, 1], "patient": [7.0, None, 8.0], "meta": [{"id": b"a"}, None, {"id": b"b"}]}
+    source = shard(tmp_path / "a.parquet", columns)
+    for column, groups in {"patient": ["7", "", "8"], "meta.id": ["a", "", "b"], "label": ["1", "0", "1"]}.items():
+        (part,) = read_source(f"{source}?group=column:{column}", "").parts
+        for items in (part.names(), part.images()):
+            assert [item.group for item in items if isinstance(item, (Name, Image))] == groups
+    with pytest.raises(StageError, match=r"no column 'x' \(it has: .*&group=column:COLUMN"):
+        read_source(f"{source}?group=column:x", "")
+    with pytest.raises(StageError, match="its group is an object with 'id'"):
+        contents(f"{source}?group=column:meta")
 
 
 # ------------------------------------------------------------------------------------------------- types of labels

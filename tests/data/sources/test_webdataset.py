@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from stages.data.sources.dispatch import read_source
+from stages.data.sources.parts import Name
 from stages.runtime.command import StageError
 from tests.packing import contents, left_out, noted, tar_bytes, write
 
@@ -130,3 +132,18 @@ def test_a_label_in_a_named_field(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"the labels fine\.cls, coarse\.cls; choose one: \?label=fine\.cls"):
         contents(source)
     assert classes(f"{source}?label=coarse.cls") == ["1"]
+
+
+def test_groups_of_a_field(tmp_path: Path) -> None:
+    meta = [{"label": 1, "patient": {"id": 7.0}}, {"label": 0, "patient": {"id": "p8"}}, {"patient": {"id": None}}, {}]
+    source = shard(tmp_path, {f"{n}.{kind}": b"x" if kind == "jpg" else value
+                              for n, value in enumerate(meta) for kind in ("jpg", "json")})  # fmt: skip
+    for query in ("?group=field:patient.id", "?group=field:patient.id&unlabelled=true"):
+        read = read_source(source + query, "")
+        found = [item for part in read.parts for item in part.names() if isinstance(item, Name)]
+        assert [item.group for item in found] == ["7", "p8", "", ""]
+        assert [item.class_name for item in found] == (["1", "0", "", ""] if "&" not in query else [""] * 4)
+    with pytest.raises(StageError, match="0: its group is an object with 'id'"):
+        contents(f"{source}?group=field:patient")
+    with pytest.raises(StageError, match="a column is of a Parquet source"):
+        read_source(f"{source}?group=column:patient", "")
