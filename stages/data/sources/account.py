@@ -14,6 +14,8 @@ from stages.data.sources.dispatch import Source
 from stages.data.sources.oddities import odd_classes, odd_counts, odd_folders, odd_left_out, some
 from stages.data.sources.parts import SPLITS, Image, LeftOut, Name, Noted, ShardPart
 
+LONGEST = 60
+"""Characters of a file's name that are shown."""
 FIRST = 3
 """Classes that are named, before the last one."""
 BELOW = 4
@@ -185,8 +187,11 @@ def _odd(source: Source, seen: Seen, values: dict[str, Any], counts: dict[str, d
     yield from odd_classes(classes)
     if not values["read"]:
         yield from odd_counts(counts, classes, few_asked=source.choice.limits is not None)
-    if classes and not any(isinstance(part, ShardPart) for part in source.parts):
+    shards = any(isinstance(part, ShardPart) for part in source.parts)
+    if classes and not shards:
         yield from odd_folders({name: below for name, below in seen.below.items() if "" not in below}, len(classes))
+    if shards and not classes and values["images"] and not source.choice.unlabelled:
+        yield "no sample has a label; archives of class folders, which are read by the names of folders, go one by one"
     yield from odd_left_out(sum(each["files"] for each in values["left_out"].values()), values["images"])
 
 
@@ -229,6 +234,7 @@ def _chosen(values: dict[str, Any]) -> str:
 
 def _counted(why: str, counted: dict[str, Any]) -> str:
     files, name = counted["files"], counted["name"]
+    name = name if len(name) <= LONGEST else f"...{name[-LONGEST:]}"
     return f"{files:,} × {why} ({name}{', ...' if files > 1 else ''})"
 
 

@@ -136,17 +136,20 @@ def _opened(source: Source) -> str:
     parts = source.parts[::step][:OPENED]
     kinds: Counter[str] = Counter()
     sizes: list[tuple[int, int]] = []
+    failed: list[str] = []
     for part in parts:
         for image in islice((item for item in part.images() if isinstance(item, Image)), OPENED // len(parts)):
-            kinds[_kind(image, sizes)] += 1
+            kinds[_kind(image, sizes, failed)] += 1
     text = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    text += f" ({failed[0]})" if failed else ""
     if not sizes:
         return text
     smallest, largest = (f"{width} × {height}" for width, height in (min(sizes), max(sizes)))
     return f"{text}; {smallest}{f' to {largest}' if largest != smallest else ''} pixels"
 
 
-def _kind(image: Image, sizes: list[tuple[int, int]]) -> str:
+def _kind(image: Image, sizes: list[tuple[int, int]], failed: list[str]) -> str:
+    """Format and mode; adds the size, or why it does not decode."""
     if image.size > LARGEST_OPENED:
         return "too large to open here"
     data = image.data.read(image.size)
@@ -154,7 +157,8 @@ def _kind(image: Image, sizes: list[tuple[int, int]]) -> str:
     try:
         decode_strictly(data, header)
     except ValueError as error:
-        return f"not readable ({error})"
+        failed.append(f"{image.name}: {error}")
+        return "not readable"
     sizes.append((header.width, header.height))
     return f"{header.format} {header.mode}"
 
