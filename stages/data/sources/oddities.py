@@ -33,6 +33,8 @@ def odd_classes(names: list[str]) -> Iterator[str]:
     for what, is_odd in NAME_CHECKS:
         if odd := list(filter(is_odd, names)):
             yield f"{what}: {some(odd)}"
+    if (numbers := list(filter(str.isdecimal, names))) and (words := [name for name in names if not name.isdecimal()]):
+        yield f"some names of classes are numbers ({some(numbers)}) and others are not ({some(words)})"
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(_plain(name), []).append(name)
@@ -66,6 +68,8 @@ def odd_counts(counts: dict[str, dict[str, int]], names: list[str], few_asked: b
     if small := sorted((name for name in names if totals[name] < FEW), key=lambda name: totals[name]):
         fewest = [f"{name} ({totals[name]})" for name in small]
         yield f"{len(small):,} of {len(names):,} classes have fewer than {FEW} images: {some(fewest)}"
+    if len(names) >= FEW and max(totals.values()) == 1:
+        yield "every class has one image only: the labels may be captions, or names of files"
 
 
 def odd_folders(folders: dict[str, list[str]], classes: int) -> Iterator[str]:

@@ -30,6 +30,9 @@ LARGEST_HELD = 2**28
 LARGEST_LABEL = 2**20
 MOST_LABELS, SHOWN = 16, 6
 """Files of one sample that may be its label, and that a message names."""
+DOTS = (
+    "Files of one name up to the first dot are one sample: if these are samples of their own, rename them without dots"
+)
 LABELS = ("cls", "json", "txt")
 """Which file tells the class: the first of these that the sample has."""
 
@@ -109,15 +112,17 @@ class _Reading:
         where = f"{self._shard.location}: {'/'.join(member.path)}"
         sample.suffixes += [suffix[:40]] if len(sample.suffixes) < SHOWN else []
         kind = suffix.rpartition(".")[2]
-        if f".{kind}" in SOURCE_SUFFIXES:
+        if _is_image(suffix):
             sample.images += 1
-            if self._is_image(sample, suffix, where):
+            if self._is_chosen(sample, suffix, where):
                 if member.size > LARGEST_HELD:
                     raise StageError(f"{where} has {member.size / 2**20:.0f} MiB, and an image of a shard may have 256")
                 sample.image, sample.data = suffix, member.data.read() if self._with_bytes else b""
         elif self._is_read(suffix, kind):
-            if member.size > LARGEST_LABEL or len(sample.labels) == MOST_LABELS:
-                raise StageError(f"{where} has {member.size} bytes, too many for a label, or is one label too many")
+            if member.size > LARGEST_LABEL:
+                raise StageError(f"{where} has {member.size} bytes, too many for a label")
+            if len(sample.labels) == MOST_LABELS:
+                raise StageError(f"{where}: its sample has more than {MOST_LABELS} labels. {DOTS}")
             sample.labels[suffix] = member.data.read()
 
     def _is_read(self, suffix: str, kind: str) -> bool:
@@ -126,7 +131,7 @@ class _Reading:
             return True
         return self._fields.labelled and (kind in LABELS or suffix == self._fields.label)
 
-    def _is_image(self, sample: _Sample, suffix: str, where: str) -> bool:
+    def _is_chosen(self, sample: _Sample, suffix: str, where: str) -> bool:
         """Whether this is the sample's image, as far as its files have come."""
         wanted = self._fields.image
         if wanted is None:  # one without a field replaces one with, and of those the first is held
@@ -155,9 +160,8 @@ class _Reading:
             if self._fields.image is None and "." in sample.image:
                 raise StageError(
                     f"{shard.location}: the sample {sample.key} has {sample.images} images "
-                    f"({', '.join(sample.suffixes)}); choose one with ?image=FIELD, such as "
-                    f"?image={sample.image.rpartition('.')[0]}. A sample is named by what stands before the first dot: "
-                    f"if these are images of their own, rename them without dots"
+                    f"({', '.join(filter(_is_image, sample.suffixes))}); choose one with ?image=FIELD, such as "
+                    f"?image={sample.image.rpartition('.')[0]}. {DOTS}"
                 )
             yield LeftOut(f"{named}.{sample.image}", "further image of a sample", sample.images - 1)
         label = self._label(sample)
@@ -183,7 +187,7 @@ class _Reading:
         suffix = self._label_file(sample, where)
         if suffix is None:
             what = f"file `{wanted}`, nor a .json" if wanted else ".cls, .json or .txt"
-            return self._no_label(f"no {what} (files: {', '.join(sample.suffixes)})", "file")
+            return self._no_label(f"no {what} (files: {', '.join(sample.suffixes)}; ?label=FIELD names one)", "file")
         hint = "?label=FIELD names another file of the sample, or a field of its .json"
         if suffix.rpartition(".")[2] != "json":
             return text_label(sample.labels[suffix], self._fields.class_names, f"{where}.{suffix}", hint)
@@ -267,6 +271,10 @@ def webdataset_shards(shards: dict[str, Location], where: str, fields: Fields) -
         for below, location in sorted(shards.items())
     ]
     return Listed("webdataset shards", parts)
+
+
+def _is_image(suffix: str) -> bool:
+    return f".{suffix.rpartition('.')[2]}" in SOURCE_SUFFIXES
 
 
 def _key(path: list[str]) -> tuple[str, str]:

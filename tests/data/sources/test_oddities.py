@@ -22,6 +22,7 @@ def test_ordinary_names_are_not_odd() -> None:
         (["__MACOSX", "cat"], "folders of a data set: __MACOSX"),
         (["cat", "None", "nan"], "missing label: None, nan"),
         (["cat", "[0, 1]", "{'id': 1}"], "look like JSON: [0, 1], {'id': 1}"),
+        (["0", "1", "cat"], "some names of classes are numbers (0, 1) and others are not (cat)"),
         (["0.0", "1.0"], "numbers with a point: 0.0, 1.0"),
         (["cat ", "dog"], "begin or end with a blank or a point: 'cat '"),
         (["cat.jpg", "dog.jpg"], "look like files: cat.jpg, dog.jpg"),
@@ -39,6 +40,11 @@ def test_odd_names(names: list[str], sentence: str) -> None:
 def test_many_odd_names_are_one_short_sentence() -> None:
     found = list(odd_classes([f"{number}.5" for number in range(100_000)]))
     assert found == ["names of classes are numbers with a point: 0.5, 1.5, 2.5 and 99,997 more"]
+
+
+def test_captions_in_place_of_classes() -> None:
+    names = [f"a photo, number {number}" for number in range(20)]
+    assert "every class has one image only" in list(odd_counts({"train": dict.fromkeys(names, 1)}, names))[-1]
 
 
 def test_counts() -> None:

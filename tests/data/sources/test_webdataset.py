@@ -118,8 +118,12 @@ def test_more_than_one_image_asks_which(tmp_path: Path) -> None:
 
 
 def test_dots_in_names_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="before the first dot: if these are images of their own, rename"):
+    with pytest.raises(
+        StageError, match="up to the first dot are one sample: if these are samples of their own, rename"
+    ):
         contents(shard(tmp_path, {"photo.2021.01.jpg": b"x", "photo.2021.02.jpg": b"y"}))
+    with pytest.raises(StageError, match=r"more than 16 labels.*up to the first dot"):
+        contents(shard(tmp_path, {f"photo.{n}.{kind}": b"1" for n in range(20) for kind in ("jpg", "cls")}))
 
 
 def test_a_label_in_a_named_field(tmp_path: Path) -> None:
@@ -127,7 +131,7 @@ def test_a_label_in_a_named_field(tmp_path: Path) -> None:
     assert classes(shard(tmp_path, {"1.image.jpg": b"x", "1.meta.json": {"label": "cat"}})) == ["cat"]
     source = shard(tmp_path, {"1.jpg": b"x", "1.caption.txt": b"a cat"})
     assert classes(source) == [""]
-    assert noted(source) == {"unlabelled: no .cls, .json or .txt (files: jpg, caption.txt)": 1}
+    assert noted(source) == {"unlabelled: no .cls, .json or .txt (files: jpg, caption.txt; ?label=FIELD names one)": 1}
     source = shard(tmp_path, {"1.jpg": b"x", "1.fine.cls": b"4", "1.coarse.cls": b"1"})
     with pytest.raises(StageError, match=r"the labels fine\.cls, coarse\.cls; choose one: \?label=fine\.cls"):
         contents(source)
