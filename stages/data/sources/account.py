@@ -167,7 +167,7 @@ def understood(values: dict[str, Any]) -> list[tuple[str, str]]:
         *(("left out", _counted(why, each)) for why, each in values["left_out"].items()),
     ]
     lines += [] if values["left_out"] else [("left out", "nothing")]
-    return [(label, text) for label, text in lines if text]
+    return [(label, _printable(text)) for label, text in lines if text]
 
 
 def as_text(values: dict[str, Any]) -> str:
@@ -249,5 +249,10 @@ def _plain(counted: dict[str, Counted], listed: Iterable[LeftOut] = ()) -> dict[
 
 
 def _add(counts: dict[str, Counted], why: str, example: Counted) -> None:
-    before = counts.get(why)
-    counts[why] = Counted(before.files + example.files, before.name) if before else example
+    before = counts.get(why) or Counted(0, _printable(example.name))
+    counts[why] = Counted(before.files + example.files, before.name)
+
+
+def _printable(text: str) -> str:
+    """Hidden files and titles are as their source has them, and go to terminals and pages."""
+    return "".join(each if each.isprintable() else "?" for each in text)

@@ -9,6 +9,7 @@ import pytest
 
 from stages.data.sources.account import Seen, account, as_text, class_order
 from stages.data.sources.dispatch import read_source
+from stages.data.sources.parts import LeftOut
 from stages.ingest import main
 from tests.packing import parquet, tar_bytes, write
 from tests.test_ingest import Checkout
@@ -101,6 +102,14 @@ def test_it_is_stored_beside_the_raw_tars_and_tells_nothing_of_the_machine(
     assert json.loads(stored) == json.loads(json.dumps(expected))
     assert str(tmp_path) not in stored
     assert as_text(expected) in caplog.text
+
+
+def test_names_that_no_page_could_hold(tmp_path: Path) -> None:
+    seen = Seen()
+    seen.see(LeftOut(".a\udcff\x1b[31m", "hidden file or folder"), taken=False)
+    pets(tmp_path / "in", train_cat=1)
+    text = as_text(account(read_source("in", tmp_path), seen))
+    assert ".a??[31m" in text and text.encode()
 
 
 def test_what_parts_saw_is_joined_in_their_order() -> None:
