@@ -16,6 +16,8 @@ from stages.data.sources.parts import SPLITS, Image, LeftOut, Name, Noted, Shard
 
 LONGEST = 60
 """Characters of a file's name that are shown."""
+KINDS = 6
+"""Of what is left out or noted, in words."""
 FIRST = 3
 """Classes that are named, before the last one."""
 BELOW = 4
@@ -163,8 +165,8 @@ def understood(values: dict[str, Any]) -> list[tuple[str, str]]:
         ("titles", some(f"{title} is {name}" for name, title in titles.items())),
         ("files", _files(values["suffixes"], images)),
         *(("read as", note) for note in values["notes"]),
-        *(("noted", _counted(what, each)) for what, each in values["noted"].items()),
-        *(("left out", _counted(why, each)) for why, each in values["left_out"].items()),
+        *(("noted", text) for text in _counted(values["noted"])),
+        *(("left out", text) for text in _counted(values["left_out"])),
     ]
     lines += [] if values["left_out"] else [("left out", "nothing")]
     return [(label, _printable(text)) for label, text in lines if text]
@@ -232,10 +234,15 @@ def _chosen(values: dict[str, Any]) -> str:
     return values["chosen"] + (f"; not taken: {' and '.join(others)}" if others else "")
 
 
-def _counted(why: str, counted: dict[str, Any]) -> str:
-    files, name = counted["files"], counted["name"]
-    name = name if len(name) <= LONGEST else f"...{name[-LONGEST:]}"
-    return f"{files:,} × {why} ({name}{', ...' if files > 1 else ''})"
+def _counted(kinds: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """A text a kind, those of most files first; of many kinds, the others are one."""
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1]["files"], item[0]))
+    for why, each in ordered[:KINDS]:
+        files, name = each["files"], each["name"]
+        name = name if len(name) <= LONGEST else f"...{name[-LONGEST:]}"
+        yield f"{files:,} × {why} ({name}{', ...' if files > 1 else ''})"
+    if others := ordered[KINDS:]:
+        yield f"{sum(each['files'] for _, each in others):,} × {len(others):,} other kinds"
 
 
 def _plain(counted: dict[str, Counted], listed: Iterable[LeftOut] = ()) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Iterable
 
 from stages.data.raw.tars import UNLABELLED
 from stages.data.sources.account import Seen, account, as_text
@@ -35,13 +36,11 @@ def ingest(name: str, batch: Batch) -> None:
     tally = Tally()
     try:
         with shown(tally, f"ingest {name}"):
-            made = dict(write_parts(source, work, worker_count() * (WAITING if source.is_remote else 1), tally))
+            workers = worker_count() * (WAITING if source.is_remote else 1)
+            made, seen = _joined(write_parts(source, work, workers, tally))
     except ChangedError:
         shutil.rmtree(work)
         raise
-    seen = Seen()
-    for part in sorted(made):
-        seen.join(made[part].seen)
     check_classes(source.text, source.choice, seen.classes)
     if not tally.images:
         raise StageError(f"source {batch.source} of batch {name} holds no file")
@@ -63,6 +62,19 @@ def ingest(name: str, batch: Batch) -> None:
             )
     shutil.rmtree(work)
     logger.info("ingest %s: %d files in %d tars, understood as\n%s", name, tally.images, count, as_text(of_source))
+
+
+def _joined(parts: Iterable[tuple[int, Made]]) -> tuple[dict[int, Made], Seen]:
+    """All parts by number, and what they held: joined in their order as soon as possible, as each holds all classes."""
+    made: dict[int, Made] = {}
+    seen, joined = Seen(), 0
+    for number, part in parts:
+        made[number] = part
+        while joined in made:
+            seen.join(made[joined].seen)
+            made[joined] = made[joined]._replace(seen=Seen())
+            joined += 1
+    return made, seen
 
 
 def _is_unlabelled(part: Made) -> bool:

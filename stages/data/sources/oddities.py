@@ -96,7 +96,9 @@ def some(names: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\s_.\-]+", "", unicodedata.normalize("NFKC", name).casefold()) or name
+    if not any(map(str.isalpha, name)):  # 1.0 is not 10
+        return name
+    return re.sub(r"[\s_.\-]+", "", unicodedata.normalize("NFKC", name).casefold())
 
 
 def _is_split(name: str) -> bool:

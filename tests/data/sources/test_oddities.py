@@ -4,7 +4,18 @@ import pytest
 
 from stages.data.sources.oddities import odd_classes, odd_counts, odd_folders, odd_left_out
 
-ORDINARY = ["cat", "dog", "train_station", "test tube", "n01440764", "data_scientist", "crane (1)", "crane (2)"]
+ORDINARY = [
+    "cat",
+    "dog",
+    "train_station",
+    "test tube",
+    "n01440764",
+    "data_scientist",
+    "crane (1)",
+    "crane (2)",
+    "C",
+    "C++",
+]
 
 
 def test_ordinary_names_are_not_odd() -> None:
