@@ -11,11 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stages.params.tune import Tune
 from stages.runtime.command import run
 from stages.runtime.params_file import ParamsError, check, load_section
+from stages.runtime.yaml_text import parse_yaml
 
 COMMAND = (sys.executable, "-m", "stages.finetune", "--trial")
 
@@ -30,9 +29,9 @@ def tune_section(trials: int | None, space: Path | None) -> Tune:
     changes: dict[str, Any] = {"trials": trials} if trials is not None else {}
     if space:
         try:
-            changes["space"] = yaml.safe_load(space.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ParamsError(f"{space} cannot be read as YAML: {error}") from None
+            changes["space"] = parse_yaml(space.read_text(encoding="utf-8"), str(space))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ParamsError(f"{space} cannot be read: {error}") from None
     return check("tune", {**tune.model_dump(), **changes}, Tune, space if space else None)
 
 

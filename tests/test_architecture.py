@@ -30,7 +30,17 @@ COMMANDS = ["examine", "export", "label_queue", "predict"]
 """That compute, outside the graph."""
 HEAVY = ["torch", "torchvision", "mlflow", "great_expectations", "nvidia.dali", "prefect"]
 # Packages that decide no byte of an output: an upgrade reruns nothing.
-WITHOUT_EFFECT = {"distributed", "filelock", "fsspec", "mlflow", "pathspec", "psutil", "pydantic", "pyyaml"}
+WITHOUT_EFFECT = {
+    "distributed",
+    "filelock",
+    "fsspec",
+    "mlflow",
+    "pathspec",
+    "psutil",
+    "pydantic",
+    "pyyaml",
+    "ruamel-yaml",
+}
 WITHOUT_EFFECT |= {"requests", "sqlalchemy", "tqdm"}
 
 LAYERS = ["runtime", "params", "pages", "data", "training", "evaluation", "registry"]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from stages.runtime.command import StageError
+from stages.runtime.yaml_text import is_plain_text, parse_yaml
 
 T = TypeVar("T")
 _MISSING = object()
@@ -57,7 +58,7 @@ def without_batch(text: str, name: str) -> str:
 def with_retracted(text: str, names: list[str]) -> str:
     """The text with `names` as `retrain.retracted`."""
     value = json.dumps(names)
-    section = _value(yaml.compose(text), "retrain")
+    section = _value(_composed(text), "retrain")
     if not isinstance(section, yaml.MappingNode):
         raise StageError("params.yaml: the section `retrain` is missing")
     for key, node in section.value:
@@ -164,16 +165,25 @@ def _dumped(lock: dict[str, Any]) -> str:
 
 
 def _load(text: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise StageError(f"params.yaml is not valid YAML: {error}") from None
+    values = parse_yaml(text, "params.yaml")
     return values if isinstance(values, dict) else {}
+
+
+def _composed(text: str) -> Any:
+    """The nodes of the text, with their places in it.
+
+    Raises:
+        StageError: PyYAML, which tells the places, does not read it, though DVC may.
+    """
+    try:
+        return yaml.compose(text)
+    except yaml.YAMLError as error:
+        raise StageError(f"params.yaml cannot be edited: {error}") from None
 
 
 def _entries(text: str) -> Entries:
     """The section `batches`, read line by line; if it is in braces, its entries are rewritten as lines."""
-    root = yaml.compose(text)
+    root = _composed(text)
     key = next((key for key, _ in root.value if key.value == "batches"), None) if root else None
     section = _value(root, "batches")
     if key is None or not isinstance(section, yaml.MappingNode) or not section.value:
@@ -206,7 +216,8 @@ def _entry(name: str, value: dict[str, Any], indent: int) -> str:
     parts = ", ".join(
         f"{key}: {each if key == 'role' else json.dumps(each, ensure_ascii=False)}" for key, each in value.items()
     )
-    return f"{' ' * indent}{name}: {{{parts}}}\n"
+    key = name if is_plain_text(name) else json.dumps(name)  # a delivery may be called `on`, or `null`
+    return f"{' ' * indent}{key}: {{{parts}}}\n"
 
 
 def _indented(text: str, by: int) -> str:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipelines.retrain import worktree
 from pipelines.retrain.batch_list import batches, lock_of, merge, merge_lock
 from pipelines.retrain.worktree import commit_of, record, text_at
@@ -18,7 +16,7 @@ from stages.runtime import layout
 from stages.runtime.command import StageError
 from stages.runtime.files import write_text
 from stages.runtime.git import git
-from stages.runtime.params_file import check
+from stages.runtime.params_file import check, parse_params
 
 PARAMS, LOCK = str(layout.PARAMS), str(layout.DVC_LOCK)
 TRAILER = "Model-SHA256"
@@ -59,7 +57,7 @@ class Branches:
 
     def section(self, name: str) -> dict[str, Any]:
         """Plain values of a section of params.yaml."""
-        return dict((yaml.safe_load(self.params) or {}).get(name) or {})
+        return dict((parse_params(self.params, f"{self.base}:{PARAMS}")).get(name) or {})
 
 
 def read_branches(root: Path, settings: Retrain) -> Branches:

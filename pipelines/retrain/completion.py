@@ -2,8 +2,6 @@
 
 import sys
 
-import yaml
-
 from pipelines.environment import ROOT
 from pipelines.notify import tell
 from pipelines.processes.flow_run import last_error, publish_page, run_logger
@@ -19,6 +17,7 @@ from stages.registry.client import is_server
 from stages.runtime import layout
 from stages.runtime.command import StageError
 from stages.runtime.files import sha256, write_text
+from stages.runtime.params_file import parse_params
 
 
 def registered_model(work: Work) -> str:
@@ -146,4 +145,5 @@ def _report_finished(work: Work, commit: str) -> None:
 
 def _model_name(commit: str) -> str:
     """The name of the registered model in a commit's params.yaml."""
-    return str(yaml.safe_load(text_at(ROOT, commit, str(layout.PARAMS)))["register"]["name"])
+    text = text_at(ROOT, commit, str(layout.PARAMS))
+    return str(parse_params(text, f"{commit[:12]}:{layout.PARAMS}")["register"]["name"])

@@ -15,6 +15,7 @@ from typing import Any
 from stages.params.batches import NAME
 from stages.runtime.command import StageError
 from stages.runtime.files import write_json
+from stages.runtime.yaml_text import is_plain_text
 
 READY = "_READY"
 Digest = Callable[[str], str]
@@ -116,7 +117,7 @@ def shown(name: str) -> str:
 
 def batch_name(delivery: str) -> str:
     """The name of the batch that a delivery becomes (`2026-11-23` -> `d-2026-11-23`); empty where it cannot."""
-    return next((name for name in (delivery, f"d-{delivery}") if NAME.fullmatch(name)), "")
+    return next((name for name in (delivery, f"d-{delivery}") if NAME.fullmatch(name) and is_plain_text(name)), "")
 
 
 def listing(folder: Path) -> str:

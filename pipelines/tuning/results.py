@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import yaml
 from matplotlib import pyplot
 from optuna.exceptions import ExperimentalWarning
 from optuna.study import Study
@@ -23,6 +22,7 @@ from stages.params.tune import Tune
 from stages.registry.runs import TrainingRun
 from stages.runtime.command import StageError
 from stages.runtime.files import write_text
+from stages.runtime.yaml_text import dump_yaml
 
 logger = logging.getLogger(__name__)
 _FLOAT, _NULL = "tag:yaml.org,2002:float", "tag:yaml.org,2002:null"
@@ -72,7 +72,7 @@ def _text_with(text: str, values: Mapping[str, Any]) -> str:
 
 def _number(value: float) -> str:
     """A number that every YAML reader takes as one: ruamel's `1e-05` is a string to PyYAML."""
-    return yaml.safe_dump(value).split("\n")[0]
+    return dump_yaml(value).split("\n")[0]
 
 
 def _draw(study: Study, folder: Path) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
@@ -21,6 +20,7 @@ from stages.params.tune import Tune
 from stages.registry.runs import PARENT
 from stages.runtime.files import write_text
 from stages.runtime.params_file import ParamsError
+from stages.runtime.yaml_text import dump_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def run_trial(search: Search, trial: Trial, held: IO[str]) -> None:
     except ParamsError as error:  # two values that do not go together
         _fail(search.study, trial, str(error))
         return
-    write_text(place / "params.yaml", yaml.safe_dump(values, sort_keys=False))
+    write_text(place / "params.yaml", dump_yaml(values))
     environment = os.environ | {"SYNSET_PARAMS": str(place / "params.yaml"), PARENT: search.run_id}
     lines: list[str] = []
     watch = EpochWatch(trial, place / "finetuned/progress.jsonl", search.tune, recipe)

@@ -1,14 +1,14 @@
 """Sections of params.yaml as typed, closed models; a mistake raises one message that names the key and the rule."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from yaml.constructor import ConstructorError
 
 from stages.runtime.command import StageError
+from stages.runtime.yaml_text import parse_yaml
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
@@ -32,27 +32,6 @@ class ParamsError(StageError):
     """params.yaml is wrong; the message says where and what is expected."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice; PyYAML would silently keep the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As its parent.
-
-        Raises:
-            ConstructorError: a key is there twice.
-        """
-        seen: dict[tuple[str, str], yaml.Node] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue  # refused by its parent, or allowed more than once
-            first = seen.setdefault((key.tag, key.value), key)
-            if first is not key:
-                raise ConstructorError(
-                    "a key is there twice: first", first.start_mark, f"then `{key.value}`", key.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
 def params_path() -> Path:
     """params.yaml of the working directory, or the file that SYNSET_PARAMS names (a trial of a search)."""
     return Path(os.environ.get("SYNSET_PARAMS", "params.yaml"))
@@ -62,17 +41,30 @@ def read_params(path: Path | None = None) -> dict[str, Any]:
     """The whole file as plain values.
 
     Raises:
-        ParamsError: no such file, not YAML, or not a mapping of sections.
+        ParamsError: no such file, not YAML of one meaning, or not a mapping of sections.
     """
     path = path or params_path()
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = parse_params(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; run this from the repository root") from None
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{path} is not valid YAML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path} cannot be read as text in UTF-8: {error}") from None
+    return values
+
+
+def parse_params(text: str, where: str) -> dict[str, Any]:
+    """The values of the text of a params.yaml, wherever it comes from.
+
+    Raises:
+        ParamsError: it is not YAML of one meaning (stages/runtime/yaml_text.py), or not a mapping of sections.
+    """
+    try:
+        values = parse_yaml(text, where)
+    except StageError as error:
+        raise ParamsError(str(error)) from None
     if not isinstance(values, dict):
-        raise ParamsError(f"{path}: expected sections (batches, split, ...), found {type(values).__name__}")
+        raise ParamsError(f"{where}: expected sections (batches, split, ...), found {type(values).__name__}")
     return values
 
 
@@ -112,7 +104,20 @@ def _explain(name: str, detail: Any, model: type[BaseModel]) -> str:
         return f"`{key}` is missing"
     if detail["type"] == "model_type":
         return f"`{key}`: should be keys with their values, or left out, got {detail['input']!r}"
+    if detail["type"] in ("int_type", "float_type") and (number := _meant(detail["input"])) is not None:
+        return f"`{key}`: should be a number that YAML reads as such, got {detail['input']!r}; write {number}"
     message = detail["msg"].removeprefix("Value error, ")
     # A rule over several keys names them; printing the whole section would hide that.
     found = "" if isinstance(detail["input"], dict) else f", got {detail['input']!r}"
     return f"`{key}`: {message[0].lower() + message[1:]}{found}"
+
+
+def _meant(value: Any) -> int | float | None:
+    """The number that somebody wrote as text (`"0.1"`, `.1e3`), or as a fraction where it must be whole (`1e3`)."""
+    try:
+        number = float(value) if isinstance(value, str | float) else math.nan
+    except ValueError:
+        return None
+    if not math.isfinite(number) or (isinstance(value, float) and not number.is_integer()):
+        return None
+    return int(number) if number.is_integer() else number
