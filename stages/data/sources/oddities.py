@@ -35,6 +35,7 @@ def odd_classes(names: list[str]) -> Iterator[str]:
             yield f"{what}: {some(odd)}"
     if (numbers := list(filter(str.isdecimal, names))) and (words := [name for name in names if not name.isdecimal()]):
         yield f"some names of classes are numbers ({some(numbers)}) and others are not ({some(words)})"
+    yield from _odd_numbers(names)
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(_plain(name), []).append(name)
@@ -93,6 +94,15 @@ def some(names: Iterable[str]) -> str:
     names = [name if name == name.strip() else repr(name) for name in names]
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def _odd_numbers(names: list[str]) -> Iterator[str]:
+    """Of classes whose names are all whole numbers, in the order of their values."""
+    if not names or not all(map(str.isdecimal, names)):
+        return
+    moved = next(((name, number) for number, name in enumerate(names) if int(name) != number), None)
+    ids = f"but class {moved[0]} has class_id {moved[1]}" if moved else "and each is its class_id"
+    yield f"names of classes are numbers, counted by their value ({some(names)}), {ids}"
 
 
 def _plain(name: str) -> str:

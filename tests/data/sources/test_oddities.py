@@ -20,7 +20,6 @@ ORDINARY = [
 
 def test_ordinary_names_are_not_odd() -> None:
     assert list(odd_classes(ORDINARY)) == []
-    assert list(odd_classes([str(number) for number in range(12)])) == []
 
 
 @pytest.mark.parametrize(
@@ -35,6 +34,12 @@ def test_ordinary_names_are_not_odd() -> None:
         (["cat", "[0, 1]", "{'id': 1}"], "look like JSON: [0, 1], {'id': 1}"),
         (["0", "1", "cat"], "some names of classes are numbers (0, 1) and others are not (cat)"),
         (["0.0", "1.0"], "numbers with a point: 0.0, 1.0"),
+        (
+            [str(number) for number in range(12)],
+            "counted by their value (0, 1, 2 and 9 more), and each is its class_id",
+        ),
+        (["1", "2", "10"], "counted by their value (1, 2, 10), but class 1 has class_id 0"),
+        (["0", "1", "7"], "but class 7 has class_id 2"),
         (["cat ", "dog"], "begin or end with a blank or a point: 'cat '"),
         (["cat.jpg", "dog.jpg"], "look like files: cat.jpg, dog.jpg"),
         (["Cat", "cat", "dog"], "differ only in case, blanks or signs: 'Cat' and 'cat'"),
