@@ -151,13 +151,13 @@ def _shards(uri: SourceUri, shards: list[Location], incoming: Path | str) -> Lis
     named = _without_common(shards)
     if suffixes == {"parquet"}:
         uri.check("image", "label")
-        given = uri.query.get("image"), uri.query.get("label"), uri.flag("unlabelled")
+        given = uri.query.get("image"), uri.query.get("label"), uri.unlabelled() == "true"
         return parquet_shards(named, uri.text, Columns(*given, group_field(uri, COLUMN)))
     if "parquet" in suffixes:
         raise StageError(f"source {uri.text} mixes Parquet files with others; name those to read, with `*`")
     uri.check("image", "label", "class_names")
     image = uri.query.get("image")
-    names, labelled = uri.class_names(incoming), not uri.flag("unlabelled")
+    names, labelled = uri.class_names(incoming), uri.unlabelled() != "true"
     fields = Fields(image and image.lower(), uri.query.get("label"), names, labelled, group_field(uri, FIELD))
     return webdataset_shards(named, uri.text, fields)
 

@@ -42,10 +42,10 @@ def ingest(name: str, batch: Batch) -> None:
         shutil.rmtree(work)
         raise
     check_classes(source.text, source.choice, seen.classes)
-    if not tally.images:
+    why = "; ".join([*source.notes, *(what for what in sorted(seen.noted) if what.startswith("unlabelled"))][:5])
+    if not tally.images and not source.choice.labelled_only:
         raise StageError(f"source {batch.source} of batch {name} holds no file")
-    if batch.role == "finetune" and all(map(_is_unlabelled, made.values())):
-        why = "; ".join([*source.notes, *(what for what in sorted(seen.noted) if what.startswith("unlabelled"))][:5])
+    if not tally.images or (batch.role == "finetune" and all(map(_is_unlabelled, made.values()))):
         raise StageError(
             f"source {batch.source} has no labels, and batch {name} is to fine-tune on: "
             + (f"{why}. Where there are none: role: pretrain" if why else "role: pretrain")

@@ -28,17 +28,20 @@ class Choice:
     classes: frozenset[str] | None = None
     limits: dict[tuple[str, str], bytes] | None = None
     unlabelled: bool = False
+    labelled_only: bool = False
 
     @property
     def listing(self) -> str:
         """All that decides which images are taken, as text that is the same in every process."""
         limits = sorted((*key, limit.hex()) for key, limit in (self.limits or {}).items())
         classes = None if self.classes is None else sorted(self.classes)
-        return repr((self.seed, classes, self.limits is None, limits, self.unlabelled))
+        return repr((self.seed, classes, self.limits is None, limits, self.unlabelled, self.labelled_only))
 
     def takes(self, image: Image | Name | LeftOut | Noted) -> bool:
         """Whether this one is; what is no image is not."""
         if not isinstance(image, (Image, Name)):
+            return False
+        if self.labelled_only and not image.class_name:
             return False
         if self.classes is not None and image.class_name not in self.classes:
             return False
@@ -94,8 +97,8 @@ def choose(uri: SourceUri, parts: list[Part], incoming: Path | str) -> tuple[lis
     known = None
     if all(part.whole_class for part in parts):
         known = {part.whole_class[1] for part in parts if part.whole_class}
-    unlabelled = uri.flag("unlabelled")
-    choice = Choice(seed, classes, None, unlabelled)
+    unlabelled = uri.unlabelled()
+    choice = Choice(seed, classes, None, unlabelled == "true", unlabelled == "skip")
     ranks: Ranks | None = None
     if per_class is not None or (count is not None and known is None):
         ranks = _listing_pass(uri, parts, seed, per_class)

@@ -67,16 +67,16 @@ class SourceUri:
             raise StageError(f"source {self.text}: `{key}` must be a whole number from {least} on, got {text!r}")
         return int(text)
 
-    def flag(self, key: str) -> bool:
-        """`true` or `false`; not given is false.
+    def unlabelled(self) -> str:
+        """`true`: labels are not read. `skip`: images without a label are left out. `false`, or not given: neither.
 
         Raises:
             StageError: it is something else.
         """
-        text = self.query.get(key, "false")
-        if text not in ("true", "false"):
-            raise StageError(f"source {self.text}: `{key}` must be true or false, got {text!r}")
-        return text == "true"
+        text = self.query.get("unlabelled", "false")
+        if text not in ("true", "false", "skip"):
+            raise StageError(f"source {self.text}: `unlabelled` must be true, false or skip, got {text!r}")
+        return text
 
     def checksum(self) -> tuple[str, str] | None:
         """Algorithm and value of the one that is given.

@@ -141,8 +141,8 @@ def expectations(limits: Validate, *steps: Step) -> list[Expectation]:
                                        "{images:,} images ({limit}, {parameter}){worst}", only="accepted > 0")),
         batch("labelled", "unlabelled", at_most(0), "",
               reason="Fine-tuning learns from labels; an image without one is of no use to it.",
-              message=Message("batch", "{where}: {unlabelled:,} images have no class; put each into the folder of its "
-                                       "class")),
+              message=Message("batch", "{where}: {unlabelled:,} images have no class; label them, or leave them out: "
+                                       "`?unlabelled=skip` after the source")),
         varied("varied_class", "share_alike", at_most(limits.collapse.max_share), "validate.collapse",
                reason="So many images of a class are one picture, or look like it, that its label is in doubt: a "
                       "placeholder, a video, the wrong folder.",

@@ -263,8 +263,16 @@ def test_labels_can_be_forgotten(tmp_path: Path) -> None:
     assert contents("a.tgz?unlabelled=true", tmp_path) == expected
     write(tmp_path / "b.tar", tar_bytes({"1.jpg": b"a", "1.txt": b"a long / caption\n" * 99}))
     assert contents("b.tar?unlabelled=true", tmp_path) == {"all//b/1.jpg": b"a"}
-    with pytest.raises(StageError, match="must be true or false, got 'yes'"):
+    with pytest.raises(StageError, match="must be true, false or skip, got 'yes'"):
         read_source("b.tar?unlabelled=yes", tmp_path)
+
+
+def test_images_without_a_label_can_be_left_out(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", [row(b"a", 0), row(b"b", None), row(b"c", -1)], NAMES)
+    assert list(contents("a.parquet?unlabelled=skip", tmp_path)) == ["all/tench/a/000000-x.JPEG"]
+    assert list(contents("a.parquet?unlabelled=skip&images_per_class=1", tmp_path)) == ["all/tench/a/000000-x.JPEG"]
+    write(tmp_path / "b.tar", tar_bytes({"1.jpg": b"a", "2.jpg": b"b", "2.cls": b"7"}))
+    assert contents("b.tar?unlabelled=skip", tmp_path) == {"all/7/b/2.jpg": b"b"}
 
 
 def test_a_very_large_class_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
