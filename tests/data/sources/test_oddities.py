@@ -34,10 +34,7 @@ def test_ordinary_names_are_not_odd() -> None:
         (["cat", "[0, 1]", "{'id': 1}"], "look like JSON: [0, 1], {'id': 1}"),
         (["0", "1", "cat"], "some names of classes are numbers (0, 1) and others are not (cat)"),
         (["0.0", "1.0"], "numbers with a point: 0.0, 1.0"),
-        (
-            [str(number) for number in range(12)],
-            "counted by their value (0, 1, 2 and 7 more), and each is its class_id",
-        ),
+        (list("0123456789"), "counted by their value (0, 1, 2 and 7 more), and each is its class_id"),
         (["1", "2", "10"], "counted by their value (1, 2, 10), but class 1 has class_id 0"),
         (["0", "1", "7"], "but class 7 has class_id 2"),
         (["cat ", "dog"], "begin or end with a blank or a point: 'cat '"),
