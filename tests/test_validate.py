@@ -500,6 +500,17 @@ def test_it_writes_what_the_design_says(workspace: Path) -> None:
     assert sum(report["classes"]["finetune"]["a"].values()) == 20
 
 
+def test_the_report_has_what_ingest_understood_where_it_recorded_that(workspace: Path) -> None:
+    account = {"images": 42, "understood": [["layout", "class <folders>"]], "odd": [], "titles": {"a": "A/B"}}
+    Path("data/raw/finetune/target/source.json").write_text(json.dumps(account))
+    validate.main()
+    report = json.loads(Path("reports/validation.json").read_text())
+    sources = {name: batch["source"] for name, batch in report["batches"].items()}
+    assert sources == {"up": None, "target": {key: account[key] for key in ("images", "understood", "odd")}}
+    page = Path("reports/validation.html").read_text()
+    assert "class &lt;folders&gt;" in page and page.count("Not recorded: an older version ingested it.") == 1
+
+
 def test_the_page_is_self_contained_and_escapes_hostile_names(workspace: Path) -> None:
     validate.main()
     page = Path("reports/validation.html").read_text()
