@@ -154,7 +154,7 @@ def _decoded(data: bytes, where: str) -> str:
 
 def _described(value: Any) -> str:
     if isinstance(value, dict):
-        return f"an object with {', '.join(repr(str(key)) for key in list(value)[:5]) or 'nothing'}"
+        return f"an object with {', '.join(ascii(str(key)[:30]) for key in list(value)[:5]) or 'nothing'}"
     if isinstance(value, (list, tuple)):
         shown = [ascii(each)[:20] if isinstance(each, (str, int, float)) else "..." for each in value[:4]]
         return f"a list of {len(value)}, {', '.join(shown)}"

@@ -60,7 +60,7 @@ def odd_counts(counts: dict[str, dict[str, int]], names: list[str], few_asked: b
     for split, of_split in counts.items():
         without, images = of_split.get("", 0), sum(of_split.values())
         if names and without:
-            yield f"{split}: {without:,} of {images:,} images have no label"
+            yield f"{split}: {without:,} of {images:,} images have no label (`?unlabelled=skip` leaves them out)"
         if names and without < images and (missing := [name for name in names if name not in of_split]):
             yield f"{split} has no image of {len(missing):,} of {len(names):,} classes: {some(missing)}"
     if few_asked:

@@ -218,8 +218,8 @@ def _part(location: Location, split: str, below: str, columns: Columns) -> tuple
         image, notes = _image_column(location, schema, features, columns)
         label, more = _label_column(location, schema, features, columns)
         class_names = _class_names(features, label)
-        if columns.unlabelled and label != columns.label and not _is_label(_type_at(schema, label)):
-            label, class_names = None, None
+        if columns.unlabelled and columns.label is None and not _is_plain(_type_at(schema, label)):
+            label, class_names = None, None  # nobody asks for it, and what it may hold must stop nobody
         _check_image(location, schema, image)
         if label is not None and not _is_label(kind := _type_at(schema, label)):
             several = ": several classes for an image, of which Synset takes one" if _is_list(kind) else ""
@@ -344,6 +344,12 @@ def _is_label(kind: pa.DataType | None) -> bool:
         _is_bytes,
     )
     return kind is not None and any(test(kind) for test in tests)
+
+
+def _is_plain(kind: pa.DataType | None) -> bool:
+    return kind is not None and (
+        pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    )
 
 
 def _is_number(kind: pa.DataType | None) -> bool:

@@ -199,7 +199,7 @@ class _Reading:
                 keys = ", ".join(ascii(str(key))[1:-1][:30] for key in sorted(value)[:10]) or "none"
                 return self._no_label(f"no `{path}` in its .json (fields: {keys}; ?label=FIELD names one)", "field")
             if isinstance(found, dict) and found:
-                hint = f"?label={path}.{min(found)} names one of them"
+                hint = f"?label={path}.{ascii(min(found)[:30])[1:-1]} names one of them"
             value = found
         elif value is not None and path not in (suffix, suffix.rpartition(".")[0]):
             raise StageError(f"{where}.{suffix} is no label: it is no object with `{path}`; {hint}")

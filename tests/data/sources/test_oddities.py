@@ -65,11 +65,11 @@ def test_counts() -> None:
     whole = {"train": dict.fromkeys(names, 50), "val": dict.fromkeys(names, 10)}
     assert list(odd_counts(whole, names)) == []
     assert list(odd_counts(whole | {"test": {"a": 9, "": 1}}, names)) == [
-        "test: 1 of 10 images have no label",
+        "test: 1 of 10 images have no label (`?unlabelled=skip` leaves them out)",
         "test has no image of 2 of 3 classes: b, c",
     ]
     assert list(odd_counts({"test": {"": 20}, "train": dict.fromkeys(names, 50)}, names)) == [
-        "test: 20 of 20 images have no label"
+        "test: 20 of 20 images have no label (`?unlabelled=skip` leaves them out)"
     ]
     assert "there is no train split (found: val, test)" in list(
         odd_counts({"val": {"a": 99}, "test": {"a": 99}}, ["a"])

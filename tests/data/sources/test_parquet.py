@@ -150,8 +150,10 @@ def test_true_and_false(tmp_path: Path) -> None:
     ],
 )
 def test_labels_that_are_refused(tmp_path: Path, labels: Any, match: str) -> None:
+    source = shard(tmp_path / "a.parquet", {"label": labels})
     with pytest.raises(StageError, match=match):
-        contents(shard(tmp_path / "a.parquet", {"label": labels}))
+        contents(source)
+    assert contents(f"{source}?unlabelled=true")
 
 
 def test_names_in_a_column_that_has_a_list_of_names(tmp_path: Path) -> None:
