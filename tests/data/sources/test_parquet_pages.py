@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A megabyte is large."""
     monkeypatch.setattr(parquet_pages, "LARGE", 2**17)
+    monkeypatch.setattr(parquet, "LARGE", 2**17)
     monkeypatch.setattr(parquet, "MEMORY", 2**20)
 
 
