@@ -40,10 +40,9 @@ def _run_all(host: str) -> None:
         mlflow = f"http://{servers.reached_at(host)}:{port}"
     addresses = {"PREFECT_API_URL": prefect_api, "MLFLOW_TRACKING_URI": mlflow}
     os.environ.update(addresses)
-    from pipelines.processes.cron import checked_cron  # Prefect reads its settings when it is imported
-
-    checked_cron(load_section("retrain", Retrain).cron)
+    cron = load_section("retrain", Retrain).cron
     _log(f"schedule | Prefect at {prefect_api.removesuffix('/api')}, MLflow at {mlflow}; Ctrl-C stops everything")
+    _log(f"schedule | looks for deliveries at `{cron}` (minute, hour, day, month, weekday; UTC)")
     flows = Service("flows", [sys.executable, "-m", "pipelines.schedule", "--flows"], grace=FLOWS_GRACE)
     stop = Stop()
     with signals_to(stop), suppress(KeyboardInterrupt):

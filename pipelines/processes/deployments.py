@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines import environment, reconcile, verify
-from pipelines.processes.cron import checked_cron
 from pipelines.processes.supervisor import FLOWS, clear_up
 from pipelines.retrain import flow as retrain
 from stages.params.reconcile import Reconcile
@@ -77,13 +76,13 @@ def schedule(name: str) -> Schedule | None:
     """When a flow runs, as params.yaml has it; None for those that only a person starts.
 
     Raises:
-        StageError: `retrain.cron` is no cron expression.
+        ParamsError: `retrain.cron` is no cron expression, or never fires.
     """
     if name == "reconcile":
         return Interval(load_section("reconcile", Reconcile).interval)
     if name != "retrain":
         return None
-    return Cron(checked_cron(load_section("retrain", Retrain).cron), timezone="UTC")
+    return Cron(load_section("retrain", Retrain).cron, timezone="UTC")
 
 
 def put_in_order(flows: Sequence[str]) -> None:

@@ -10,5 +10,5 @@ from stages.runtime.params_file import Section
 class Reconcile(Section):
     """No stage reads this section."""
 
-    interval: Annotated[int, Field(ge=5)] = 60
-    """Seconds between two reads of the registry."""
+    interval: Annotated[int, Field(ge=5, le=86_400)] = 60
+    """Seconds between two reads of the registry: a day at most."""

@@ -2,8 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from stages.params.cron import checked_cron
 from stages.runtime.params_file import AtLeastZero, Count, NonEmpty, Section
 
 
@@ -14,8 +15,8 @@ class Retrain(Section):
     """The branch that people work on; merged into `branch` before every retraining."""
     branch: NonEmpty = "retrain"
     """The branch that only retraining commits to."""
-    cron: NonEmpty = "0 3 * * *"
-    """When to look for deliveries, in UTC."""
+    cron: Annotated[str, AfterValidator(checked_cron)] = "0 3 * * *"
+    """When to look for deliveries, in UTC: minute, hour, day, month, weekday."""
     min_images: Count = 1
     """Retraining is due from this many accepted training images in new batches."""
     max_age_days: AtLeastZero | None = 7

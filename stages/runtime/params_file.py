@@ -109,6 +109,8 @@ def _explain(name: str, detail: Any, model: type[BaseModel]) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     # A rule over several keys names them; printing the whole section would hide that.
     found = "" if isinstance(detail["input"], dict) else f", got {detail['input']!r}"
+    if detail["type"].startswith("less_than") and 1 in (detail["ctx"].get("le"), detail["ctx"].get("lt")):
+        found += f"; a share: {detail['input']:g} % is {detail['input'] / 100:g}"
     return f"`{key}`: {message[0].lower() + message[1:]}{found}"
 
 

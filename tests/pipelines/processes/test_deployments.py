@@ -9,10 +9,8 @@ import pytest
 import yaml
 
 from pipelines.processes import deployments
-from pipelines.processes.cron import checked_cron
 from stages.params.reconcile import Reconcile
 from stages.params.retrain import Retrain
-from stages.runtime.command import StageError
 from stages.runtime.params_file import load_section
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,12 +52,6 @@ def test_of_missed_runs_one_is_kept_and_whatever_a_person_asked_for(
     monkeypatch.setattr(deployments, "_runs", lambda _, name, *states: runs if len(states) == 1 else [])
     deployments.put_in_order(["retrain"])
     assert left == set(kept)
-
-
-def test_a_wrong_cron_is_named() -> None:
-    assert checked_cron("*/5 3 * * mon-fri") == "*/5 3 * * mon-fri"
-    with pytest.raises(StageError, match=r"`retrain\.cron`.*every night"):
-        checked_cron("every night")
 
 
 def test_the_flows_are_importable_and_named_as_their_modules() -> None:
