@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from stages import validate
 from stages.data.raw.facts import ACCEPTED, FACTS, QUARANTINE
 from stages.data.validation.judging import ValidationResult, judge
-from stages.data.validation.splits import assign_splits
+from stages.data.validation.splits import content_fractions
 from stages.data.validation.summary import summary
 from stages.data.validation.validating import assign, write_outputs
 from stages.params.batches import Batch
@@ -47,7 +47,7 @@ def _image(
         "key": f"{batch}/{split}/{class_name}/{name}", "batch": batch, "source_split": split, "class_name": class_name,
         "tar": f"{split}/{class_name}.tar", "offset": 0, "bytes": 1000, "sha256": digest, "format": "JPEG",
         "width": 64, "height": 64, "mode": "RGB", "orientation": 1, "decodes": True, "error": "",
-        "hash": int(digest[:16], 16), "brightness": 100.0, "contrast": 40.0,
+        "hash": int(digest[:16], 16), "brightness": 100.0, "contrast": 40.0, "group": "",
     } | changes  # fmt: skip
 
 
@@ -57,11 +57,10 @@ def _pool(batch: str, count: int = 30, classes: str = "ab", split: str = "all") 
 
 def _train_content(count: int) -> list[str]:
     """Contents that fall into train, in a first batch and in a later one."""
-    candidates = [f"content {number}" for number in range(20 * count)]
+    candidates = [f"content {number}" for number in range(200 * count)]
     shas = pd.Series([hashlib.sha256(content.encode()).hexdigest() for content in candidates])
-    source = pd.Series(["all"] * len(shas))
-    trains = [assign_splits(source, shas, later, SPLIT) == "train" for later in (False, True)]
-    return [content for content, one, other in zip(candidates, *trains, strict=True) if one and other][:count]
+    last = np.min([content_fractions(shas, name) for name in ("test", "val", "fresh")], axis=0) > 0.6
+    return [content for content, is_last in zip(candidates, last.tolist(), strict=True) if is_last][:count]
 
 
 def _judge(

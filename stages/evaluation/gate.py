@@ -8,7 +8,7 @@ on `test` by the whole margin but better on `fresh` passes with probability at m
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil, isfinite
 from typing import Any, Literal
 
@@ -144,7 +144,7 @@ def judge(
         raise ValueError(f"top-1 is {top1} in the metrics and {right:.6f} by the predictions")
     conditions = [
         _at_least("top-1", top1, params.min_top1),
-        _at_least("recall of the worst class", figures.get("worst_class_recall"), params.min_worst_class),
+        _worst_class(figures.get("worst_class_recall"), params.min_worst_class, _untested(candidate, classes)),
         _at_most("calibration error (ECE)", figures.get("ece"), params.max_ece),
         _at_most(SIZE, size_bytes / MEGABYTE, params.max_size_mb),
         _at_most("latency of one image, ms", latency_ms, params.max_latency_ms),
@@ -175,6 +175,21 @@ def judge(
 
 def _at_least(name: str, figure: float | None, bound: float) -> Condition:
     return _floor(name, _number(figure), bound, 1, "at least")
+
+
+def _worst_class(figure: float | None, bound: float, untested: list[str]) -> Condition:
+    floor = _at_least("recall of the worst class", figure, bound)
+    if not untested:
+        return floor
+    more = f" and {len(untested) - MOST_NAMED:,} more" if len(untested) > MOST_NAMED else ""
+    named = ", ".join(map(_short, untested[:MOST_NAMED])) + more
+    return replace(floor, detail=f"{floor.detail}; not judged, as test has no image of them: {named}")
+
+
+def _untested(candidate: VersionPredictions, classes: Sequence[str]) -> list[str]:
+    """Classes without a test image."""
+    tested = set(candidate.labels[candidate.test].tolist())
+    return [name for label, name in enumerate(classes) if label not in tested]
 
 
 def _at_most(name: str, figure: float | None, bound: float) -> Condition:

@@ -48,10 +48,13 @@ class Severities(Section):
     some_accepted: Annotated[Severity, _only("stop", why="an empty batch cannot be sharded")] = "stop"
     few_quarantined: OfTables = "stop"
     labelled: Annotated[Severity, _only("stop", why="fine-tuning cannot do without labels")] = "stop"
+    sequences_grouped: OfTables = "note"
     varied_class: OfTables = "note"
     enough_to_train: OfTables = "stop"
+    enough_to_test: OfTables = "note"
     balanced: OfTables = "note"
     known_class: OfTables = "stop"
+    whole_groups: OfTables = "stop"
     no_drift: OfTables = "note"
 
 

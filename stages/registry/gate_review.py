@@ -154,8 +154,14 @@ def _predicted_now(
     if not shards:
         raise StageError("the shards with these images are not here")
     predicted, its_classes = model_process.predict_shards(version.source, keys, shards)
-    if its_classes != list(classes[: len(its_classes)]):
-        raise StageError("its classes are not the first ones of data/classes/finetune.json, so it answers in others")
+    first = list(classes[: len(its_classes)])
+    if its_classes != first:
+        if set(its_classes) != set(first):
+            raise StageError(
+                "its classes are not the first ones of data/classes/finetune.json, so it answers in others"
+            )
+        order = [its_classes.index(name) for name in first]
+        predicted = predicted.assign(logits=predicted["logits"].map(lambda logits: np.asarray(logits)[order]))
     return predicted
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from stages.data.raw.class_order import class_order
 from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.dispatch import Source
 from stages.data.sources.oddities import odd_classes, odd_counts, odd_folders, odd_left_out, some
@@ -176,11 +177,6 @@ def as_text(values: dict[str, Any]) -> str:
     """The account for a terminal: a line each, odd things last."""
     lines = [f"  {label:<9} {text}" for label, text in values["understood"]]
     return "\n".join(lines + [f"  odd       {each}" for each in values["odd"]])
-
-
-def class_order(names: Iterable[str]) -> list[str]:
-    """Names as they are numbered: whole numbers by their value and before all others, the others as text."""
-    return sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
 
 
 def _odd(source: Source, seen: Seen, values: dict[str, Any], counts: dict[str, dict[str, int]]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from stages.params.validate import Severity, Validate
 
-Step = Literal["image", "outlier", "duplicate", "batch", "batch class", "class", "drift"]
+Step = Literal["image", "outlier", "duplicate", "batch", "batch class", "class", "group", "drift"]
 """What the rows of the checked table are. Images are judged in three steps: each alone, sound ones as outliers of their
 batch, sound ones as duplicates."""
 LEAK, EXACT, NEAR = "no_leak_of_test", "no_exact_duplicate", "no_near_duplicate"
@@ -102,6 +102,7 @@ def expectations(limits: Validate, *steps: Step) -> list[Expectation]:
     """
     image, outlier, duplicate = (_rows_of(step, limits) for step in ("image", "outlier", "duplicate"))
     batch, varied, of_class, drift = (_rows_of(step, limits) for step in ("batch", "batch class", "class", "drift"))
+    group = _rows_of("group", limits)
     table = [
         image("not_empty", "bytes", at_least(1), "", fault="empty files",
               reason="The file has no bytes at all."),
@@ -143,6 +144,13 @@ def expectations(limits: Validate, *steps: Step) -> list[Expectation]:
               reason="Fine-tuning learns from labels; an image without one is of no use to it.",
               message=Message("batch", "{where}: {unlabelled:,} images have no class; label them, or leave them out: "
                                        "`?unlabelled=skip` after the source")),
+        batch("sequences_grouped", "frames", at_most(0), "",
+              reason="Names and looks say that these are frames of sequences. Without groups, frames that hardly "
+                     "differ fall on both sides of a split, and the score counts what was learnt by heart.",
+              message=Message("batch", "{where}: {frames:,} images look like frames of {sequences:,} sequences, and no "
+                                       "group is given, so neighbours are in different splits: {first} and {second} "
+                                       "(neighbours differ by {apart:.0f} of 64 bits, any two by "
+                                       "{apart_by_chance:.0f}). Say which belong together: `?group=` of the source")),
         varied("varied_class", "share_alike", at_most(limits.collapse.max_share), "validate.collapse",
                reason="So many images of a class are one picture, or look like it, that its label is in doubt: a "
                       "placeholder, a video, the wrong folder.",
@@ -153,6 +161,12 @@ def expectations(limits: Validate, *steps: Step) -> list[Expectation]:
                  reason="A class that training hardly sees will never be predicted.",
                  message=Message("role", "{role}: too few accepted training images ({limit}, {parameter}) of {rows} "
                                          "classes: {items}", item="{class_name} has {train}")),
+        of_class("enough_to_test", "held_out", at_least(1), "",
+                 reason="A class without an image in test is not judged, neither by the score nor by the gate; without "
+                        "one in val it has no say in when training stops.",
+                 message=Message("role", "{role}: no accepted image in test, or none in val, of {rows} classes: "
+                                         "{items}. The gate judges no class that has none in test",
+                                 item="{class_name} (test {test}, val {val}, train {train})")),
         of_class("balanced", "imbalance", at_most(limits.max_imbalance), "validate.max_imbalance",
                  reason="The largest class has so many times its training images that it is seldom predicted.",
                  message=Message("role", "{role}: {classes_have} so few training images that the largest has too many "
@@ -163,6 +177,14 @@ def expectations(limits: Validate, *steps: Step) -> list[Expectation]:
                         "folder.",
                  message=Message("new_in", "batch `{new_in}` (finetune): new classes: {items}", item="{class_name}",
                                  remedy="; rename the folders, or let them in by {parameter}: true")),
+        group("whole_groups", "sides", at_most(1), "",
+              reason="Images that belong together (one patient, product or video) stand on two sides of a split: the "
+                     "score counts what was learnt by heart.",
+              message=Message("role", "{role}: images of {rows} groups are on two sides of a split: {items}",
+                              item="{group} ({where})",
+                              remedy=". Divide the source by groups, or bring it without split folders; a finetune "
+                                     "batch that stands before a pretrain batch in params.yaml keeps its groups out of "
+                                     "that; or accept it: validate.severity.whole_groups: note")),
         drift("no_drift", "unexplained", one_of(False), "validate.drift",
               reason="The batch looks different from all that came before it in its role.",
               message=Message("batch", "{where}: drifts from the earlier ones in {items}",

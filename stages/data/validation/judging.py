@@ -1,6 +1,6 @@
 """Judges images, batches and classes: what is accepted, what is quarantined and why, and what stops the pipeline."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pandas as pd
 from stages.data.validation.drift import FACTS, FactDrift, compare
 from stages.data.validation.expectations import EXACT, LEAK, NEAR, Expectation, Step, expectations
 from stages.data.validation.great_expectations import failures
+from stages.data.validation.groups import group_table
 from stages.data.validation.measures import outlying, with_measures
 from stages.data.validation.near_duplicates import SamePicture, find_duplicates, look_alikes
 from stages.data.validation.pixel_match import pixel_confirmation
@@ -53,7 +54,11 @@ class ValidationResult:
 
 
 def judge(
-    images: pd.DataFrame, batches: dict[str, Batch], limits: Validate, confirmation: Confirmation = pixel_confirmation
+    images: pd.DataFrame,
+    batches: dict[str, Batch],
+    limits: Validate,
+    confirmation: Confirmation = pixel_confirmation,
+    old: Collection[str] = (),
 ) -> ValidationResult:
     """First each image by itself, then as a duplicate of those before it, then batches, classes and drift.
 
@@ -62,18 +67,20 @@ def judge(
         batches: in order of arrival.
         limits: what is expected.
         confirmation: how a match of hashes is confirmed.
+        old: batches that an older version ingested; the order of their classes stays as it was (`class_list`).
     """
     images = in_order_of_precedence(images)
     images["reason"] = np.full(len(images), "", dtype=object)
     failed = _judge_images(images, with_measures(images), "image", limits)
     failed |= _judge_outliers(images, limits)
     failed |= _judge_duplicates(images, limits, confirmation)
-    classes = _label(images, batches)
+    classes = _label(images, batches, old)
     drift = _drift(images.loc[images["reason"] == "", ["role", "arrival", *FACTS]], batches, limits)
     tables: dict[Step, pd.DataFrame] = {
         "batch": batch_table(images, batches),
         "batch class": look_table(images, batches, limits),
         "class": class_table(images, batches, classes),
+        "group": group_table(images),
         "drift": drift_table(drift, batches),
     }
     messages: dict[str, list[str]] = {"stop": [], "note": []}
@@ -174,14 +181,16 @@ def _raw_folders(images: pd.DataFrame) -> list[Path]:
     return [folders[arrival] for arrival in images["arrival"].tolist()]
 
 
-def _label(images: pd.DataFrame, batches: dict[str, Batch]) -> dict[str, list[str]]:
+def _label(images: pd.DataFrame, batches: dict[str, Batch], old: Collection[str]) -> dict[str, list[str]]:
     """Adds the column `label`; returns the class list of each role, classes of quarantined images included."""
     images["label"] = np.int32(-1)
     classes: dict[str, list[str]] = {}
     for role in ROLES:
         rows = images.loc[images["role"] == role, ["arrival", "class_name"]]
-        arrivals = [arrival for arrival, batch in enumerate(batches.values()) if batch.role == role]
-        classes[role] = class_list(rows.loc[rows["arrival"] == arrival, "class_name"] for arrival in arrivals)
+        of_role = [(arrival, name) for arrival, (name, batch) in enumerate(batches.items()) if batch.role == role]
+        classes[role] = class_list(
+            (rows.loc[rows["arrival"] == arrival, "class_name"], name in old) for arrival, name in of_role
+        )
         images.loc[rows.index, "label"] = labels(rows["class_name"], classes[role])
     return classes
 

@@ -4,13 +4,15 @@ import numpy as np
 import pandas as pd
 
 from stages.data.validation.drift import FactDrift
+from stages.data.validation.sequences import sequence_table
 from stages.data.validation.splits import PRECEDENCE
 from stages.params.batches import ROLES, Batch
 from stages.params.validate import Validate
 
 
 def batch_table(images: pd.DataFrame, batches: dict[str, Batch]) -> pd.DataFrame:
-    """One row per batch: batch, role, images, accepted, quarantined, share_quarantined, unlabelled (if finetune)."""
+    """One row per batch: batch, role, images, accepted, quarantined, share_quarantined, unlabelled (if finetune), and
+    the columns of `sequence_table`, with 0 frames where nothing looks like a sequence."""
     good = images["reason"] == ""
     nameless = good & (images["class_name"] == "") & (images["role"] == "finetune")
     counts = [
@@ -18,6 +20,8 @@ def batch_table(images: pd.DataFrame, batches: dict[str, Batch]) -> pd.DataFrame
     ]
     table = pd.DataFrame(dict(zip(("images", "accepted", "quarantined", "unlabelled"), counts, strict=True)))
     table["share_quarantined"] = table["quarantined"] / table["images"].clip(lower=1)
+    table = table.join(sequence_table(images).set_index("arrival"))
+    table["frames"] = table["frames"].fillna(0).astype(np.int64)
     return table.assign(batch=list(batches), role=[batch.role for batch in batches.values()])
 
 
@@ -42,8 +46,8 @@ def look_table(images: pd.DataFrame, batches: dict[str, Batch], limits: Validate
 
 def class_table(images: pd.DataFrame, batches: dict[str, Batch], classes: dict[str, list[str]]) -> pd.DataFrame:
     """One row per class of a role: role, class_name, accepted images by split, `largest` (training images of the role's
-    largest class), `imbalance` (`largest` over its own) and `new_in` (the later finetune batch that brought it, or
-    None)."""
+    largest class), `imbalance` (`largest` over its own), `held_out` (of a finetune class: images in test, or in val if
+    they are fewer) and `new_in` (the later finetune batch that brought it, or None)."""
     is_accepted = (images["reason"] == "") & (images["class_name"] != "")
     accepted = images.loc[is_accepted, ["role", "class_name", "split"]]
     index = pd.MultiIndex.from_tuples(
@@ -53,13 +57,18 @@ def class_table(images: pd.DataFrame, batches: dict[str, Batch], classes: dict[s
     table = counts.reindex(index=index, columns=list(PRECEDENCE)).fillna(0).astype(np.int64).reset_index()
     table["largest"] = table.groupby("role")["train"].transform("max")
     table["imbalance"] = table["largest"] / table["train"].where(table["train"] > 0, 0.1)  # never 0 / 0, nor infinite
+    of_target = table["role"] == "finetune"
+    has_val = table.loc[of_target, "val"].any()
+    table["held_out"] = (
+        (table[["test", "val"]].min(axis=1) if has_val else table["test"]).where(of_target).astype(float)
+    )
     is_finetune = (images["role"] == "finetune") & (images["class_name"] != "")
     finetune = images.loc[is_finetune, ["class_name", "arrival"]]
     brought_by = finetune.groupby("class_name")["arrival"].min()
     first = next((arrival for arrival, batch in enumerate(batches.values()) if batch.role == "finetune"), -1)
     names = list(batches)
     new_in = {name: names[arrival] for name, arrival in brought_by.items() if arrival != first}
-    is_new = (table["role"] == "finetune") & table["class_name"].isin(list(new_in))
+    is_new = of_target & table["class_name"].isin(list(new_in))
     table["new_in"] = table["class_name"].map(new_in).where(is_new, None).astype(object)
     return table
 

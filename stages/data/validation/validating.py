@@ -13,7 +13,7 @@ from stages.data.raw.facts import ACCEPTED, QUARANTINE
 from stages.data.validation.judging import ValidationResult, judge
 from stages.data.validation.page import render
 from stages.data.validation.pixel_match import maker, pixel_confirmation
-from stages.data.validation.splits import assign_splits
+from stages.data.validation.splits import assign_splits, known_sides
 from stages.data.validation.summary import as_json, summary
 from stages.params.batches import ROLES, Batch
 from stages.params.split import Split
@@ -36,8 +36,10 @@ def validate(batches: dict[str, Batch], split: Split, limits: Validate) -> None:
     sweep(batches)
     images = read_facts(batches)
     assign(images, batches, split)
-    result = judge(images, batches, limits, partial(pixel_confirmation, cache=thumbnail_cache()))
-    report = summary(result, batches, limits, {name: read_account(batch.role, name) for name, batch in batches.items()})
+    accounts = {name: read_account(batch.role, name) for name, batch in batches.items()}
+    old = [name for name, account in accounts.items() if account is None]
+    result = judge(images, batches, limits, partial(pixel_confirmation, cache=thumbnail_cache()), old)
+    report = summary(result, batches, limits, accounts)
     html = render(report, result.images, layout.RAW, result.noted, result.collapsed)
     folder = layout.VALIDATION_FAILED if result.stops else layout.REPORTS
     write_text(folder / layout.VALIDATION.name, as_json(report))
@@ -106,13 +108,24 @@ def read_account(role: str, batch: str) -> dict[str, Any] | None:
 
 
 def assign(images: pd.DataFrame, batches: dict[str, Batch], limits: Split) -> None:
-    """Adds the column `split`, batch by batch."""
+    """Adds the columns `split` and `bound` (the side that an image's group has in earlier batches, or empty).
+
+    Batch by batch: what comes later changes nothing.
+    """
     first_finetune = next((name for name, batch in batches.items() if batch.role == "finetune"), None)
-    images["split"] = ""
+    copy = images.sort_values("arrival", kind="stable")["sha256"].duplicated()
+    images["counts"] = images["decodes"].astype(bool) & ~copy
+    images["split"] = images["bound"] = ""
+    sides = pd.Series(dtype=object)
     for arrival, (name, batch) in enumerate(batches.items()):
-        rows = images.loc[images["arrival"] == arrival, ["source_split", "sha256"]]
+        rows = images.loc[images["arrival"] == arrival, ["source_split", "class_name", "sha256", "group", "counts"]]
         later = batch.role == "finetune" and name != first_finetune
-        images.loc[rows.index, "split"] = assign_splits(rows["source_split"], rows["sha256"], later, limits)
+        split = pd.Series(assign_splits(rows, batch.role, later, limits, sides), rows.index)
+        images.loc[rows.index, "split"] = split
+        images.loc[rows.index, "bound"] = rows["group"].map(sides).astype(object).fillna("")
+        known = pd.Series(sides.index, dtype=object)
+        sides = known_sides(pd.concat([known, rows["group"]]), pd.concat([sides, split]))
+    del images["counts"]
 
 
 def write_outputs(result: ValidationResult, batches: dict[str, Batch]) -> None:

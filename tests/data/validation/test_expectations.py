@@ -184,13 +184,25 @@ def test_outliers_may_be_left_alone() -> None:
 def test_every_stop_has_words() -> None:
     limits = Validate(severity=Severities(no_drift="stop"))
     counts = {"images": 9, "accepted": 1, "quarantined": 8, "share_quarantined": 8 / 9, "unlabelled": 2, "train": 0,
-              "alike": 8, "largest": 300}  # fmt: skip
-    names = {"batch": "b", "role": "finetune", "class_name": "cat", "new_in": "b", "fact": "width", "distance": 0.5}
+              "alike": 8, "largest": 300, "test": 0, "val": 1, "frames": 30, "sequences": 2, "apart": 3.0,
+              "apart_by_chance": 30.0}  # fmt: skip
+    names = {
+        "batch": "b",
+        "role": "finetune",
+        "class_name": "cat",
+        "new_in": "b",
+        "fact": "width",
+        "distance": 0.5,
+        "first": "f_1.png",
+        "second": "f_2.png",
+        "group": "p1",
+        "where": "b train 1, b test 2",
+    }
     wrong = pd.DataFrame([counts | names])
     images = pd.DataFrame(
         {"batch": ["b"], "key": ["b/all/cat/1"], "reason": ["decodes"], "error": ["cut"], "duplicate_of": [""]}
     )
-    for expectation in expectations(limits, "batch", "batch class", "class", "drift"):
+    for expectation in expectations(limits, "batch", "batch class", "class", "group", "drift"):
         (message,) = explain(expectation, wrong, images)
         assert "`b`" in message or "finetune" in message
         assert expectation.parameter in message, expectation.name

@@ -33,7 +33,7 @@ def _facts(classes: int, each: int) -> pd.DataFrame:
             "format": "JPEG", "width": rng.integers(300, 500, count), "height": rng.integers(300, 500, count),
             "mode": "RGB", "orientation": 1, "decodes": True, "error": "",
             "hash": rng.integers(0, 2**64, count, dtype=np.uint64), "brightness": rng.uniform(80, 160, count),
-            "contrast": rng.uniform(20, 60, count), "role": "pretrain", "arrival": 0,
+            "contrast": rng.uniform(20, 60, count), "role": "pretrain", "arrival": 0, "group": "",
         }
     )  # fmt: skip
 
