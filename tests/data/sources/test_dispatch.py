@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from stages.data.sources.dispatch import Source, read_source
+from stages.data.sources.parts import Image, Name
 from stages.runtime.command import StageError
 
 
@@ -20,8 +21,9 @@ def listed(source: Source) -> dict[str, list[str]]:
     """`split/class` with the names of its files that are taken."""
     found: dict[str, list[str]] = {}
     for part in source.parts:
-        for name in filter(source.choice.takes, part.names()):
-            found.setdefault(f"{name.split}/{name.class_name}", []).append(name.name)
+        for name in part.names():
+            if isinstance(name, Name) and source.choice.takes(name):
+                found.setdefault(f"{name.split}/{name.class_name}", []).append(name.name)
     return found
 
 
@@ -45,7 +47,8 @@ def test_one_level_of_classes(tmp_path: Path) -> None:
     put(tmp_path, "pets/cat/1.jpg", "pets/dog/notes.txt", "pets/.git/x", "pets/cat/.DS_Store", "pets/cat/deep/2.jpg")
     source = read_source("pets", tmp_path)
     assert listed(source) == {"all/cat": ["1.jpg", "deep/2.jpg"], "all/dog": ["notes.txt"]}
-    assert [image.data.read() for image in source.parts[0].images()] == [b"pets/cat/1.jpg", b"pets/cat/deep/2.jpg"]
+    images = [each for each in source.parts[0].images() if isinstance(each, Image)]
+    assert [image.data.read() for image in images] == [b"pets/cat/1.jpg", b"pets/cat/deep/2.jpg"]
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
