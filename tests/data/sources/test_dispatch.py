@@ -47,7 +47,7 @@ def test_one_level_of_classes(tmp_path: Path) -> None:
     put(tmp_path, "pets/cat/1.jpg", "pets/dog/notes.txt", "pets/.git/x", "pets/cat/.DS_Store", "pets/cat/deep/2.jpg")
     source = read_source("pets", tmp_path)
     assert listed(source) == {"all/cat": ["1.jpg", "deep/2.jpg"], "all/dog": ["notes.txt"]}
-    images = [each for each in source.parts[0].images() if isinstance(each, Image)]
+    images = (each for each in source.parts[0].images() if isinstance(each, Image))
     assert [image.data.read() for image in images] == [b"pets/cat/1.jpg", b"pets/cat/deep/2.jpg"]
 
 
