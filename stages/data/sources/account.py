@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from stages.data.raw.class_order import class_order
 from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.dispatch import Source
-from stages.data.sources.oddities import odd_classes, odd_counts, odd_folders, odd_left_out, some
+from stages.data.sources.oddities import odd_classes, odd_counts, odd_files, odd_folders, some
 from stages.data.sources.parts import SPLITS, Image, LeftOut, Name, Noted, ShardPart
 
 LONGEST = 60
@@ -190,7 +190,9 @@ def _odd(source: Source, seen: Seen, values: dict[str, Any], counts: dict[str, d
         yield from odd_folders({name: below for name, below in seen.below.items() if "" not in below}, len(classes))
     if shards and not classes and values["images"] and not source.choice.unlabelled:
         yield "no sample has a label; archives of class folders, which are read by the names of folders, go one by one"
-    yield from odd_left_out(sum(each["files"] for each in values["left_out"].values()), values["images"])
+    left_out = sum(each["files"] for each in values["left_out"].values())
+    no_images = values["noted"].get(NO_IMAGE, {}).get("files", 0)
+    yield from odd_files(left_out, values["images"], no_images)
 
 
 def _classes(classes: dict[str, Any]) -> str:

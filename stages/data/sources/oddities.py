@@ -11,8 +11,8 @@ from stages.data.sources.parts import split_in
 
 FEW = 10
 """Images. A class of fewer has one or two to be tested on."""
-MOST_LEFT_OUT = 0.05
-"""Of the images that are taken."""
+MOST_ODD = 0.05
+"""Share of the files that are taken."""
 SHOWN = 3
 """Names in one sentence."""
 FOLDER_WORDS = frozenset(
@@ -22,6 +22,7 @@ FOLDER_WORDS = frozenset(
 NO_LABEL_WORDS = frozenset(
     ("nan", "none", "null", "n/a", "na", "unknown", "unlabelled", "unlabeled", "nolabel", "?", "-")
 )
+ANNOTATIONS = re.compile(r"annot(ation)?s?$|ground.?truth|^imagesets$|^segmentation(class|object)$", re.IGNORECASE)
 FILE = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|zip|tar)$", re.IGNORECASE)
 COPY = re.compile(r" ?- ?copy| ?\(\d+\)$|^copy of ", re.IGNORECASE)
 
@@ -83,10 +84,12 @@ def odd_folders(folders: dict[str, list[str]], classes: int) -> Iterator[str]:
         )
 
 
-def odd_left_out(left_out: int, images: int) -> Iterator[str]:
-    """Of how many files are left out, and images taken."""
-    if left_out > MOST_LEFT_OUT * images:
-        yield f"{left_out:,} of {left_out + images:,} files are left out"
+def odd_files(left_out: int, taken: int, no_images: int) -> Iterator[str]:
+    """Of how many files are left out or taken, and of those taken, how many are no images by their names."""
+    if left_out > MOST_ODD * taken:
+        yield f"{left_out:,} of {left_out + taken:,} files are left out"
+    if no_images > MOST_ODD * taken:
+        yield f"{no_images:,} of {taken:,} files are no images by their names"
 
 
 def some(names: Iterable[str]) -> str:
@@ -117,7 +120,10 @@ def _is_split(name: str) -> bool:
 
 NAME_CHECKS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("names of classes look like splits", _is_split),
-    ("names of classes look like folders of a data set", lambda name: name.lower() in FOLDER_WORDS),
+    (
+        "names of classes look like folders of a data set",
+        lambda name: name.lower() in FOLDER_WORDS or bool(ANNOTATIONS.search(name)),
+    ),
     ("names of classes look like a missing label", lambda name: name.lower() in NO_LABEL_WORDS),
     ("names of classes look like JSON", lambda name: name.startswith(("{", "["))),
     ("names of classes are numbers with a point", lambda name: bool(re.fullmatch(r"-?\d+\.\d+", name))),

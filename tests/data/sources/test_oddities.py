@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.data.sources.oddities import odd_classes, odd_counts, odd_folders, odd_left_out
+from stages.data.sources.oddities import odd_classes, odd_counts, odd_files, odd_folders
 
 ORDINARY = [
     "cat",
@@ -29,6 +29,7 @@ def test_ordinary_names_are_not_odd() -> None:
         (["Training", "Testing"], "look like splits: Training, Testing"),
         (["train2017", "VALIDATION"], "look like splits: train2017, VALIDATION"),
         (["images", "labels", "cat"], "folders of a data set: images, labels"),
+        (["trainannot", "SegmentationClass", "Annotations"], "trainannot, SegmentationClass, Annotations"),
         (["__MACOSX", "cat"], "folders of a data set: __MACOSX"),
         (["cat", "None", "nan"], "missing label: None, nan"),
         (["cat", "[0, 1]", "{'id': 1}"], "look like JSON: [0, 1], {'id': 1}"),
@@ -87,5 +88,8 @@ def test_class_folders_of_folders() -> None:
 
 
 def test_left_out() -> None:
-    assert list(odd_left_out(5, 100)) == []
-    assert list(odd_left_out(20, 40)) == ["20 of 60 files are left out"]
+    assert list(odd_files(5, 100, 5)) == []
+    assert list(odd_files(20, 40, 30)) == [
+        "20 of 60 files are left out",
+        "30 of 40 files are no images by their names",
+    ]
