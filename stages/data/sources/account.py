@@ -163,7 +163,7 @@ def understood(values: dict[str, Any]) -> list[tuple[str, str]]:
         ("labels", labels if unlabelled else "every image has one"),
         ("classes", _classes(classes)),
         ("groups", _groups_in_words(values["groups"])),
-        ("titles", some(f"{title} is {name}" for name, title in titles.items())),
+        ("renamed", some(f"{title} is kept as {name}" for name, title in titles.items())),
         ("files", _files(values["suffixes"], images)),
         *(("read as", note) for note in values["notes"]),
         *(("noted", text) for text in _counted(values["noted"])),
@@ -220,6 +220,8 @@ def _groups_in_words(groups: dict[str, Any]) -> str:
 
 
 def _files(suffixes: dict[str, int], images: int) -> str:
+    if suffixes.keys() <= {"no suffix"}:
+        return ""
     seen = sum(suffixes.values())
     some_of = f"of {seen:,} names read: " if seen < images else ""
     return some_of + ", ".join(f"{suffix} {count:,}" for suffix, count in suffixes.items())
