@@ -29,14 +29,16 @@ def sequence_table(images: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns arrival, sequences, frames, first and second (names of two neighbours), apart and apart_by_chance (mean
-        Hamming distance of neighbours and of any two, of 64 bits), prefixes (how many the frames have).
+        Hamming distance of neighbours and of any two, of 64 bits), advice (what to write).
     """
     rows = images.loc[images["decodes"] & (images["group"] == ""), ["arrival", "key", "class_name", "hash", "split"]]
     found = [{"arrival": arrival, **of} for arrival, part in rows.groupby("arrival") if (of := _sequences(part))]
     return pd.DataFrame(found, columns=["arrival", *COLUMNS])
 
 
-COLUMNS = ["sequences", "frames", "first", "second", "apart", "apart_by_chance", "prefixes"]
+BY_PREFIX = "`?group=^(.*\\D)\\d+` of the source groups by what stands before the last number"
+ONE_PREFIX = "`?group=` of the source groups by a part of the name; here only the last number differs"
+COLUMNS = ["sequences", "frames", "first", "second", "apart", "apart_by_chance", "advice"]
 
 
 def _sequences(rows: pd.DataFrame) -> dict[str, object]:
@@ -53,7 +55,7 @@ def _sequences(rows: pd.DataFrame) -> dict[str, object]:
         "second": frames["name"].iloc[1],
         "apart": float(np.concatenate(apart).mean()),
         "apart_by_chance": float(np.average(chance, weights=list(map(len, found)))),
-        "prefixes": int(frames["prefix"].nunique()),
+        "advice": BY_PREFIX if frames["prefix"].nunique() > 1 else ONE_PREFIX,
     }
 
 

@@ -196,6 +196,7 @@ def test_every_stop_has_words() -> None:
         "first": "f_1.png",
         "second": "f_2.png",
         "group": "p1",
+        "advice": "?group=",
         "where": "b train 1, b test 2",
     }
     wrong = pd.DataFrame([counts | names])
