@@ -69,10 +69,19 @@ SIDES = ("val", "test", "train")
 """What a group can be bound to, `test` standing for fresh too; where it is in several, the last one counts."""
 
 
-def known_sides(group: pd.Series, split: pd.Series) -> pd.Series:
-    """The side of each group, by its name; `train` where any image was trained on, else `test`, else `val`."""
-    rank = split.replace("fresh", "test").map({side: number for number, side in enumerate(SIDES)})
-    return rank[group != ""].groupby(group[group != ""]).max().map(dict(enumerate(SIDES))).astype(object)
+def known_sides(groups: Iterable[str], splits: Iterable[str]) -> pd.Series:
+    """The side of each group, by its name; `train` where any image was trained on, else `test`, else `val`.
+
+    Args:
+        groups: of each image; empty: none.
+        splits: of each image.
+    """
+    rank = {side: number for number, side in enumerate(SIDES)} | {"fresh": SIDES.index("test")}
+    known: dict[str, int] = {}
+    for group, split in zip(groups, splits, strict=True):
+        if group:
+            known[group] = max(known.get(group, 0), rank[split])
+    return pd.Series({group: SIDES[number] for group, number in known.items()}, dtype=object)
 
 
 class _Draw:

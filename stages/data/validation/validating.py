@@ -123,8 +123,7 @@ def assign(images: pd.DataFrame, batches: dict[str, Batch], limits: Split) -> No
         split = pd.Series(assign_splits(rows, batch.role, later, limits, sides), rows.index)
         images.loc[rows.index, "split"] = split
         images.loc[rows.index, "bound"] = rows["group"].map(sides).astype(object).fillna("")
-        known = pd.Series(sides.index, dtype=object)
-        sides = known_sides(pd.concat([known, rows["group"]]), pd.concat([sides, split]))
+        sides = known_sides([*sides.index, *rows["group"]], [*sides, *split])
     del images["counts"]
 
 
