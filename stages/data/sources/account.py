@@ -216,7 +216,7 @@ def _groups_in_words(groups: dict[str, Any]) -> str:
     if not groups:
         return "none (nobody asked for them: ?group=)"
     largest = f"; the largest, {groups['name']}, has {groups['largest']:,}" if groups["count"] else ""
-    return f"{groups['count']:,} of {groups['images']:,} images, by {groups['by']}{largest}"
+    return f"{groups['count']:,}, with {groups['images']:,} images, by {groups['by']}{largest}"
 
 
 def _files(suffixes: dict[str, int], images: int) -> str:

@@ -147,7 +147,7 @@ def expectations(limits: Validate, *steps: Step) -> list[Expectation]:
         batch("sequences_grouped", "frames", at_most(0), "",
               reason="Names and looks say that these are frames of sequences. Without groups, frames that hardly "
                      "differ fall on both sides of a split, and the score counts what was learnt by heart.",
-              message=Message("batch", "{where}: {frames:,} images look like frames of sequences ({sequences:.0f}), and "
+              message=Message("batch", "{where}: {frames:,} images look like frames of {sequences:.0f} sequences, and "
                                        "no group is given, so neighbours are in different splits: {first} and {second} "
                                        "(neighbours differ by {apart:.0f} of 64 bits, any two by "
                                        "{apart_by_chance:.0f}). {advice}")),
