@@ -7,6 +7,8 @@ import logging
 import re
 import sys
 import tarfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,119 @@ def test_an_unlabelled_pretrain_image_is_accepted_with_label_minus_one() -> None
     assert result.accepted.set_index("key").loc["up/all//x.jpg", "label"] == -1
     assert result.classes["pretrain"] == ["a", "b"]
     assert not result.stops
+
+
+# ------------------------------------------------------------------------------------------------ groups
+
+
+def _grouped(
+    batch: str, groups: Sequence[str], each: int = 4, split: str = "all", tag: str = ""
+) -> list[dict[str, Any]]:
+    """Images of groups; those of one group are half of class a and half of class b."""
+    return [
+        _image(batch, split, "ab"[number % 2], f"{group}_{tag}{number}.jpg", group=group)
+        for group in groups
+        for number in range(each)
+    ]
+
+
+def _sides(result: ValidationResult, batch: str) -> dict[str, set[str]]:
+    rows = result.images[result.images["batch"] == batch]
+    return {group: set(part["split"]) for group, part in rows.groupby("group")}
+
+
+PATIENTS = [f"p{number}" for number in range(20)]
+
+
+def test_a_group_goes_into_one_split_and_shares_are_kept() -> None:
+    result = _judge(_grouped("new", PATIENTS), _batches(new="finetune"))
+    sides = _sides(result, "new")
+    assert all(len(each) == 1 for each in sides.values())
+    assert Counter(side for each in sides.values() for side in each) == {"train": 14, "test": 4, "val": 2}
+    assert not result.stops
+
+
+def test_of_a_class_with_three_groups_each_goes_elsewhere_whatever_their_size() -> None:
+    rows = [each for group, size in (("long", 90), ("x", 3), ("y", 2)) for each in _grouped("new", [group], size)]
+    sides = _sides(_judge(rows, _batches(new="finetune")), "new")
+    assert sides["long"] == {"train"} and sides["x"] | sides["y"] == {"test", "val"}
+
+
+def test_images_in_no_group_are_their_own_beside_groups() -> None:
+    result = _judge([*_grouped("new", PATIENTS), *_pool("new", 40)], _batches(new="finetune"))
+    loose = result.images[result.images["group"] == ""]
+    assert Counter(loose["split"])["test"] > 5 and all(
+        len(each) == 1 for each in list(_sides(result, "new").values())[1:]
+    )
+
+
+@pytest.mark.parametrize("roles", [("finetune", "finetune"), ("pretrain", "finetune"), ("finetune", "pretrain")])
+def test_a_later_image_follows_its_group_and_nothing_earlier_changes(roles: tuple[str, str]) -> None:
+    batches = _batches(old=roles[0], new=roles[1])
+    old = [*_grouped("old", PATIENTS), *_pool("old")]
+    new = [*_grouped("new", [*PATIENTS, "unseen1", "unseen2"], tag="later"), *_pool("new")]
+    alone, both = _judge(old, _batches(old=roles[0])), _judge([*old, *new], batches)
+    columns = ["key", "split", "label", "reason"]
+    of_old = both.images[both.images["batch"] == "old"]
+    assert of_old[columns].to_dict("records") == alone.images[columns].to_dict("records")
+    earlier, later = _sides(both, "old"), _sides(both, "new")
+    holdout = "fresh" if roles == ("finetune", "finetune") else "test"
+    for patient in PATIENTS:
+        assert later[patient] == {holdout if side == "test" else side for side in earlier[patient]}, patient
+    assert not any("two sides" in stop for stop in both.stops)
+    bound = both.images[both.images["batch"] == "new"].groupby("group")["bound"].first()
+    assert bound["unseen1"] == "" and {bound[patient] for patient in PATIENTS} == {"train", "val", "test"}
+
+
+def test_pretraining_keeps_off_the_groups_of_the_target_test_though_its_source_has_them_in_train() -> None:
+    rows = [*_grouped("target", PATIENTS), *_grouped("photos", PATIENTS, split="train", tag="more"), *_pool("photos")]
+    result = _judge(rows, _batches(target="finetune", photos="pretrain"))
+    for patient, sides in _sides(result, "target").items():
+        assert _sides(result, "photos")[patient] == sides
+    assert not result.stops
+
+
+@pytest.mark.parametrize("severity", ["stop", "note"])
+def test_a_group_on_two_sides_by_the_sources_own_splits_is_named(severity: Any) -> None:
+    limits = LENIENT.model_copy(update={"severity": Severities(whole_groups=severity)})
+    rows = [*_grouped("new", PATIENTS[:9], split="train"), *_grouped("new", PATIENTS[8:], split="test", tag="t")]
+    result = _judge(rows, _batches(new="finetune"), limits)
+    (message,) = [each for each in (*result.stops, *result.notes) if "two sides" in each]
+    assert "images of 1 groups are on two sides of a split: p8 (new test 4, new train 4)" in message
+    assert bool(result.stops) == (severity == "stop") and ("bring it without split folders" in message) == (
+        severity == "stop"
+    )
+    assert (result.images["split"] == "test").sum() == 4 * 12, "what is published stays as it is"
+
+
+def test_a_target_test_whose_groups_were_pretrained_on_stops() -> None:
+    pretrain = [*_grouped("photos", PATIENTS, split="train"), *_pool("photos")]
+    target = [*_grouped("target", PATIENTS[:4], split="test", tag="t"), *_pool("target", split="train")]
+    result = _judge([*pretrain, *target], _batches(photos="pretrain", target="finetune"))
+    (message,) = [stop for stop in result.stops if "two sides" in stop]
+    assert message.startswith("finetune: images of") and "photos train 4, target test 4" in message
+    first = _judge([*pretrain, *target], _batches(target="finetune", photos="pretrain"))
+    assert not first.stops, "as the message says"
+
+
+def test_a_class_without_test_images_is_named() -> None:
+    rows = [*_pool("new"), *[_image("new", "all", "rare", f"{number}.jpg") for number in range(2)]]
+    result = _judge(rows, _batches(new="finetune"))
+    (note,) = result.notes
+    assert "of 1 classes: rare (test 0, val 0, train 2). The gate judges no class that has none in test" in note
+    assert not _judge(_pool("new", 3), _batches(new="finetune")).notes
+    assert not _judge(rows, _batches(new="pretrain")).notes, "nothing is tested on those"
+
+
+def test_copies_and_damaged_images_do_not_take_the_places_of_a_small_class() -> None:
+    rows = [_image("new", "all", "a", f"{number}.jpg", "same") for number in range(6)]
+    rows += [_image("new", "all", "a", f"cut{number}.jpg", decodes=False) for number in range(6)]
+    rows += [_image("new", "all", "a", f"good{number}.jpg") for number in range(2)]
+    result = _judge([*rows, *_pool("new")], _batches(new="finetune"))
+    of_class = result.accepted[result.accepted["key"].str.contains("good|/a/0")]
+    assert {"train", "test", "val"} <= set(result.accepted["split"]) and len(of_class) >= 3
+    small = _judge(rows, _batches(new="finetune")).accepted
+    assert sorted(small["split"]) == ["test", "train", "val"]
 
 
 # ------------------------------------------------------------------------------------------------ more than duplicates

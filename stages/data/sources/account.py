@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from stages.data.raw.class_order import class_order
 from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.dispatch import Source
-from stages.data.sources.oddities import odd_classes, odd_counts, odd_files, odd_folders, some
+from stages.data.sources.oddities import odd_classes, odd_counts, odd_files, odd_folders, odd_groups, some
 from stages.data.sources.parts import SPLITS, Image, LeftOut, Name, Noted, ShardPart
 
 LONGEST = 60
@@ -184,6 +184,7 @@ def _odd(source: Source, seen: Seen, values: dict[str, Any], counts: dict[str, d
     classes = class_order({name for of_split in counts.values() for name in of_split} - {""})
     yield from odd_classes(classes)
     if not values["read"]:
+        yield from odd_groups(values["groups"])
         yield from odd_counts(counts, classes, few_asked=source.choice.limits is not None)
     shards = any(isinstance(part, ShardPart) for part in source.parts)
     if classes and not shards:

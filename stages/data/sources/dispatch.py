@@ -22,7 +22,7 @@ from stages.data.sources.grouping import COLUMN, FIELD, Grouping, group_field
 from stages.data.sources.locations import Entry, Location
 from stages.data.sources.official import TRAIN, VAL, is_official, official
 from stages.data.sources.parquet import Columns, parquet_shards
-from stages.data.sources.parts import Image, LeftOut, Listed, Name, Part
+from stages.data.sources.parts import Image, LeftOut, Listed, Name, Part, ShardPart
 from stages.data.sources.sample import SAMPLES, sample_parts
 from stages.data.sources.subset import Choice, choose
 from stages.data.sources.uri import ARCHIVES, CHECKSUMS, SUBSET, SourceUri, expanded, missing_source
@@ -113,6 +113,8 @@ def read_source(text: str, incoming: Path | str) -> Source:
     else:
         location, chosen = Location.of(uri.address, incoming), uri
         listed, is_remote = _listed(uri, location, incoming), not location.is_local
+    if not any(isinstance(part, ShardPart) for part in listed.parts):
+        group_field(uri, "")
     parts, choice = choose(chosen, listed.parts, incoming)
     asked = ", ".join(f"{key}={value}" for key, value in uri.query.items() if key in SUBSET)
     left = len(_classes(listed.parts) - _classes(parts))

@@ -82,7 +82,7 @@ def group_field(uri: SourceUri, kind: str) -> str | None:
     """The name after `group=column:` or `group=field:`; None where the query has none of this kind.
 
     Raises:
-        StageError: it has one of the other kind, or an empty one.
+        StageError: it has one of another kind, or an empty one.
     """
     text = uri.query.get("group", "")
     found, colon, name = text.partition(":")

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable
 
 from stages.data.raw.tars import UNLABELLED
-from stages.data.sources.account import Seen, account, as_text
+from stages.data.sources.account import NO_GROUP, Seen, account, as_text
 from stages.data.sources.digests import raw_digest
 from stages.data.sources.dispatch import read_source
 from stages.data.sources.subset import check_classes
@@ -49,6 +49,11 @@ def ingest(name: str, batch: Batch) -> None:
         raise StageError(
             f"source {batch.source} has no labels, and batch {name} is to fine-tune on: "
             + (f"{why}. Where there are none: role: pretrain" if why else "role: pretrain")
+        )
+    if source.grouping.text and tally.images and not seen.groups:
+        raise StageError(
+            f"source {batch.source}: `group={source.grouping.text}` puts no image of batch {name} into a group (the "
+            f"first is {seen.noted[NO_GROUP].name}, without its split and class)"
         )
     with replaced_directory(layout.raw(batch.role, name)) as aside:
         of_source = account(source, seen)

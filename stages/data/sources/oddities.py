@@ -6,6 +6,7 @@ Nothing here stops anything. Each check is of names and counts alone, so that it
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from stages.data.sources.parts import split_in
 
@@ -72,6 +73,14 @@ def odd_counts(counts: dict[str, dict[str, int]], names: list[str], few_asked: b
         yield f"{len(small):,} of {len(names):,} classes have fewer than {FEW} images: {some(fewest)}"
     if len(names) >= FEW and max(totals.values()) == 1:
         yield "every class has one image only: the labels may be captions, or names of files"
+
+
+def odd_groups(groups: dict[str, Any]) -> Iterator[str]:
+    """Of how many groups there are, and how many images in them; empty where nobody asked for groups."""
+    if groups and not groups["images"]:
+        yield f"no image is in a group by {groups['by']}"
+    elif groups and groups["largest"] == 1:
+        yield f"every group has one image by {groups['by']}: nothing is kept together"
 
 
 def odd_folders(folders: dict[str, list[str]], classes: int) -> Iterator[str]:

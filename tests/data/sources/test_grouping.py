@@ -1,5 +1,6 @@
 """Groups of a source: `?group=` of its query, and their way into the raw tars and out again."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,15 @@ from stages.data.raw.tars import members, raw_tars
 from stages.data.sources.account import Seen, account, as_text
 from stages.data.sources.dispatch import read_source
 from stages.data.sources.grouping import Grouping, group_field
+from stages.data.sources.ingesting import ingest
 from stages.data.sources.parts import Name
+from stages.data.sources.preview import preview
 from stages.data.sources.tar_writing import Tally, assemble, write_parts
 from stages.data.sources.uri import SourceUri
+from stages.params.batches import Batch
+from stages.runtime import layout
 from stages.runtime.command import StageError
+from tests.closure import ROOT
 
 
 def _group_of(query: str, name: str) -> str:
@@ -133,3 +139,24 @@ def test_the_account_counts_groups_and_images_in_none(photos: Path) -> None:
     text = as_text(account(source, seen))
     assert "3, with 5 images" in text and "the largest, p1, has 3" in text
     assert "1 × image in no group; it is its own (odd.png)" in text
+
+
+def test_a_grouping_that_groups_nothing_is_odd_or_refused(photos: Path) -> None:
+    with pytest.raises(StageError, match="a column is of a Parquet source"):
+        read_source(f"{photos}?group=column:patient", photos)
+    for query, words in (
+        ("(zzz)", "no image is in a group by (zzz)"),
+        (r"(\w+)\.png&classes=a", "every group has one"),
+    ):
+        assert words in preview(f"{photos}?group={query}", photos)
+
+
+def test_ingest_stops_where_no_image_is_in_a_group(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "params.yaml").write_text("batches: {}\n")
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StageError, match=r"puts no image of batch new into a group \(the first is p1_1.png"):
+        ingest("new", Batch(role="finetune", source=f"{photos}?group=(zzz)"))
+    assert not layout.raw("finetune", "new").exists()
