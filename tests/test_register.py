@@ -363,6 +363,16 @@ def test_recorded_answers_count_only_where_a_label_still_means_the_same_class() 
     assert gate_review._with_same_labels(None, asked).empty
 
 
+def test_a_version_with_its_classes_in_another_order_is_compared_by_their_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    version = Version("bells", 1, "", "models:/m-1", {}, (), "", 0.0)
+    predicted = pd.DataFrame({"key": ["a", "b"], "logits": [[1.0, 10.0, 2.0], [3.0, 30.0, 4.0]]})
+    monkeypatch.setattr(model_process, "predict_shards", lambda *_: (predicted, ["1", "10", "2"]))
+    found = gate_review._predicted_now(version, ["a", "b"], ["1", "2", "10", "20"], [Path("d")])
+    assert [logits.tolist() for logits in found["logits"]] == [[1.0, 2.0, 10.0], [3.0, 4.0, 30.0]]
+
+
 def test_a_version_with_other_classes_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     version = Version("bells", 1, "", "models:/m-1", {}, (), "", 0.0)
     monkeypatch.setattr(

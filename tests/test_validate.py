@@ -267,9 +267,8 @@ def test_of_a_class_with_three_groups_each_goes_elsewhere_whatever_their_size() 
 def test_images_in_no_group_are_their_own_beside_groups() -> None:
     result = _judge([*_grouped("new", PATIENTS), *_pool("new", 40)], _batches(new="finetune"))
     loose = result.images[result.images["group"] == ""]
-    assert Counter(loose["split"])["test"] > 5 and all(
-        len(each) == 1 for each in list(_sides(result, "new").values())[1:]
-    )
+    assert Counter(loose["split"])["test"] > 5
+    assert all(len(sides) == 1 for group, sides in _sides(result, "new").items() if group)
 
 
 @pytest.mark.parametrize("roles", [("finetune", "finetune"), ("pretrain", "finetune"), ("finetune", "pretrain")])
@@ -305,9 +304,7 @@ def test_a_group_on_two_sides_by_the_sources_own_splits_is_named(severity: Any) 
     result = _judge(rows, _batches(new="finetune"), limits)
     (message,) = [each for each in (*result.stops, *result.notes) if "two sides" in each]
     assert "images of 1 groups are on two sides of a split: p8 (new test 4, new train 4)" in message
-    assert bool(result.stops) == (severity == "stop") and ("bring it without split folders" in message) == (
-        severity == "stop"
-    )
+    assert bool(result.stops) == ("bring it without split folders" in message) == (severity == "stop")
     assert (result.images["split"] == "test").sum() == 4 * 12, "what is published stays as it is"
 
 
@@ -324,21 +321,17 @@ def test_a_target_test_whose_groups_were_pretrained_on_stops() -> None:
 def test_a_class_without_test_images_is_named() -> None:
     rows = [*_pool("new"), *[_image("new", "all", "rare", f"{number}.jpg") for number in range(2)]]
     result = _judge(rows, _batches(new="finetune"))
-    (note,) = result.notes
+    (note,) = [note for note in result.notes if "gate" in note]
     assert "of 1 classes: rare (test 0, val 0, train 2). The gate judges no class that has none in test" in note
     assert not _judge(_pool("new", 3), _batches(new="finetune")).notes
-    assert not _judge(rows, _batches(new="pretrain")).notes, "nothing is tested on those"
+    assert not any("gate" in note for note in _judge(rows, _batches(new="pretrain")).notes), "nothing is tested there"
 
 
 def test_copies_and_damaged_images_do_not_take_the_places_of_a_small_class() -> None:
     rows = [_image("new", "all", "a", f"{number}.jpg", "same") for number in range(6)]
     rows += [_image("new", "all", "a", f"cut{number}.jpg", decodes=False) for number in range(6)]
     rows += [_image("new", "all", "a", f"good{number}.jpg") for number in range(2)]
-    result = _judge([*rows, *_pool("new")], _batches(new="finetune"))
-    of_class = result.accepted[result.accepted["key"].str.contains("good|/a/0")]
-    assert {"train", "test", "val"} <= set(result.accepted["split"]) and len(of_class) >= 3
-    small = _judge(rows, _batches(new="finetune")).accepted
-    assert sorted(small["split"]) == ["test", "train", "val"]
+    assert sorted(_judge(rows, _batches(new="finetune")).accepted["split"]) == ["test", "train", "val"]
 
 
 # ------------------------------------------------------------------------------------------------ more than duplicates

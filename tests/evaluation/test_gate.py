@@ -90,6 +90,18 @@ def test_a_missed_floor_or_a_missing_figure_fails(missed: dict[str, float], name
     json.dumps(better.to_dict(), allow_nan=False)
 
 
+def test_a_class_without_test_images_is_not_judged_and_the_gate_says_so() -> None:
+    keep = ~(ON_TEST & np.isin(LABELS, [1, 4]))
+    full = _answers(RIGHT)
+    of_others = VersionPredictions(
+        "a", tuple(np.array(KEYS)[keep]), SPLIT[keep], BATCH[keep], LABELS[keep], full.predicted[keep]
+    )
+    name = "recall of the worst class"
+    assert "; not judged, as test has no image of them: cup, lamp" in _condition(_judge(of_others), name).detail
+    assert _condition(_judge(of_others), name).result == "passed"
+    assert "not judged" not in _condition(_judge(full), name).detail
+
+
 def test_top1_below_its_floor_fails() -> None:
     assert _judge(_answers(np.arange(N) % 10 == 0)).result == "failed"
 

@@ -1,5 +1,6 @@
 """Groups of a source: `?group=` of its query, and their way into the raw tars and out again."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -154,9 +155,10 @@ def test_a_grouping_that_groups_nothing_is_odd_or_refused(photos: Path) -> None:
 def test_ingest_stops_where_no_image_is_in_a_group(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "params.yaml").write_text("batches: {}\n")
+    source = f"{photos}?group=(zzz)"
+    (tmp_path / "params.yaml").write_text(json.dumps({"batches": {"new": {"role": "finetune", "source": source}}}))
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StageError, match=r"puts no image of batch new into a group \(the first is p1_1.png"):
-        ingest("new", Batch(role="finetune", source=f"{photos}?group=(zzz)"))
+        ingest("new", Batch(role="finetune", source=source))
     assert not layout.raw("finetune", "new").exists()
