@@ -285,7 +285,7 @@ def test_a_batch_to_fine_tune_on_has_labels(tmp_path: Path) -> None:
     params.write_text(params.read_text().replace("pretrain", "finetune"))
     ended = checkout.ingest()
     assert ended.returncode == 1
-    assert "source flat has no labels, and batch new is to fine-tune on: role: pretrain" in ended.stderr
+    assert "source flat has no labels, and fine-tuning needs them: role: pretrain" in ended.stderr
     assert not (checkout.root / "data").exists()
 
 

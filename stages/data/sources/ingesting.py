@@ -4,11 +4,10 @@ import logging
 import shutil
 from collections.abc import Iterable
 
-from stages.data.raw.tars import UNLABELLED
-from stages.data.sources.account import NO_GROUP, Seen, account, as_text
+from stages.data.sources.account import Seen, account, as_text
 from stages.data.sources.digests import raw_digest
 from stages.data.sources.dispatch import read_source
-from stages.data.sources.subset import check_classes
+from stages.data.sources.fitness import check_fitness
 from stages.data.sources.tar_writing import Made, Tally, assemble, shown, write_parts
 from stages.data.sources.tars import ChangedError
 from stages.params.batches import Batch
@@ -41,20 +40,7 @@ def ingest(name: str, batch: Batch) -> None:
     except ChangedError:
         shutil.rmtree(work)
         raise
-    check_classes(source.text, source.choice, seen.classes)
-    why = "; ".join([*source.notes, *(what for what in sorted(seen.noted) if what.startswith("unlabelled"))][:5])
-    if not tally.images and not source.choice.labelled_only:
-        raise StageError(f"source {batch.source} of batch {name} holds no file")
-    if not tally.images or (batch.role == "finetune" and all(map(_is_unlabelled, made.values()))):
-        raise StageError(
-            f"source {batch.source} has no labels, and batch {name} is to fine-tune on: "
-            + (f"{why}. Where there are none: role: pretrain" if why else "role: pretrain")
-        )
-    if source.grouping.text and tally.images and not seen.groups:
-        raise StageError(
-            f"source {batch.source}: `group={source.grouping.text}` puts no image of batch {name} into a group (the "
-            f"first is {seen.noted[NO_GROUP].name}, without its split and class)"
-        )
+    check_fitness(source, seen, batch.role)
     with replaced_directory(layout.raw(batch.role, name)) as aside:
         of_source = account(source, seen)
         write_json(aside / layout.ACCOUNT, of_source)
@@ -80,7 +66,3 @@ def _joined(parts: Iterable[tuple[int, Made]]) -> tuple[dict[int, Made], Seen]:
             made[joined] = made[joined]._replace(seen=Seen())
             joined += 1
     return made, seen
-
-
-def _is_unlabelled(part: Made) -> bool:
-    return all(tar.startswith(UNLABELLED) for tar in part.tars)

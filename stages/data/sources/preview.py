@@ -19,6 +19,7 @@ import yaml
 from stages.data.raw.images import decode_strictly, read_header
 from stages.data.sources.account import Seen, account, as_text
 from stages.data.sources.dispatch import Source, read_source
+from stages.data.sources.fitness import check_fitness
 from stages.data.sources.locations import Location
 from stages.data.sources.parts import Image, Name, Part
 from stages.data.sources.uri import SourceUri
@@ -57,6 +58,8 @@ def preview(text: str, incoming: Path | str) -> str:
     text = _found_here(text, incoming)
     source = read_source(_without(text, COSTLY), incoming)
     seen, read = _names(source, Budget())
+    if not read:
+        check_fitness(source, seen)
     values = account(source, seen, read)
     values["understood"] += _remarks(text, source)
     return f"{text}\n{as_text(values)}\n\n{_advice(text, values)}"

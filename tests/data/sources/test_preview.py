@@ -74,6 +74,14 @@ def test_the_command(
             main()
 
 
+@pytest.mark.parametrize("query", ["classes=a,z", r"group=(\d\d\d)", "unlabelled=skip"])
+def test_what_ingest_finds_only_at_the_end(tmp_path: Path, empty: Path, query: str) -> None:
+    files = {f"{name}.jpg": b"x" for name in "ab"} if "skip" in query else {f"{name}/1.jpg": b"x" for name in "ab"}
+    write(tmp_path / "in.tar", tar_bytes(files))
+    with pytest.raises(StageError):
+        preview(f"in.tar?{query}", tmp_path)
+
+
 def test_of_a_long_archive_the_beginning_is_read(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         f"{name}/{number:03d}.jpg": random.Random(number).randbytes(2000) for name in "ab" for number in range(100)
@@ -115,6 +123,6 @@ def test_a_subset_that_needs_all_names_is_not_drawn(tmp_path: Path, empty: Path)
     files = {f"{name}/{number}.jpg": b"x" for name in "ab" for number in range(9)}
     write(tmp_path / "in.tar", tar_bytes(files))
     shown = preview(r"in.tar?images_per_class=2&group=(\d)+ *\.&seed=1", tmp_path)
-    assert "groups    9 of 18 images" in shown
+    assert "groups    9, with 18 images" in shown
     assert "images_per_class=2: not applied here" in shown and "images    18" in shown
     assert r"source: in.tar?images_per_class=2&group=(\d)+ *\.&seed=1" in shown

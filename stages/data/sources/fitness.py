@@ -1,0 +1,34 @@
+"""Whether what was read of a source is fit for a batch: nothing is written of one that is not."""
+
+from stages.data.sources.account import NO_GROUP, Seen
+from stages.data.sources.dispatch import Source
+from stages.data.sources.subset import check_classes
+from stages.runtime.command import StageError
+
+
+def check_fitness(source: Source, seen: Seen, role: str = "") -> None:
+    """Checks what all parts held.
+
+    Args:
+        source: as it was listed.
+        seen: of all its parts.
+        role: of the batch; empty: not known yet.
+
+    Raises:
+        StageError: no image is taken, a class that was asked for is not there, the role needs labels that it does not
+            have, or a grouping groups nothing.
+    """
+    check_classes(source.text, source.choice, seen.classes)
+    if not seen.classes and not source.choice.labelled_only:
+        raise StageError(f"source {source.text} holds no file")
+    labelled = seen.classes != {""} and not source.choice.unlabelled
+    if not seen.classes or (role == "finetune" and not labelled):
+        unlabelled = [what for what in sorted(seen.noted) if what.startswith("unlabelled")]
+        why = "; ".join([*source.notes, *unlabelled][:5])
+        where = f"{why}. Where there are none: role: pretrain" if why else "role: pretrain"
+        raise StageError(f"source {source.text} has no labels, and fine-tuning needs them: {where}")
+    if source.grouping.text and not seen.groups:
+        raise StageError(
+            f"source {source.text}: `group={source.grouping.text}` puts no image into a group (the first is "
+            f"{seen.noted[NO_GROUP].name}, without its split and class)"
+        )
