@@ -26,10 +26,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Seconds of these files on one core; the others take less. The longest begin first, so that the workers end together.
 LONG = {
-    "test_repro.py": 200, "test_processes.py": 130, "test_versioning.py": 75, "test_export.py": 65, "test_register.py": 50,
-    "test_models.py": 45, "test_reproduce.py": 45, "test_loop.py": 45, "test_augmentations.py": 45, "test_ingest.py": 40,
-    "test_search.py": 40, "test_promotion.py": 35, "test_examine.py": 25, "test_shard.py": 25, "test_label_queue.py": 20,
-    "test_validate.py": 20, "test_planted.py": 20, "test_evaluate.py": 15, "test_self_supervision.py": 15,
+    "test_repro.py": 200, "test_processes.py": 130, "test_versioning.py": 75, "test_export.py": 65,
+    "test_register.py": 50, "test_models.py": 45, "test_reproduce.py": 45, "test_loop.py": 45,
+    "test_augmentations.py": 45, "test_ingest.py": 40, "test_search.py": 40, "test_promotion.py": 35,
+    "test_examine.py": 25, "test_shard.py": 25, "test_label_queue.py": 20, "test_validate.py": 20,
+    "test_planted.py": 20, "test_evaluate.py": 15, "test_self_supervision.py": 15,
 }  # fmt: skip
 
 
