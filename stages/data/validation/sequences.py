@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from stages.data.validation.hamming_pairs import BITS
 
-NUMBERED = r"^(?P<prefix>.*?)(?P<number>\d{1,18})(?P<rest>\D*)$"
-"""The last number of a name, and what stands before it."""
+NUMBERED = r"^[^/]*/[^/]*/[^/]*/(?P<prefix>.*?)(?P<number>\d{1,18})(?P<rest>\D*)$"
+"""Of a key: the last number of the name, and what stands before it."""
 LARGE = 20
 """Images of one prefix that are compared among themselves; smaller ones (a few views of a thing) with their class."""
 PAIRS = 10
@@ -47,12 +49,13 @@ def _sequences(rows: pd.DataFrame) -> dict[str, object]:
     if not found:
         return {}
     frames = pd.concat(found)
+    names = [key.split("/", 3)[3] for key in frames["key"].iloc[:2]]
     apart, chance = zip(*map(_distances, found), strict=True)
     return {
         "sequences": len(found),
         "frames": len(frames),
-        "first": frames["name"].iloc[0],
-        "second": frames["name"].iloc[1],
+        "first": names[0],
+        "second": names[1],
         "apart": float(np.concatenate(apart).mean()),
         "apart_by_chance": float(np.average(chance, weights=list(map(len, found)))),
         "advice": BY_PREFIX if frames["prefix"].nunique() > 1 else ONE_PREFIX,
@@ -61,11 +64,12 @@ def _sequences(rows: pd.DataFrame) -> dict[str, object]:
 
 def _blocks(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Numbered images in the order of their numbers: those of one long prefix, or of a class's short ones."""
-    name = rows["key"].str.split("/", n=3).str[3]
-    parts = name.str.extract(NUMBERED)
-    rows = rows.assign(name=name, prefix=parts["prefix"], number=pd.to_numeric(parts["number"]))
-    rows = rows.dropna(subset="prefix").sort_values(["class_name", "prefix", "number", "name"])
-    size = rows.groupby(["class_name", "prefix"])["name"].transform("size")
+    parts = pc.extract_regex(pa.array(rows["key"], pa.string()), NUMBERED)
+    rows, parts = rows[parts.is_valid().to_numpy(zero_copy_only=False)], parts.drop_null()
+    prefix, number = pc.struct_field(parts, "prefix"), pc.struct_field(parts, "number").cast(pa.int64())
+    rows = rows.assign(prefix=prefix.to_pandas().to_numpy(), number=number.to_numpy())
+    rows = rows.sort_values(["class_name", "prefix", "number", "key"])
+    size = rows.groupby(["class_name", "prefix"])["key"].transform("size")
     rows["block"] = rows["prefix"].where(size >= LARGE, "")
     for _, block in rows.groupby(["class_name", "block"]):
         if len(block) > PAIRS:

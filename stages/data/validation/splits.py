@@ -73,14 +73,13 @@ def known_sides(groups: Iterable[str], splits: Iterable[str]) -> pd.Series:
     """The side of each group, by its name; `train` where any image was trained on, else `test`, else `val`.
 
     Args:
-        groups: of each image; empty: none.
-        splits: of each image.
+        groups: of each image that is in one.
+        splits: of each.
     """
     rank = {side: number for number, side in enumerate(SIDES)} | {"fresh": SIDES.index("test")}
     known: dict[str, int] = {}
     for group, split in zip(groups, splits, strict=True):
-        if group:
-            known[group] = max(known.get(group, 0), rank[split])
+        known[group] = max(known.get(group, 0), rank[split])
     return pd.Series({group: SIDES[number] for group, number in known.items()}, dtype=object)
 
 

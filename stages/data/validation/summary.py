@@ -30,6 +30,8 @@ def summary(
     table: dict[str, Any] = {row["batch"]: row for row in result.batch_table.to_dict("records")}
     good = images["reason"] == ""
     splits = images[good].groupby(["batch", "split"]).size()
+    # Where groups of earlier batches put their images: to `train`, or to what is held out.
+    bound = images[good & (images["bound"] != "")].groupby(["batch", "split"]).size()
     reasons = images[~good].groupby(["batch", "reason"]).size()
     noted = pd.concat(
         [images["batch"].iloc[rows].to_frame().assign(name=name) for name, rows in result.noted.items()]
@@ -51,6 +53,7 @@ def summary(
                 "quarantined": int(table[name]["quarantined"]),
                 "share_quarantined": round(float(table[name]["share_quarantined"]), 6),
                 "splits": _counts(splits, name),
+                "bound": _counts(bound, name),
                 "quarantined_by": _counts(reasons, name),
                 "noted_by": _counts(notes, name),
                 "accept_drift": batch.accept_drift,

@@ -51,6 +51,9 @@ def validate(batches: dict[str, Batch], split: Split, limits: Validate) -> None:
     write_outputs(result, batches)
     for name, counts in report["batches"].items():
         logger.info("validate %s: %d accepted, %d quarantined", name, counts["accepted"], counts["quarantined"])
+        if counts["bound"]:
+            placed = ", ".join(f"{number:,} in {split}" for split, number in counts["bound"].items())
+            logger.info("validate %s: images whose group earlier batches have: %s", name, placed)
 
 
 def thumbnail_cache() -> Path:
@@ -123,7 +126,8 @@ def assign(images: pd.DataFrame, batches: dict[str, Batch], limits: Split) -> No
         split = pd.Series(assign_splits(rows, batch.role, later, limits, sides), rows.index)
         images.loc[rows.index, "split"] = split
         images.loc[rows.index, "bound"] = rows["group"].map(sides).astype(object).fillna("")
-        sides = known_sides([*sides.index, *rows["group"]], [*sides, *split])
+        if (grouped := rows["group"] != "").any():
+            sides = known_sides([*sides.index, *rows["group"][grouped]], [*sides, *split[grouped]])
     del images["counts"]
 
 
