@@ -5,7 +5,7 @@
 
 import argparse
 
-from stages.params.batches import load_batch
+from stages.params.batches import load_batch, load_batches
 from stages.runtime import layout
 from stages.runtime.command import run
 
@@ -26,7 +26,8 @@ def main() -> None:
     batch = load_batch(name)
     from stages.data.sources.ingesting import ingest
 
-    ingest(name, batch)
+    first = next(name for name, each in load_batches().items() if each.role == batch.role)
+    ingest(name, batch, is_first=name == first)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stages.data.raw.images import SOURCE_SUFFIXES
-from stages.data.sources.archives import archive, first_image
+from stages.data.sources.archives import ArchiveNames, GoOn, archive_names, archives, is_webdataset, is_zip
 from stages.data.sources.folders import (
     flat_folder,
     image_folder,
@@ -19,6 +19,8 @@ from stages.data.sources.folders import (
     tiny_imagenet,
 )
 from stages.data.sources.grouping import COLUMN, FIELD, Grouping, group_field
+from stages.data.sources.layouts import KEYS as LAYOUT_KEYS
+from stages.data.sources.layouts import Options
 from stages.data.sources.locations import Entry, Location
 from stages.data.sources.official import TRAIN, VAL, is_official, official
 from stages.data.sources.parquet import Columns, parquet_shards
@@ -29,8 +31,12 @@ from stages.data.sources.uri import ARCHIVES, CHECKSUMS, SUBSET, SourceUri, expa
 from stages.data.sources.webdataset import Fields, webdataset_shards
 from stages.runtime.command import StageError
 
-LAYOUT = "3"
+LAYOUT = "6"
 """Raised when the same source gives other tars than before, or another done.json: work begun is then of no use."""
+
+FIRST_NAMES = 1_000
+"""So many tell whether the first of several tars is a webdataset shard."""
+WEBDATASET_KEYS = {"image", "label", "class_names"}
 
 
 class FolderKind(NamedTuple):
@@ -46,9 +52,8 @@ FOLDER_KINDS = (
     FolderKind(is_kaggle, kaggle),
     FolderKind(is_tiny_imagenet, tiny_imagenet),
     FolderKind(is_flat, flat_folder),
-    FolderKind(lambda *_: True, image_folder),
 )
-"""The first one that recognises a folder reads it."""
+"""The first one that recognises a folder reads it; `image_folder` all others."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Source:
         return f"{image.class_name}/{image.name}" if self.choice.unlabelled and image.class_name else image.name
 
 
-def read_source(text: str, incoming: Path | str) -> Source:
+def read_source(text: str, incoming: Path | str, go_on: GoOn | None = None) -> Source:
     """A source as its parts, sorted by split and class or by file; images are read only when asked for.
 
     `num_classes` and `images_per_class` of archives and shards first read the names of everything in them.
@@ -99,6 +104,7 @@ def read_source(text: str, incoming: Path | str) -> Source:
     Args:
         text: URI of the source; a relative path resolves against `incoming`.
         incoming: folder of deliveries, or a URL of one.
+        go_on: asked after each name in an archive; where it says no, the names so far tell the layout (a preview).
 
     Raises:
         StageError: no such source, or nothing in it that is a class of images.
@@ -112,7 +118,7 @@ def read_source(text: str, incoming: Path | str) -> Source:
         chosen = replace(uri, query={key: value for key, value in uri.query.items() if key != "images_per_class"})
     else:
         location, chosen = Location.of(uri.address, incoming), uri
-        listed, is_remote = _listed(uri, location, incoming), not location.is_local
+        listed, is_remote = _listed(uri, location, incoming, go_on), not location.is_local
     if not any(isinstance(part, ShardPart) for part in listed.parts):
         group_field(uri, "")
     parts, choice = choose(chosen, listed.parts, incoming)
@@ -121,35 +127,30 @@ def read_source(text: str, incoming: Path | str) -> Source:
     return Source(text, parts, choice, is_remote, listed.layout, listed.notes, listed.left_out, asked, left, grouping)
 
 
-def _listed(uri: SourceUri, location: Location, incoming: Path | str) -> Listed:
+def _listed(uri: SourceUri, location: Location, incoming: Path | str, go_on: GoOn | None) -> Listed:
     path = location.address.partition("?")[0]
     if "{" in path or "*" in path:
-        return _shards(uri, expanded(uri, location), incoming)
-    if path.endswith((".parquet", *ARCHIVES)):
+        return _shards(uri, expanded(uri, location), incoming, go_on)
+    if path.lower().endswith((".parquet", *ARCHIVES)) and not (location.is_local and location.is_folder()):
         if not location.is_file():
             raise missing_source(uri, f"the file {location}")
-        if path.endswith(".parquet") or len(first_image(location)) == 1:
-            return _shards(uri, [location], incoming)
-        uri.check(*CHECKSUMS)
-        return archive(location, uri.checksum())
+        return _shards(uri, [location], incoming, go_on)
     if not location.is_folder():
         raise missing_source(uri, f"the folder {location}")
     entries = location.entries()
     if shards := _shards_below(location, entries):
-        if len(shards) == 1 and not shards[0].name.endswith(".tar"):  # rather an archive of class folders
-            return _listed(uri, shards[0], incoming)
-        return _shards(uri, shards, incoming)
+        return _shards(uri, shards, incoming, go_on)
+    kind = next((kind for kind in FOLDER_KINDS if kind.recognises(location, entries)), None)
+    if kind is None:
+        uri.check(*LAYOUT_KEYS)
+        return image_folder(location, Options.of(uri))
     uri.check()
-    kind = next(kind for kind in FOLDER_KINDS if kind.recognises(location, entries))
-    listed = kind.listed(location)
-    if not listed.parts and kind.listed is image_folder:
-        raise StageError(f"source {uri.text}: {location} holds no class folder (expected CLASS/*, or train/CLASS/*)")
-    return listed
+    return kind.listed(location)
 
 
-def _shards(uri: SourceUri, shards: list[Location], incoming: Path | str) -> Listed:
-    """Parquet files or webdataset tars, told by their suffix."""
-    suffixes = {shard.name.partition("?")[0].rpartition(".")[2] for shard in shards}
+def _shards(uri: SourceUri, shards: list[Location], incoming: Path | str, go_on: GoOn | None) -> Listed:
+    """Parquet files, webdataset tars, or archives of class folders: told by suffix, and by the names in them."""
+    suffixes = {shard.name.partition("?")[0].lower().rpartition(".")[2] for shard in shards}
     named = _without_common(shards)
     if suffixes == {"parquet"}:
         uri.check("image", "label")
@@ -157,11 +158,28 @@ def _shards(uri: SourceUri, shards: list[Location], incoming: Path | str) -> Lis
         return parquet_shards(named, uri.text, Columns(*given, group_field(uri, COLUMN)))
     if "parquet" in suffixes:
         raise StageError(f"source {uri.text} mixes Parquet files with others; name those to read, with `*`")
+    if (names := _names_in(uri, named, go_on)) is not None:
+        uri.check(*LAYOUT_KEYS, *(CHECKSUMS if len(shards) == 1 else ()))
+        return archives(names, named, Options.of(uri), uri)
     uri.check("image", "label", "class_names")
     image = uri.query.get("image")
-    names, labelled = uri.class_names(incoming), uri.unlabelled() != "true"
-    fields = Fields(image and image.lower(), uri.query.get("label"), names, labelled, group_field(uri, FIELD))
+    class_names, labelled = uri.class_names(incoming), uri.unlabelled() != "true"
+    fields = Fields(image and image.lower(), uri.query.get("label"), class_names, labelled, group_field(uri, FIELD))
     return webdataset_shards(named, uri.text, fields)
+
+
+def _names_in(uri: SourceUri, named: dict[str, Location], go_on: GoOn | None) -> dict[str, ArchiveNames] | None:
+    """The names in archives of class folders; None for webdataset shards, which the first of several tells."""
+    first = next(iter(named.values()))
+    if not any(map(is_zip, named.values())):
+        if uri.query.keys() & WEBDATASET_KEYS:
+            return None
+        names = archive_names(first, go_on, FIRST_NAMES if len(named) > 1 else None)
+        if is_webdataset(names):
+            return None
+        if len(named) == 1:
+            return {next(iter(named)): names}
+    return {below: archive_names(location, go_on) for below, location in named.items()}
 
 
 def _without_common(shards: list[Location]) -> dict[str, Location]:
@@ -171,7 +189,7 @@ def _without_common(shards: list[Location]) -> dict[str, Location]:
     while all(len(each) > common + 1 and each[common] == parts[0][common] for each in parts):
         common += 1
     return {
-        re.sub(r"(\.parquet|\.tar|\.tar\.gz|\.tgz|\.tar\.bz2)$", "", "/".join(each[common:])): shard
+        re.sub(r"(?i)(\.parquet|\.zip|\.tar|\.tar\.gz|\.tgz|\.tar\.bz2)$", "", "/".join(each[common:])): shard
         for each, shard in zip(parts, shards, strict=True)
     }
 
@@ -184,16 +202,21 @@ def _shards_below(folder: Location, entries: list[Entry], depth: int = 3) -> lis
         name.lower().endswith(SOURCE_SUFFIXES) for name in files
     ):
         return []
-    for suffixes in ((".parquet",), ARCHIVES):
-        if any(name.endswith(suffixes) for name in files):
-            return [folder.child(entry.name) for entry in folder.files_below() if entry.name.endswith(suffixes)]
     folders = [entry.name for entry in entries if entry.is_folder]
+    for suffixes in ((".parquet",), ARCHIVES):
+        if any(name.lower().endswith(suffixes) for name in files):
+            found = [entry.name for entry in folder.files_below()]
+            # Others have folders of images and, beside them, an archive of labels or the one that they came from.
+            if folders and any(name.lower().endswith(SOURCE_SUFFIXES) for name in found):
+                return []
+            return [folder.child(name) for name in found if name.lower().endswith(suffixes)]
     # A folder of class folders has a thousand of them: the first one tells what is in the others.
     if depth and folders:
         first = folder.child(folders[0])
         if _shards_below(first, first.entries(), depth - 1):
             names = [entry.name for entry in folder.files_below()]
-            return [folder.child(name) for name in names if name.endswith((".parquet", *ARCHIVES))]
+            if not any(name.lower().endswith(SOURCE_SUFFIXES) for name in names):
+                return [folder.child(name) for name in names if name.lower().endswith((".parquet", *ARCHIVES))]
     return []
 
 

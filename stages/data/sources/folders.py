@@ -1,16 +1,34 @@
 """Folders of images: classes, with or without splits; the layouts of Tiny ImageNet and Kaggle; images alone."""
 
-import csv
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import NamedTuple
 
 from stages.data.raw.images import SOURCE_SUFFIXES
-from stages.data.sources.locations import Entry, Location, check_size
+from stages.data.sources.label_tables import DEVKIT, LABELS, annotations, kaggle_labels, labels_beside, tables_in
+from stages.data.sources.layouts import (
+    ABOVE,
+    OUTSIDE,
+    SYSTEM,
+    Inside,
+    Layout,
+    Options,
+    Path,
+    Root,
+    count_inside,
+    is_image,
+    is_junk,
+    may_be_image,
+    no_labels,
+    some,
+    understand,
+    unlabelled_splits,
+)
+from stages.data.sources.locations import Entry, Hidden, Location, check_size
 from stages.data.sources.parts import (
-    SPLITS,
     Image,
     LeftOut,
     Listed,
@@ -18,6 +36,7 @@ from stages.data.sources.parts import (
     Noted,
     Part,
     check_class,
+    hidden_files,
     stamp_of,
 )
 from stages.runtime.command import StageError
@@ -26,7 +45,6 @@ PIECE = 20_000
 """Files. A larger class is read in pieces, so that no single one keeps the others waiting at the end."""
 LISTED_AT_ONCE = 16
 """Folders: a store far away answers one after the other slowly, and several at once as fast as one."""
-LABELS = "LOC_val_solution.csv"
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,9 @@ class ClassFiles(Part):
             StageError: one cannot be read, or the folder is no longer as it was listed.
         """
         for entry in self._entries():
+            if is_junk(entry.name):
+                yield LeftOut(f"{self.split}/{self.class_name}/{entry.name}", SYSTEM)
+                continue
             with self.folder.child(entry.name).open_listed(entry.size) as data:
                 size = entry.size
                 if size < 0:  # a listing of a web server
@@ -66,7 +87,9 @@ class ClassFiles(Part):
 
     def names(self) -> Iterator[Name | LeftOut | Noted]:
         for entry in self._entries():
-            yield Name(self.split, self.class_name, entry.name)
+            is_left_out = is_junk(entry.name)
+            shown = f"{self.split}/{self.class_name}/{entry.name}"
+            yield LeftOut(shown, SYSTEM) if is_left_out else Name(self.split, self.class_name, entry.name)
 
     def _entries(self) -> Iterable[Entry]:
         if self.chosen is not None:
@@ -85,27 +108,169 @@ class _Class(NamedTuple):
     folder: Location
 
 
-def image_folder(folder: Location) -> Listed:
-    """`train/CLASS/*` with `val/` and `test/` where there are any, or one level of classes.
+@dataclass
+class _Listing:
+    """A class folder as it was listed; its files only where they are many."""
+
+    inside: Inside
+    stamp: str
+    files: int
+    entries: list[Entry] | None
+
+
+class FolderTree:
+    """The folders of a source, listed as far as its layout asks."""
+
+    def __init__(self, folder: Location) -> None:
+        self.where, self._folder, self.hidden = str(folder), folder, Hidden()
+        self._entries: dict[Path, list[Entry]] = {}
+        self._lock = Lock()
+        self.listings: dict[Path, _Listing] = {}
+
+    def at(self, path: Path) -> Location:
+        """Where a folder is."""
+        return self._folder.child("/".join(path))
+
+    def entries(self, path: Path) -> list[Entry]:
+        """What a folder holds."""
+        if path not in self._entries:
+            self._entries[path] = self.at(path).entries(self.hidden)
+        return self._entries[path]
+
+    def folders(self, path: Path) -> list[str]:
+        return [entry.name for entry in self.entries(path) if entry.is_folder]
+
+    def direct(self, path: Path) -> Inside:
+        return count_inside(entry.name for entry in self.entries(path) if not entry.is_folder)
+
+    def inside(self, paths: Sequence[Path]) -> list[Inside]:
+        new = [path for path in paths if path not in self.listings]
+        with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
+            self.listings |= dict(zip(new, pool.map(self._listing, new), strict=True))
+        return [self.listings[path].inside for path in paths]
+
+    def _listing(self, path: Path) -> _Listing:
+        hidden = Hidden()
+        found = self.at(path).files_below(hidden)
+        with self._lock:
+            self.hidden.files += hidden.files
+            self.hidden.name = min(
+                filter(None, (self.hidden.name, "/".join((*path, hidden.name)) if hidden.name else "")), default=""
+            )
+        inside = count_inside(entry.name for entry in found)
+        return _Listing(inside, stamp_of(found), len(found), found if len(found) > PIECE else None)
+
+
+def image_folder(folder: Location, options: Options) -> Listed:
+    """Class folders, in split folders or not, below any number of folders around all (layouts.py).
 
     Raises:
-        StageError: split folders lie beside others, or a class has no file.
+        StageError: there are none, the folders can be read in more than one way, a split has no labels, or a class has
+            no file.
     """
-    children = _folders(folder)
-    layout = "class folders"
-    if "train" in children and set(children) <= set(SPLITS):
-        layout = "split folders with class folders"
-        classes = [
-            _Class(split, name, folder.child(f"{split}/{name}"))
-            for split in children
-            for name in _folders(folder.child(split))
-        ]
-    elif any(_folders(folder.child(name)) for name in children if name in SPLITS):
-        others = ", ".join(sorted(set(children) - set(SPLITS))) or "no `train`"
-        raise StageError(f"{folder} mixes split folders with others ({others}); expected train/ val/ test/, or classes")
-    else:
-        classes = [_Class("all", name, folder.child(name)) for name in children]
-    return Listed(layout, _listed(classes))
+    tree = FolderTree(folder)
+    layout = understand(tree, options)
+    parts: list[Part] = []
+    left_out: list[LeftOut] = []
+    bare = unlabelled_splits(layout)
+    for root in layout.roots:
+        if root in bare:
+            of_split, without = _from_table(tree, layout, root)
+            parts += of_split
+            left_out += without
+        elif root.is_flat:
+            parts += _pieces(ClassFiles(root.split, "", tree.at(root.path), ""), tree.at(root.path).files_below())
+        else:
+            parts += _classes(tree, layout, root)
+    left_out += [*_outside(tree, layout), *hidden_files(tree.hidden)]
+    return Listed(layout.words, parts, tuple(layout.notes), tuple(left_out))
+
+
+def _classes(tree: FolderTree, layout: Layout, root: Root) -> Iterator[Part]:
+    """The classes of a root, in the order of their names."""
+    paths = [path for path in layout.classes if path[: len(root.path)] == root.path]
+    if layout.unlabelled and (above := _direct_images(tree, root.path)):
+        yield from _pieces(ClassFiles(root.split, "", tree.at(root.path), ""), above)
+    if layout.level > 1:
+        yield from _deep_classes(tree, layout, root, paths)
+        return
+    for path in paths:
+        listing = tree.listings[path]
+        name = check_class(path[-1], str(tree.at(path)))
+        whole = ClassFiles(root.split, name, tree.at(path), listing.stamp, file_count=listing.files)
+        yield from [whole] if listing.entries is None else _pieces(whole, listing.entries)
+
+
+def _deep_classes(tree: FolderTree, layout: Layout, root: Root, paths: list[Path]) -> Iterator[Part]:
+    """Classes some levels down: folders of one name are one class, and the folders above are part of a file's name."""
+    classes: dict[str, list[Path]] = {}
+    for path in paths:
+        classes.setdefault(layout.class_of(root, path), []).append(path)
+    for name, of in sorted(classes.items()):
+        entries = []
+        for path in of:
+            above = "/".join(path[len(root.path) :])
+            entries += [entry._replace(name=f"{above}/{entry.name}") for entry in tree.at(path).files_below()]
+        yield from _pieces(ClassFiles(root.split, check_class(name, tree.where), tree.at(root.path), ""), entries)
+
+
+def _direct_images(tree: FolderTree, path: Path) -> list[Entry]:
+    """Images in a folder itself, with their sizes."""
+    names = [entry.name for entry in tree.entries(path) if not entry.is_folder and is_image(entry.name)]
+    return [tree.at(path).child(name).entry()._replace(name=name) for name in names]
+
+
+def _from_table(tree: FolderTree, layout: Layout, root: Root) -> tuple[list[Part], list[LeftOut]]:
+    """The images of a split without class folders, labelled by a table beside them; and what it does not name.
+
+    Raises:
+        StageError: there is no such table.
+    """
+    folder, shown = tree.at(root.path), "/".join(root.path)
+    entries = {entry.name: entry for entry in folder.files_below() if may_be_image(entry.name.rpartition("/")[2])}
+    places = [tree.at(root.path[:depth]) for depth in range(len(root.path), -1, -1)]
+    classes = {path[-1] for path in layout.classes}
+    found = labels_beside(places, {name.rpartition("/")[2] for name in entries}, classes)
+    if found is None:
+        tables = tables_in(places)
+        beside = f" ({some(tables)} beside it names other files or other classes)" if tables else ""
+        hint = f"Put a table of labels beside it, as {LABELS}, {DEVKIT}, or a CSV of file names and classes{beside}."
+        raise no_labels(tree.where, root, len(entries), hint)
+    labels, table = found
+    layout.notes.append(f"{shown}/ has no class folders; its labels are from {table.name}")
+    of: dict[str, list[Entry]] = {}
+    left_out = []
+    for name, entry in entries.items():
+        class_name = labels.get(name.rpartition("/")[2])
+        if class_name in classes:
+            of.setdefault(class_name, []).append(entry)
+        else:
+            left_out.append(LeftOut(f"{shown}/{name}", NOT_NAMED if class_name is None else NO_CLASS))
+    parts: list[Part] = [
+        ClassFiles(root.split, check_class(name, str(table)), folder, stamp_of(files), _without_stamps(files))
+        for name, files in sorted(of.items())
+    ]
+    return parts, left_out
+
+
+NOT_NAMED = "image that the table of labels does not name"
+NO_CLASS = "image whose label in the table is no class of train"
+
+
+def _outside(tree: FolderTree, layout: Layout) -> Iterator[LeftOut]:
+    """Folders that are not read, and files above the class folders."""
+    for path, why in sorted(layout.dropped.items()):
+        if files := tree.at(path).files_below():
+            yield LeftOut(f"{'/'.join(path)}/{files[0].name}", why, len(files))
+    above = {root.path[:depth] for root in layout.roots for depth in range(len(root.path))}
+    inner = {path[:depth] for path in layout.classes for depth in range(len(path))}
+    for path in sorted(above | inner):
+        if layout.unlabelled and path in {root.path for root in layout.roots}:
+            continue
+        names = [entry.name for entry in tree.entries(path) if not entry.is_folder]
+        for why, fits in ((ABOVE, True), (OUTSIDE, False)):
+            if these := [name for name in names if is_image(name) == fits]:
+                yield LeftOut("/".join((*path, these[0])), why, len(these))
 
 
 def tiny_imagenet(folder: Location) -> Listed:
@@ -117,15 +282,7 @@ def tiny_imagenet(folder: Location) -> Listed:
     table = folder.child("val/val_annotations.txt")
     if not table.is_file() or not folder.child("train").is_folder():
         raise StageError(f"{folder} has wnids.txt, but not Tiny ImageNet's train/ and val/val_annotations.txt")
-    labels = {}
-    for number, line in enumerate(table.lines(), start=1):
-        name, tab, rest = line.partition("\t")
-        class_name = rest.split("\t")[0]
-        if not tab or not class_name:
-            raise StageError(f"{table}, line {number}: expected a file name, a tab and a wnid, found {line!r}")
-        if name in labels:
-            raise StageError(f"{table}, line {number}: {name} is in it twice")
-        labels[name] = class_name
+    labels = annotations(table)
     train = folder.child("train")
     classes = [_Class("train", name, train.child(f"{name}/images")) for name in _folders(train)]
     val, left_out = _labelled("val", folder.child("val/images"), labels, table)
@@ -157,24 +314,6 @@ def kaggle(folder: Location) -> Listed:
 
 
 KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
-
-
-def kaggle_labels(table: Location) -> dict[str, str]:
-    """File name -> wnid, of a LOC_val_solution.csv.
-
-    Raises:
-        StageError: it is something else.
-    """
-    rows = csv.reader(table.lines())
-    if (head := next(rows, [])) != ["ImageId", "PredictionString"]:
-        raise StageError(f"{table}: expected the columns ImageId,PredictionString, found {','.join(head)[:200]!r}")
-    labels = {}
-    for row in rows:
-        words = row[1].split() if len(row) == 2 else []
-        if not words or f"{row[0]}.JPEG" in labels:
-            raise StageError(f"{table}, line {rows.line_num}: expected a new ImageId and a wnid, found {row!r}")
-        labels[f"{row[0]}.JPEG"] = check_class(words[0], f"{table}, line {rows.line_num}")
-    return labels
 
 
 def flat_folder(folder: Location, split: str = "all") -> Listed:

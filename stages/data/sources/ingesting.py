@@ -22,8 +22,10 @@ WAITING = 4
 """How many parts of a remote source are read per core: most of the time they wait for the store."""
 
 
-def ingest(name: str, batch: Batch) -> None:
+def ingest(name: str, batch: Batch, is_first: bool = True) -> None:
     """Writes the raw tars of a batch, from where a killed run left off.
+
+    `is_first`: of its role. Later ones to fine-tune on may be of one class, if only that has new images.
 
     Raises:
         StageError: there is no such source, or it is damaged, empty, without labels that the batch needs, or not the
@@ -40,9 +42,9 @@ def ingest(name: str, batch: Batch) -> None:
     except ChangedError:
         shutil.rmtree(work)
         raise
-    check_fitness(source, seen, batch.role)
+    check_fitness(source, seen, batch.role, is_first)
+    of_source = account(source, seen)
     with replaced_directory(layout.raw(batch.role, name)) as aside:
-        of_source = account(source, seen)
         write_json(aside / layout.ACCOUNT, of_source)
         count = assemble([made[part] for part in sorted(made)], work, aside)
         if batch.digest and raw_digest(aside) != batch.digest:

@@ -1,24 +1,20 @@
 """The official ILSVRC2012 archives, as downloaded: a tar of class tars for train, a flat tar for val, labels beside."""
 
-import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-from scipy.io import loadmat
-
-from stages.data.sources.folders import LABELS, kaggle_labels
-from stages.data.sources.locations import LARGEST_TABLE, Entry, Hidden, Location
+from stages.data.sources.label_tables import DEVKIT, LABELS, devkit_labels, kaggle_labels
+from stages.data.sources.locations import Entry, Hidden, Location
 from stages.data.sources.parts import Image, LeftOut, Listed, Noted, Part, Unique, check_class, hidden_files, stamp_of
-from stages.data.sources.tars import Readable, StreamSection, decompressed, members, opened
+from stages.data.sources.tars import Readable, StreamSection, members, opened
 from stages.runtime.command import StageError
 
 logger = logging.getLogger(__name__)
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 LARGEST_CLASS = 2**36
 """Bytes of the tar of a class."""
-DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 
 @dataclass(frozen=True)
@@ -121,39 +117,7 @@ def _class_tars(train: Location) -> list[ClassTar]:
 def _val_labels(folder: Location) -> tuple[dict[str, str], Location]:
     devkit, table = folder.child(DEVKIT), folder.child(LABELS)
     if devkit.is_file():
-        return _devkit_labels(devkit), devkit
+        return devkit_labels(devkit), devkit
     if table.is_file():
         return kaggle_labels(table), table
     raise StageError(f"{folder.child(VAL)} has no labels: put {DEVKIT} or {LABELS} beside it")
-
-
-def _devkit_labels(devkit: Location) -> dict[str, str]:
-    """File name -> wnid: the table of val has numbers, and meta.mat tells the wnid of each."""
-    wanted = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
-    with devkit.open() as file:
-        for member in members(decompressed(cast(Readable, file), str(devkit)), str(devkit)):
-            if member.path[-1] in wanted and member.size <= LARGEST_TABLE:
-                wanted[member.path[-1]] = member.data.read()
-    if missing := sorted(name for name, data in wanted.items() if not data):
-        raise StageError(f"{devkit} has no {' and no '.join(missing)}; is this the devkit of tasks 1 and 2?")
-    meta, table = wanted.values()
-    wnids = _wnids(meta, str(devkit))
-    try:
-        return {
-            f"ILSVRC2012_val_{number:08d}.JPEG": wnids[int(line)]
-            for number, line in enumerate(table.decode("ascii").split(), start=1)
-        }
-    except (ValueError, KeyError) as error:
-        raise StageError(f"{devkit}: a line of the ground truth is no ILSVRC2012_ID of meta.mat ({error})") from error
-
-
-def _wnids(meta: bytes, where: str) -> dict[int, str]:
-    """ILSVRC2012_ID -> WNID."""
-    try:
-        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        return {
-            int(number): check_class(str(wnid), where)
-            for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
-        }
-    except (ValueError, KeyError, TypeError, IndexError, NotImplementedError, OSError) as error:
-        raise StageError(f"{where}: meta.mat has no synsets with ILSVRC2012_ID and WNID ({error})") from error

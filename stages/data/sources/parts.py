@@ -1,6 +1,7 @@
 """Parts: a source is a list of them, each readable by itself, in one pass, image after image."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, NamedTuple
@@ -9,6 +10,12 @@ from stages.data.sources.locations import Entry, Hidden, Location, check_name
 from stages.runtime.command import StageError
 
 SPLITS = ("train", "val", "test")
+STRONG = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+STRONG |= {"validate": "val", "test": "test", "testing": "test"}
+SPLIT_WORDS = STRONG | {"trn": "train", "dev": "val", "development": "val", "eval": "val", "evaluation": "val"}
+SPLIT_WORDS |= {"holdout": "test", "tst": "test"}
+"""Of which those that are not in STRONG have other meanings too: alone they tell nothing."""
+ENDINGS = re.compile(r"(?<=[a-z]{3})(sets?|data|images?|imgs?|split|folder)$")
 
 
 class Image(NamedTuple):
@@ -190,12 +197,21 @@ class Unique:
             raise StageError(f"{self._where}: {text} is in it twice; rename one or remove it")
 
 
-def split_in(name: str) -> str | None:
-    """The split that a file or folder name tells: `train-00000-of-00294`, `imagenet-val-000003`, `validation`."""
-    words = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-    words |= {"test": "test", "testing": "test"}
-    letters = "".join(each if each.isalpha() else " " for each in name.lower())
-    return next((words[word] for word in letters.split() if word in words), None)
+def split_in(name: str, strong: bool = False) -> str | None:
+    """The split that a name of a file or folder tells: `train-00000-of-00294`, `imagenet-val-000003`, `TestSet`.
+
+    A name that tells two tells none. `strong`: only words that mean nothing else (`dev` and `eval` may).
+    """
+    known = STRONG if strong else SPLIT_WORDS
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    found = {known[word] for word in (ENDINGS.sub("", word) for word in words) if word in known}
+    return found.pop() if len(found) == 1 else None
+
+
+def is_split_word(name: str) -> bool:
+    """Whether a name is one word for a split, as `Training`, `valid` or `test_set`: no class is called so by chance."""
+    letters = re.sub(r"[\W\d_]+", "", name.lower())
+    return ENDINGS.sub("", letters) in SPLIT_WORDS
 
 
 def splits_of(paths: Iterable[str], where: str) -> dict[str, str]:
@@ -204,14 +220,21 @@ def splits_of(paths: Iterable[str], where: str) -> dict[str, str]:
     Raises:
         StageError: some tell a split and others do not.
     """
-    found = {}
-    for path in paths:
-        folder, _, name = path.rpartition("/")
-        found[path] = split_in(name) or split_in(folder.rpartition("/")[2])
+    found = _splits(paths)
+    if "train" not in found.values():  # `nuclei-dev.tar` alone holds nothing out
+        found = _splits(found, strong=True)
     without = sorted(path for path, split in found.items() if split is None)
     if without and len(without) < len(found):
         raise StageError(f"{where}: the name of {without[0]} tells no split (train, val, test), as those of others do")
     return {path: split or "all" for path, split in found.items()}
+
+
+def _splits(paths: Iterable[str], strong: bool = False) -> dict[str, str | None]:
+    parted = {path: path.rpartition("/") for path in paths}
+    return {
+        path: split_in(name, strong) or split_in(folder.rpartition("/")[2], strong)
+        for path, (folder, _, name) in parted.items()
+    }
 
 
 def check_path(path: str, where: str) -> list[str] | None:

@@ -44,6 +44,11 @@ class Budget:
         """Whether to go on."""
         return self.names > 0 and time.monotonic() < self.ends
 
+    def take(self) -> bool:
+        """One name is read: whether to go on."""
+        self.names -= 1
+        return self.is_left()
+
 
 def preview(text: str, incoming: Path | str) -> str:
     """What ingest would understand of a source, which role fits, and the lines of params.yaml for it.
@@ -56,7 +61,7 @@ def preview(text: str, incoming: Path | str) -> str:
         StageError: ingest would stop; the message is the same.
     """
     text = _found_here(text, incoming)
-    source = read_source(_without(text, COSTLY), incoming)
+    source = read_source(_without(text, COSTLY), incoming, Budget().take)
     seen, read = _names(source, Budget())
     if not read:
         check_fitness(source, seen)

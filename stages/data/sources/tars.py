@@ -229,7 +229,9 @@ def decompressed(file: Readable, where: str) -> Readable:
     if head.startswith(b"BZh"):
         return _Unpacked(cast(IO[bytes], bz2.BZ2File(cast(IO[bytes], resumed))), resumed, where)
     if head.startswith((b"PK\x03\x04", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"Rar!", b"7z")):
-        raise StageError(f"{where} is none of .tar, .tar.gz, .tgz and .tar.bz2; unpack it, or make one of these")
+        raise StageError(
+            f"{where} is none of .tar, .tar.gz, .tgz and .tar.bz2; if it is a zip, name it so; or unpack it"
+        )
     if file.seekable():
         file.seek(0)
         return file
@@ -253,11 +255,21 @@ def opened(location: Location, checksum: tuple[str, str] | None = None) -> Itera
         yield tar
         if isinstance(tar, _Unpacked):
             tar.finish()
-        if checksum and checked and (found := checked.rest()) != checksum[1]:
-            raise ChangedError(
-                f"{location} is not what was asked for: its {checksum[0]} is {found}, and the source says "
-                f"{checksum[1]}. Nothing of it is kept; bring the right file, or correct the source"
-            )
+        if checksum and checked:
+            compare(location, checksum, checked)
+
+
+def compare(location: Location, checksum: tuple[str, str], file: Checked) -> None:
+    """Reads a file to its end and compares its checksum.
+
+    Raises:
+        ChangedError: it is another.
+    """
+    if (found := file.rest()) != checksum[1]:
+        raise ChangedError(
+            f"{location} is not what was asked for: its {checksum[0]} is {found}, and the source says "
+            f"{checksum[1]}. Nothing of it is kept; bring the right file, or correct the source"
+        )
 
 
 class ChangedError(StageError):

@@ -16,7 +16,7 @@ CHECKSUMS = {"sha256": 64, "md5": 32}
 """Digits of each, in hex."""
 MARK = re.compile(r"\?(?=\w+=|$)")
 ENDS_IN_GROUP = re.compile(r"[?&]group=[^&]*\?$")
-ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2")
+ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".zip")
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def expanded(uri: SourceUri, location: Location) -> list[Location]:
     if not found:
         raise missing_source(uri, f"files {location}")
     for shard in found:
-        if not shard.name.partition("?")[0].endswith((".parquet", *ARCHIVES)):
-            raise StageError(f"source {uri.text}: {shard} is neither a Parquet file nor a tar")
+        if not shard.name.partition("?")[0].lower().endswith((".parquet", *ARCHIVES)):
+            raise StageError(f"source {uri.text}: {shard} is neither a Parquet file nor a tar nor a zip")
         if "*" not in location.address and not shard.is_file():
             raise missing_source(uri, f"the file {shard}")
     return sorted(set(found), key=str)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stages.data.sources.dispatch import Source, read_source
-from stages.data.sources.parts import Image, Name
+from stages.data.sources.parts import Image, LeftOut, Name
 from stages.runtime.command import StageError
 
 
@@ -46,7 +46,8 @@ def test_split_folders(tmp_path: Path) -> None:
 def test_one_level_of_classes(tmp_path: Path) -> None:
     put(tmp_path, "pets/cat/1.jpg", "pets/dog/notes.txt", "pets/.git/x", "pets/cat/.DS_Store", "pets/cat/deep/2.jpg")
     source = read_source("pets", tmp_path)
-    assert listed(source) == {"all/cat": ["1.jpg", "deep/2.jpg"], "all/dog": ["notes.txt"]}
+    assert listed(source) == {"all/cat": ["1.jpg", "deep/2.jpg"]}
+    assert source.left_out[0] == LeftOut("dog/notes.txt", "file in a folder without an image")
     images = (each for each in source.parts[0].images() if isinstance(each, Image))
     assert [image.data.read() for image in images] == [b"pets/cat/1.jpg", b"pets/cat/deep/2.jpg"]
 
