@@ -124,6 +124,8 @@ class Archive(Part):
     """Algorithm and expected value, in hex."""
     below: str = ""
     """Its own name, where it is one of several."""
+    prefix: str = ""
+    """Of the names of its images."""
 
     @property
     def title(self) -> str:
@@ -153,7 +155,7 @@ class Archive(Part):
 
     def _placed(self, member: Member) -> Name | LeftOut:
         found = self.layout.place(member.path, str(self.location))
-        return found._replace(name=f"{self.below}/{found.name}") if self.below else found
+        return found._replace(name=f"{self.prefix}{found.name}")
 
 
 def archive_names(location: Location, go_on: GoOn | None = None, most: int | None = None) -> ArchiveNames:
@@ -205,6 +207,8 @@ def archives(found: dict[str, ArchiveNames], at: dict[str, Location], options: O
     Raises:
         StageError: a layout can be read in two ways, or they do not fit together.
     """
+    if samples := sorted(below for below, names in found.items() if names.has_classes_beside and is_zip(at[below])):
+        raise StageError(f"source {uri.text}: {samples[0]} is a zip of webdataset samples (with .cls); make it a tar")
     layouts = {below: _understood(names, options) for below, names in sorted(found.items())}
     notes = list(dict.fromkeys(note for layout in layouts.values() for note in layout.notes))
     if not all(names.is_whole for names in found.values()):
@@ -214,7 +218,12 @@ def archives(found: dict[str, ArchiveNames], at: dict[str, Location], options: O
         part = Archive(at[below], stamp_of([at[below].entry()]), layout, checksum)
         return Listed(f"archive of {layout.words}", [part], tuple(notes))
     _together(layouts, options, uri.text)
-    parts = [Archive(at[below], stamp_of([at[below].entry()]), each, None, below) for below, each in layouts.items()]
+    splits = [root.split for layout in layouts.values() for root in layout.roots]
+    is_apart = len(set(splits)) == len(splits)  # else names of several archives may be the same
+    parts = [
+        Archive(at[below], stamp_of([at[below].entry()]), each, None, below, "" if is_apart else f"{below}/")
+        for below, each in layouts.items()
+    ]
     return Listed(f"{len(parts)} archives of {next(iter(layouts.values())).words}", list(parts), tuple(notes))
 
 
@@ -245,7 +254,12 @@ def _understood(names: ArchiveNames, options: Options) -> Layout:
     layout = understand(names, options)
     for root in unlabelled_splits(layout):
         images = names.inside([root.path])[0].all_images
-        raise no_labels(names.where, root, images, "Unpack it and put a table of labels beside that folder.")
+        raise no_labels(
+            names.where,
+            root,
+            images,
+            "Unpack it and name the folder: a table of labels in it, beside the images, is then read.",
+        )
     return layout
 
 

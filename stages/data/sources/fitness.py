@@ -43,7 +43,9 @@ def _one_class(source: Source, seen: Seen) -> StageError:
     (class_name,) = seen.classes - {""}
     folders = [f"{folder}/" for folder in seen.below.get(class_name, []) if folder]
     below = (
-        f"In it lie {some(folders)}: if these are the classes, add ?class_level=2" if folders else "It has no folders"
+        f"In it lie {some(folders)}: if these are the classes, add ?class_level=N, for how many folders down they are"
+        if folders
+        else "It has no folders"
     )
     return StageError(
         f"source {source.text} was read as one class, {class_name}, and fine-tuning needs two or more. {below}. Else "

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from stages.data.sources.account import Seen
 from stages.data.sources.dispatch import Source, read_source
+from stages.data.sources.fitness import check_fitness
 from stages.data.sources.parts import Name, is_split_word, split_in, splits_of
 from stages.runtime.command import StageError
 from tests.packing import kaggle_table, left_out, write
@@ -259,6 +261,39 @@ def test_several_archives_are_splits_by_their_names(tmp_path: Path) -> None:
             write(tmp_path / suffix / f"{split}.{suffix}", (tmp_path / split / f"in.{suffix}").read_bytes())
     for suffix in ("zip", "tgz", "zip/*.zip"):
         assert set(counts(read_source(suffix, tmp_path))) == {"train/cat", "train/dog", "test/cat", "test/dog"}
+
+
+def test_several_archives_of_one_pool(tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        bring(tmp_path / part, *pets("x"))
+        write(tmp_path / f"parts/{part}.zip", (tmp_path / part / "in.zip").read_bytes())
+    assert counts(read_source("parts", tmp_path)) == {"all/cat": 4, "all/dog": 4}
+    write(tmp_path / "parts/cat.zip", zip_of("1.jpg"))
+    with pytest.raises(StageError, match="cat is one of 3 archives, and its images lie in no class folder"):
+        read_source("parts", tmp_path)
+    write(tmp_path / "wds.zip", zip_of("1.jpg", "1.cls"))
+    with pytest.raises(StageError, match="a zip of webdataset samples"):
+        read_source("wds.zip", tmp_path)
+
+
+def zip_of(*names: str) -> bytes:
+    """A zip of small files."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as packed:
+        for name in names:
+            packed.writestr(name, b"x")
+    return buffer.getvalue()
+
+
+def test_the_first_batch_to_fine_tune_on_has_two_classes(tmp_path: Path) -> None:
+    bring(tmp_path, "PetImages/cat*2", "PetImages/cat/more*2")
+    source, seen = read_source("in", tmp_path), Seen()
+    for item in (item for part in source.parts for item in part.names()):
+        seen.see(item, taken=True)
+    with pytest.raises(StageError, match=r"read as one class, cat, .*In it lie more/"):
+        check_fitness(source, seen, "finetune")
+    check_fitness(source, seen, "finetune", is_first=False)
+    check_fitness(source, seen, "pretrain")
 
 
 def test_an_archive_beside_folders_of_images_does_not_replace_them(tmp_path: Path) -> None:
