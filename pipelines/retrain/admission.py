@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import shutil
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from pipelines.processes.flow_run import run_logger
 from pipelines.retrain import steps
 from pipelines.retrain.batch_list import batches, retracted, with_batch, with_retracted, without_batch
 from pipelines.retrain.branch import Branches, prepare, write_params
-from pipelines.retrain.deliveries import Delivery, find_deliveries, listing
+from pipelines.retrain.deliveries import Delivery, find_deliveries
 from pipelines.retrain.steps import TREE, Retraction, Work, step
 from stages.params.all import check_all
 from stages.runtime import layout
@@ -22,11 +23,17 @@ REFUSAL = TREE / layout.VALIDATION_FAILED
 
 
 def find_new(work: Work, branches: Branches) -> list[Delivery]:
-    """The new deliveries; the report says why others are not taken."""
+    """The new deliveries; the report says why others are not taken.
+
+    Raises:
+        StageError: the folder that SYNSET_INCOMING names is not there, or its store cannot be reached.
+    """
     log = run_logger()
     listed, back = batches(branches.params), list(branches.policy.retracted)
     digest = partial(steps.content_digest, work)
-    found = find_deliveries(steps.incoming(), listed, back, branches.rules, work.memory, digest)
+    if os.environ.get("SYNSET_INCOMING") and not steps.incoming().exists():  # a share that is not mounted, say
+        raise StageError(f"SYNSET_INCOMING is {steps.incoming()}, which is no folder; mount it, or set it right")
+    found = find_deliveries(str(steps.incoming()), listed, back, branches.rules, work.memory, digest)
     for name, why in found.unreadable.items():
         if work.memory.refused.get(name, {}).get("reasons") == [why]:
             work.report.left_alone[name] = f"refused before: {why}"
@@ -65,7 +72,7 @@ def accept(
     try:
         good = _accepted(work, branches, deliveries, retraction)
     except StageError:
-        changed = [each for each in deliveries if listing(steps.incoming() / each.name) != each.listing]
+        changed = [each for each in deliveries if steps.incoming().listing(each.name) != each.listing]
         if not changed:
             # Files may have changed without a trace in their sizes and times: next time, all are read.
             for each in deliveries:

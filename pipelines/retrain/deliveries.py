@@ -4,20 +4,19 @@ A delivery is identified by its listing (names, sizes, times), which is cheap, a
 which is not. Digests and refusals are remembered by listing, so nothing is read twice.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.retrain.incoming import READY, Incoming, UnreachableError, incoming_at
 from stages.params.batches import NAME
 from stages.runtime.command import StageError
 from stages.runtime.files import write_json
 from stages.runtime.yaml_text import is_plain_text
 
-READY = "_READY"
 Digest = Callable[[str], str]
 """Name of a delivery -> the digest of what it holds; raises StageError where that cannot be read as images."""
 
@@ -79,34 +78,42 @@ def remembered(path: Path) -> Memory:
 
 
 def find_deliveries(
-    incoming: Path, batches: Mapping[str, Any], retracted: list[str], rules: str, memory: Memory, digest: Digest
+    incoming: Path | str, batches: Mapping[str, Any], retracted: list[str], rules: str, memory: Memory, digest: Digest
 ) -> FoundDeliveries:
     """The new deliveries in `incoming`, and why the others are not taken.
 
     Args:
+        incoming: a folder, or a URL.
         batches: those that params.yaml lists, as plain values.
         retracted: names of batches that were taken back.
         rules: identifies the rules of validation; a delivery that was refused under other rules is tried again.
+
+    Raises:
+        UnreachableError: the store does not answer.
     """
     found = FoundDeliveries()
     taken: dict[str, str] = {}
     sources = {_folder_of(each) for each in batches.values()}
-    for folder in _folders(incoming):
-        name, batch = shown(folder.name), batch_name(folder.name)
-        if folder.name in sources and batch not in batches:
+    place = incoming_at(incoming)
+    for folder in place.names():
+        name, batch = shown(folder), batch_name(folder)
+        if folder in sources and batch not in batches:
             continue  # no delivery: somebody listed it under a name of their own
+        delivered = _Delivered(place, folder, memory, digest)
         try:
-            why = _known(folder, batch, batches, retracted, memory, digest)
+            why = _known(delivered, batch, batches, retracted)
             if not why and batch not in batches:
-                why = _new(folder, batch, taken, rules, memory, digest, found)
+                why = _new(delivered, batch, taken, rules, found)
             if why:
                 found.left_alone[name] = why
+        except UnreachableError:
+            raise
         except UnstableError as error:
             found.left_alone[name] = str(error)
         except StageError as error:
             found.unreadable[name] = str(error)
         except PermissionError as error:  # who delivers is often another user; the others must not wait for that
-            found.unreadable[name] = f"{error.filename} cannot be read: {error.strerror}"
+            found.unreadable[name] = f"{error.filename or f'{place}/{name}'} cannot be read: {error.strerror or error}"
     return found
 
 
@@ -120,28 +127,58 @@ def batch_name(delivery: str) -> str:
     return next((name for name in (delivery, f"d-{delivery}") if NAME.fullmatch(name) and is_plain_text(name)), "")
 
 
-def listing(folder: Path) -> str:
-    """sha256 over names, sizes and times of all files of a delivery; hidden ones and the mark `_READY` do not count."""
-    lines = sorted(f"{name}\0{size}\0{time}\n" for name, size, time in _files(folder))
-    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+@dataclass(frozen=True)
+class _Delivered:
+    """A folder in the place of deliveries."""
+
+    place: Incoming
+    folder: str
+    memory: Memory
+    read: Digest
+
+    def is_ready(self) -> bool:
+        """Whether it is complete."""
+        return self.place.is_ready(self.folder)
+
+    def listing(self) -> str:
+        """Changes with what it holds."""
+        return self.place.listing(self.folder)
+
+    def digest(self) -> str:
+        """The digest of its contents, remembered by its listing.
+
+        Raises:
+            UnstableError: its listing changed meanwhile.
+            StageError: it cannot be read.
+        """
+        before = self.listing()
+        known = self.memory.digests.get(self.folder, {})
+        if known.get("listing") == before:
+            return known["digest"]
+        try:
+            found = self.read(self.folder)
+        finally:
+            if self.listing() != before:
+                raise UnstableError("still being copied: it changed while it was read")
+        self.memory.digests[self.folder] = {"listing": before, "digest": found}
+        self.memory.save()
+        return found
 
 
-def _known(
-    folder: Path, batch: str, batches: Mapping[str, Any], retracted: list[str], memory: Memory, digest: Digest
-) -> str:
+def _known(delivered: _Delivered, batch: str, batches: Mapping[str, Any], retracted: list[str]) -> str:
     """Why this is nothing new; empty if it may be new, or is accepted and unchanged."""
     if batch in retracted:
         return f"its batch {batch} was taken back"
     if batch not in batches:
         return ""
-    if _folder_of(batches[batch]) != folder.name:
+    if _folder_of(batches[batch]) != delivered.folder:
         return f"params.yaml has another batch {batch}; deliver it under a new name"
     accepted = batches[batch].get("digest")
-    if not accepted or not (folder / READY).is_file():
+    if not accepted or not delivered.is_ready():
         return ""
     try:
-        same = _digest(folder, memory, digest) == accepted
-    except UnstableError:
+        same = delivered.digest() == accepted
+    except (UnstableError, UnreachableError):
         raise
     except StageError:  # emptied, say
         same = False
@@ -155,74 +192,22 @@ def _folder_of(batch: Any) -> str:
     return source.partition("?")[0].rstrip("/")
 
 
-def _new(
-    folder: Path, batch: str, taken: dict[str, str], rules: str, memory: Memory, digest: Digest, found: FoundDeliveries
-) -> str:
+def _new(delivered: _Delivered, batch: str, taken: dict[str, str], rules: str, found: FoundDeliveries) -> str:
     """Adds a delivery to those found ready, or returns the reason why not."""
-    name = shown(folder.name)
-    if not (folder / READY).is_file():
+    name = shown(delivered.folder)
+    if not delivered.is_ready():
         return f"incomplete: it holds no {READY}"
     if not batch:
         return "its name cannot become that of a batch (a-z, 0-9, _ and -, up to 61 of them); rename the folder"
     if batch in taken:
         return f"its batch would be {batch}, as that of {taken[batch]}; rename the folder"
     taken[batch] = name
-    now = listing(folder)
-    refused = memory.refused.get(name, {})
+    now = delivered.listing()
+    refused = delivered.memory.refused.get(name, {})
     if refused.get("rules") == rules and refused.get("listing") == now:
         return f"refused before: {'; '.join(refused['reasons'])}"
-    content = _digest(folder, memory, digest)
+    content = delivered.digest()
     if refused.get("rules") == rules and refused.get("digest") == content:
         return f"refused before: {'; '.join(refused['reasons'])}"
-    found.ready.append(Delivery(name, batch, memory.digests[name]["listing"], content))
+    found.ready.append(Delivery(name, batch, delivered.memory.digests[name]["listing"], content))
     return ""
-
-
-def _digest(folder: Path, memory: Memory, digest: Digest) -> str:
-    """The digest of a delivery, remembered by its listing.
-
-    Raises:
-        UnstableError: its listing changed meanwhile.
-        StageError: it cannot be read.
-    """
-    before = listing(folder)
-    known = memory.digests.get(folder.name, {})
-    if known.get("listing") == before:
-        return known["digest"]
-    try:
-        found = digest(folder.name)
-    finally:
-        if listing(folder) != before:
-            raise UnstableError("still being copied: it changed while it was read")
-    memory.digests[folder.name] = {"listing": before, "digest": found}
-    memory.save()
-    return found
-
-
-def _folders(incoming: Path) -> list[Path]:
-    if not incoming.is_dir():
-        return []
-    return sorted(each for each in incoming.iterdir() if each.is_dir() and not each.name.startswith("."))
-
-
-def _files(folder: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, size and time of each file, in any order."""
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
-        if (real := os.path.realpath(root)) in seen:
-            raise StageError(f"{root} is a link to a folder that is read already; remove the link")
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(root, name)
-            if name.startswith(".") or path == folder / READY:
-                continue
-            try:
-                facts = path.stat()
-            except OSError as error:
-                raise StageError(f"{path} cannot be read: {error.strerror}") from None
-            yield path.relative_to(folder).as_posix(), facts.st_size, facts.st_mtime_ns
-
-
-def _refuse(error: OSError) -> None:
-    raise StageError(f"{error.filename} cannot be read: {error.strerror}")

@@ -20,8 +20,8 @@ def nothing_new(work: Work, branches: Branches, deliveries: list[Delivery]) -> s
         return ""
     if not deliveries:
         ahead = f"; `{branches.base}` is ahead of `{branches.name}`, and waits for the next" if branches.ahead else ""
-        where = shown(incoming())
-        return f"no new delivery in {where}{'' if incoming().is_dir() else ', which is no folder'}{ahead}"
+        where = shown(str(incoming()))
+        return f"no new delivery in {where}{'' if incoming().exists() else ', which is no folder'}{ahead}"
     # If the facts are the same as at the last decision, the images need not be validated for it again.
     waiting = work.memory.waiting
     if waiting.get("for") != _facts(branches, deliveries):

@@ -14,6 +14,7 @@ from pipelines.processes.flow_lock import folder
 from pipelines.processes.flow_run import last_error, run_stage, stage_names
 from pipelines.processes.stage_process import Stop, run_streamed
 from pipelines.retrain.deliveries import Memory
+from pipelines.retrain.incoming import Incoming, incoming_at
 from pipelines.retrain.report import Report
 from stages.params.retrain import Retrain
 from stages.registry.client import SQLITE, tracking_uri
@@ -129,11 +130,14 @@ def stage_environment() -> dict[str, str]:
     return {**os.environ, **own, "SYNSET_PARAMS": str(layout.PARAMS)}
 
 
-def incoming() -> Path:
-    """The folder of deliveries."""
-    return ROOT / layout.incoming()
+def incoming() -> Incoming:
+    """The folder or URL of deliveries."""
+    return incoming_at(layout.incoming(), ROOT)
 
 
-def shown(path: Path) -> str:
-    """A path relative to the checkout, if it lies there."""
+def shown(path: Path | str) -> str:
+    """A path relative to the checkout, if it lies there; a URL as it is."""
+    if "://" in (path := str(path)):
+        return path
+    path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -19,7 +19,7 @@ VERSIONS = Path("stages/versions")
 
 def incoming() -> str:
     """Folder or fsspec URL that relative sources resolve against: SYNSET_INCOMING, or data/incoming."""
-    return os.environ.get("SYNSET_INCOMING", "data/incoming")
+    return os.environ.get("SYNSET_INCOMING") or "data/incoming"
 
 
 # --------------------------------------------------------------------------------------------------------------- data

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 
 from pipelines.retrain.deliveries import (
-    READY,
     FoundDeliveries,
     Memory,
     batch_name,
     find_deliveries,
-    listing,
     remembered,
 )
+from pipelines.retrain.incoming import READY, listing
 from stages.runtime.command import StageError
 
 RULES = "max_quarantined: 0.1"
