@@ -500,8 +500,8 @@ def no_labels(where: str, root: Root, images: int, tables: str) -> StageError:
 
 
 def _split_depth(root: Root) -> int:
-    """How many folders down its split folder is; 0 where it is no split."""
-    return next((n for n, name in enumerate(root.path, start=1) if split_in(name) == root.split), 0)
+    """How many folders down its split folder is; 0 where it is no split. A folder around it may be `photos-dev`."""
+    return max((n for n, name in enumerate(root.path, start=1) if split_in(name) == root.split), default=0)
 
 
 def _is_nested(path: Path, each: Inside) -> bool:
