@@ -78,7 +78,7 @@ class Seen:
         _, dot, suffix = base.rpartition(".")
         suffix = f".{suffix.lower()}" if dot else ""
         if suffix not in IMAGE_SUFFIXES:
-            _add(self.noted, NO_IMAGE if suffix else NO_SUFFIX, Counted(1, name))
+            _add(self.noted, NO_IMAGE if suffix else NO_SUFFIX, Counted(1, f"{class_name}/{name}".strip("/")))
             suffix = "others" if suffix else "no suffix"
         self.suffixes[suffix] = self.suffixes.get(suffix, 0) + 1
         self._see_folder(class_name, folder.partition("/")[0])
