@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from stages.data.raw.class_order import class_order
 from stages.data.raw.images import IMAGE_SUFFIXES
 from stages.data.sources.dispatch import Source
 from stages.data.sources.oddities import odd_classes, odd_counts, odd_files, odd_folders, odd_groups, some
 from stages.data.sources.parts import SPLITS, Image, LeftOut, Name, Noted, ShardPart
+from stages.data.validation.class_order import class_order
 
 LONGEST = 60
 """Characters of a file's name that are shown."""

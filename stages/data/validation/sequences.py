@@ -39,7 +39,7 @@ def sequence_table(images: pd.DataFrame) -> pd.DataFrame:
 
 
 BY_PREFIX = "`?group=^(.*\\D)\\d+` of the source groups by what stands before the last number"
-ONE_PREFIX = "`?group=` of the source groups by a part of the name; here only the last number differs"
+ONE_PREFIX = "`?group=(\\d+)\\d\\d\\D*$` of the source keeps each hundred of them together"
 COLUMNS = ["sequences", "frames", "first", "second", "apart", "apart_by_chance", "advice"]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from stages.data.raw.class_order import class_order
+from stages.data.validation.class_order import class_order
 from stages.params.split import Split
 
 # Of two duplicates in a batch, the one whose split comes first stays: the evaluated one.
