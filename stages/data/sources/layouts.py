@@ -437,7 +437,8 @@ class _LayoutReading:
         raise StageError(
             f"{self._tree.where} can be read in two ways. Either its {len(names)} folders ({some(names)}) are the "
             f"classes: add ?class_level={level}. Or those inside them are, as {lone[-1]}/ holds {len(below)} "
-            f"({some(below)}): add ?class_level={level + 1 + len(lone) - len(path)}, or name one of them as the source"
+            f"({some(below)}): add ?class_level={level + 1 + len(lone) - len(path)}, or name one of them as the source; "
+            f"?leave_out=NAME,NAME leaves folders out"
         )
 
     def _is_inner(self, nested: dict[Path, Inside]) -> bool:

@@ -7,6 +7,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+import fsspec  # type: ignore[import-untyped]
 import pytest
 
 from stages.data.sources import zips
@@ -146,3 +147,15 @@ def test_mutated_zips_are_read_or_refused(tmp_path: Path) -> None:
             assert str(error).isprintable(), error
             ended["refused"] += 1
     assert min(ended.values()) > 5
+
+
+def test_a_zip_in_a_store(tmp_path: Path) -> None:
+    """Read in parts, as a store sends them: a folder of archives, and one alone."""
+    store = fsspec.filesystem("memory")
+    for name in ("train", "test"):
+        store.pipe(f"/zips/{name}.zip", zipped({f"{kind}/{n}.jpg": b"x" for kind in ("cat", "dog") for n in range(2)}))
+    assert set(contents("memory://zips/train.zip")) == {
+        f"all/{kind}/{n}.jpg" for kind in ("cat", "dog") for n in range(2)
+    }
+    assert {path.partition("/")[0] for path in contents("memory://zips")} == {"train", "test"}
+    store.rm("/zips", recursive=True)
