@@ -7,6 +7,7 @@ lines and the comments above it.
 import json
 import subprocess
 import tempfile
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from stages.runtime.command import StageError
-from stages.runtime.yaml_text import is_plain_text, parse_yaml
+from stages.runtime.yaml_text import dump_yaml, parse_yaml
 
 T = TypeVar("T")
 _MISSING = object()
@@ -212,12 +213,8 @@ def _rebuilt(text: str, entries: Entries, place: Entries | None = None) -> str:
 
 
 def _entry(name: str, value: dict[str, Any], indent: int) -> str:
-    # JSON in a line is YAML, and its quotes keep a digest of digits from being read as a number.
-    parts = ", ".join(
-        f"{key}: {each if key == 'role' else json.dumps(each, ensure_ascii=False)}" for key, each in value.items()
-    )
-    key = name if is_plain_text(name) else json.dumps(name)  # a delivery may be called `on`, or `null`
-    return f"{' ' * indent}{key}: {{{parts}}}\n"
+    # A line a key, and quotes only where they are needed: DVC writes it the same way when it changes another value.
+    return textwrap.indent(dump_yaml({name: value}), " " * indent)
 
 
 def _indented(text: str, by: int) -> str:

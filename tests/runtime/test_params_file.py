@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from dvc.utils.serialize import modify_yaml
 
+from pipelines.retrain.batch_list import with_batch
 from stages.params.all import check_all
 from stages.params.finetune import Finetune
 from stages.runtime.params_file import ParamsError, load_section, read_params
@@ -72,3 +73,17 @@ def test_all_is_checked_before_anything_runs(tmp_path: Path, old: str, new: str,
     (tmp_path / "params.yaml").write_text(TEXT.replace(old, new), encoding="utf-8")
     with pytest.raises(ParamsError, match=words):
         check_all(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("path", ["params.yaml", *sorted(path.name for path in (ROOT / "presets").glob("*.yaml"))])
+def test_of_a_file_of_ours_dvc_changes_one_line_for_one_value(tmp_path: Path, path: str) -> None:
+    """In braces it drops quotes that it then misses, and wraps lines: `dvc exp run -S` would fail."""
+    before = (ROOT / path if path == "params.yaml" else ROOT / "presets" / path).read_text(encoding="utf-8")
+    (tmp_path / path).write_text(with_batch(before, "d-2026-11-23", {"role": "finetune", "source": "2026-11-23"}))
+    values, lines = read_params(tmp_path / path), (tmp_path / path).read_text(encoding="utf-8").splitlines()
+    with modify_yaml(tmp_path / path) as content:
+        content["finetune"]["lr"] = 0.0123
+    after = (tmp_path / path).read_text(encoding="utf-8").splitlines()
+    assert [new for old, new in zip(lines, after, strict=True) if old != new] == ["  lr: 0.0123"]
+    values["finetune"]["lr"] = 0.0123
+    assert read_params(tmp_path / path) == values

@@ -1,6 +1,7 @@
 """params.yaml edited and united as text: what is not meant stays as it is, to the letter."""
 
 import difflib
+import re
 from typing import Any
 
 import pytest
@@ -47,16 +48,18 @@ def changed(before: str, after: str) -> list[str]:
 
 def with_source(text: str, name: str, source: str) -> str:
     """The same with another source of one batch."""
-    return "".join(
-        f'  {name}: {{role: finetune, source: "{source}"}}\n' if line.lstrip().startswith(f"{name}:") else line
-        for line in text.splitlines(keepends=True)
-    )
+    return re.sub(rf"(\n  {name}:\n(?:    .*\n)*?    source: ).*", rf"\g<1>{source}", text)
 
 
-def test_a_new_batch_is_one_more_line() -> None:
+def lines_of_new(name: str, indent: int) -> list[str]:
+    """What a diff shows of the batch NEW."""
+    values = [f"{name}:", "  role: finetune", "  source: '2026-11-23'", f"  digest: {NEW['digest']}"]
+    return [f"+ {' ' * indent}{line}" for line in values]
+
+
+def test_a_new_batch_is_its_own_lines_and_no_other() -> None:
     text = with_batch(REAL, "d-2026-11-23", NEW)
-    line = f'  d-2026-11-23: {{role: finetune, source: "2026-11-23", digest: "{NEW["digest"]}"}}'
-    assert changed(REAL, text) == [f"+ {line}"]
+    assert changed(REAL, text) == lines_of_new("d-2026-11-23", 2)
     assert list(batches(text)) == ["upstream", "target", "d-2026-11-23"]
     assert batches(text)["d-2026-11-23"] == NEW
     assert without_batch(text, "d-2026-11-23") == REAL
@@ -64,7 +67,7 @@ def test_a_new_batch_is_one_more_line() -> None:
 
 def test_whatever_way_the_list_is_written() -> None:
     text = with_batch(BLOCK, "new", NEW)
-    assert changed(BLOCK, text) == [f'+     new: {{role: finetune, source: "2026-11-23", digest: "{NEW["digest"]}"}}']
+    assert changed(BLOCK, text) == lines_of_new("new", 4)
     assert list(batches(without_batch(BLOCK, "one"))) == ["two"]
     assert "the first" not in without_batch(BLOCK, "one")
     assert without_batch(BLOCK, "two") == BLOCK.replace("    two: {role: finetune, source: b}\n", "")

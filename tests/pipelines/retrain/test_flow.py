@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs  # type: ignore[import-untyped]
 import yaml
 
+from bench.versioning import s3_server
 from pipelines.environment import settings
 from pipelines.processes.stage_process import Stop
 from pipelines.retrain import flow, steps, versions
@@ -238,6 +240,8 @@ class Project:
         self.incoming = folder / "data/incoming"
         self.incoming.mkdir(parents=True)
         put(folder / "data/first", 3)
+        (folder / "data/first/dog").mkdir()
+        (folder / "data/first/dog/good0").write_text("the second class")
         shutil.copyfile(database, folder / "mlflow.db")
         own = {"PREFECT_API_URL": api, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "GIT_"))}
@@ -439,6 +443,25 @@ def test_deliveries_good_and_bad(project: Project) -> None:
     assert "version 2" in project.run()
     assert project.batches() == ["upstream", "target", "d-2026-11-20", "d-2026-11-22"]
     assert "alpha: 0.01" in text_at(project.root, project.tip(), "params.yaml")
+    project.finished()
+
+
+@pytest.mark.slow
+def test_a_delivery_in_s3_is_retrained_on(project: Project) -> None:
+    text = (project.root / "params.yaml").read_text().replace("../first", str(project.root / "data/first"))
+    (project.root / "params.yaml").write_text(text)
+    project.commit("sources of this machine")
+    with s3_server() as (endpoint, credentials):
+        own = {"AWS_ENDPOINT_URL": endpoint, "SYNSET_INCOMING": "s3://team/incoming"}
+        project.environment |= {**credentials, **own}
+        assert "nothing to do: no new delivery in s3://team/incoming" in project.run()
+        store = s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True)
+        store.put(f"{project.deliver('2026-11-23')}/", "team/incoming/2026-11-23/", recursive=True)
+        assert "under review as challenger" in project.run()
+        assert project.batches()[-1] == "d-2026-11-23"
+        assert "nothing to do: no new delivery in s3://team/incoming" in project.run()
+    output = project.run(code=1)  # its server is gone
+    assert "s3://team/incoming cannot be reached" in output and "nothing to do" not in output
     project.finished()
 
 

@@ -272,7 +272,7 @@ def test_a_retraining_is_one_commit_on_a_branch_that_moves_at_the_end(root: Path
     assert text_at(root, made, "reports/metrics.json") == "d-1\n"
     assert commit_of(root, "main") == start
     assert not git(root, "status", "--porcelain")
-    assert git(root, "diff", "--stat", f"{start}", made, "--", "params.yaml").endswith("1 insertion(+)")
+    assert git(root, "diff", "--stat", f"{start}", made, "--", "params.yaml").endswith("4 insertions(+)")
 
 
 def test_the_base_is_merged_and_locks_and_reports_are_no_conflict(root: Path, tree: Path) -> None:
