@@ -318,6 +318,14 @@ def test_a_target_test_whose_groups_were_pretrained_on_stops() -> None:
     assert not first.stops, "as the message says"
 
 
+def test_a_target_that_has_no_test_image_left_stops() -> None:
+    rows = [*_grouped("photos", PATIENTS, split="train"), *_pool("photos", split="test")]
+    rows += _grouped("target", PATIENTS, tag="t")
+    (stop,) = _judge(rows, _batches(photos="pretrain", target="finetune")).stops
+    assert stop.startswith("batch `target` (finetune): no accepted image is in test") and "before that one" in stop
+    assert not _judge(rows, _batches(target="finetune", photos="pretrain")).stops
+
+
 def test_a_class_without_test_images_is_named() -> None:
     rows = [*_pool("new"), *[_image("new", "all", "rare", f"{number}.jpg") for number in range(2)]]
     result = _judge(rows, _batches(new="finetune"))

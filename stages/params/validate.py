@@ -48,6 +48,7 @@ class Severities(Section):
     some_accepted: Annotated[Severity, _only("stop", why="an empty batch cannot be sharded")] = "stop"
     few_quarantined: OfTables = "stop"
     labelled: Annotated[Severity, _only("stop", why="fine-tuning cannot do without labels")] = "stop"
+    some_to_test: Annotated[Severity, _only("stop", why="nothing could be evaluated")] = "stop"
     sequences_grouped: OfTables = "note"
     varied_class: OfTables = "note"
     enough_to_train: OfTables = "stop"

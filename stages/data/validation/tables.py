@@ -12,7 +12,8 @@ from stages.params.validate import Validate
 
 def batch_table(images: pd.DataFrame, batches: dict[str, Batch]) -> pd.DataFrame:
     """One row per batch: batch, role, images, accepted, quarantined, share_quarantined, unlabelled (if finetune), and
-    the columns of `sequence_table`, with 0 frames where nothing looks like a sequence."""
+    the columns of `sequence_table`, with 0 frames where nothing looks like a sequence, and `test` (accepted test images
+    of the first finetune batch; NaN of others)."""
     good = images["reason"] == ""
     nameless = good & (images["class_name"] == "") & (images["role"] == "finetune")
     counts = [
@@ -22,6 +23,11 @@ def batch_table(images: pd.DataFrame, batches: dict[str, Batch]) -> pd.DataFrame
     table["share_quarantined"] = table["quarantined"] / table["images"].clip(lower=1)
     table = table.join(sequence_table(images).set_index("arrival"))
     table["frames"] = table["frames"].fillna(0).astype(np.int64)
+    roles = [batch.role for batch in batches.values()]
+    table["test"] = np.nan
+    if "finetune" in roles:
+        first = roles.index("finetune")
+        table.loc[first, "test"] = float((good & (images["arrival"] == first) & (images["split"] == "test")).sum())
     return table.assign(batch=list(batches), role=[batch.role for batch in batches.values()])
 
 
