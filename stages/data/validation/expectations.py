@@ -147,8 +147,8 @@ def expectations(limits: Validate, *steps: Step) -> list[Expectation]:
         batch("some_to_test", "test", at_least(1), "",
               reason="Without a test image a model could be trained, but not evaluated.",
               message=Message("batch", "{where}: no accepted image is in test, so no model could be evaluated; bring a "
-                                       "test split, raise split.test_fraction, or, if a pretrain batch has all its groups, "
-                                       "put this batch before that one", only="accepted > 0")),
+                                       "test split, raise split.test_fraction, or, if a pretrain batch has all its "
+                                       "groups, put this batch before that one", only="accepted > 0")),
         batch("sequences_grouped", "frames", at_most(0), "",
               reason="Names and looks say that these are frames of sequences. Without groups, frames that hardly "
                      "differ fall on both sides of a split, and the score counts what was learnt by heart.",
