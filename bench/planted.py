@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from PIL import Image
 
 from bench.rounds import ROOT, machine
+from stages.runtime.params_file import read_params
 from tests.workspace import Workspace
 
 NOISE = 0.03
@@ -105,7 +105,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _params(preset: Path, epochs: int) -> dict[str, Any]:
-    params: dict[str, Any] = yaml.safe_load(preset.read_text(encoding="utf-8"))
+    params: dict[str, Any] = read_params(preset)
     params["batches"] = {name: {"role": "finetune", "source": name} for name in ("first", "second")}
     params["split"] |= {"val_fraction": 0.0, "fresh_fraction": FRESH}
     params["model"]["stem"] = "half"

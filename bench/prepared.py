@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from bench.rounds import ROOT
 from stages.data.raw.facts import ACCEPTED
+from stages.runtime.params_file import read_params
 from stages.runtime.tables import read_table, write_table
 from tests.workspace import Workspace
 
@@ -32,7 +32,7 @@ def written_shards(images: Path, side: int, work: Path) -> Path:
         return done
     (work / "checkout").mkdir(parents=True)
     workspace = Workspace(work / "checkout", SYNSET_INCOMING=str(images.parent))
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params = read_params(ROOT / "params.yaml")
     params["batches"] = {"all": {"role": "pretrain", "source": images.name}}
     params["shard"]["pretrain"] |= {"resize": side, "quality": 90}
     workspace.write_params(params)

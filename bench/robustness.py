@@ -11,11 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bench.prepared import Trials
 from bench.rounds import machine
 from stages.params.training.recipe import Adversarial
+from stages.runtime.params_file import read_params
 
 
 def main() -> int:
@@ -25,7 +24,7 @@ def main() -> int:
     parser.add_argument("--incoming", type=Path, default=Path(), metavar="DIR", help="holds the preset's sources")
     parser.add_argument("--steps", type=int, default=20, help="of PGD")
     options = parser.parse_args()
-    params = yaml.safe_load(options.params.read_text(encoding="utf-8"))
+    params = read_params(options.params)
     if not params["finetune"].get("adversarial"):
         parser.error(f"{options.params}: the section finetune has no `adversarial`")
     plain = without_attacks(params)

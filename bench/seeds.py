@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from statistics import mean, stdev
 
-import yaml
-
 from bench.prepared import Trials
 from bench.rounds import machine
+from stages.runtime.params_file import read_params
 
 
 def main() -> int:
@@ -26,7 +25,7 @@ def main() -> int:
     parser.add_argument("--incoming", type=Path, default=Path(), metavar="DIR", help="holds the preset's sources")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options = parser.parse_args()
-    preset = yaml.safe_load(options.params.read_text(encoding="utf-8"))
+    preset = read_params(options.params)
     here = machine()
     print(f"{here['cpu']}, {here['cores']} cores, {preset['training']['threads']} threads\n")
     print("| seed | top-1 | test images | minutes |\n|---:|---:|---:|---:|", flush=True)

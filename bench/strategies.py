@@ -17,10 +17,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-import yaml
-
 from bench.prepared import Trials
 from bench.rounds import machine
+from stages.runtime.params_file import read_params
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "head": {"lr": 0.1},
@@ -63,11 +62,11 @@ def main() -> int:
     options = parser.parse_args()
     if {*options.labels} - {"all"} - {str(count) for count in EPOCHS}:
         parser.error(f"--labels: {', '.join(map(str, EPOCHS))} or all")
-    params = yaml.safe_load(options.params.read_text(encoding="utf-8"))
+    params = read_params(options.params)
     backbones = {"pretrained": params["pretrain"]}
     for each in options.backbone:
         name, _, preset = each.partition("=")
-        backbones[name] = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))["pretrain"]
+        backbones[name] = read_params(Path(preset))["pretrain"]
     here = machine()
     print(f"{here['cpu']}, {here['cores']} cores\n")
     print("| labels a class | start | trains | parameters | seconds an epoch | memory, MB | top-1 on test |")

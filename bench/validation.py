@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from bench.made_up_facts import Planted, made_up_facts, write_pictures
 from bench.memory import sampled_memory
 from bench.rounds import ROOT, machine, versions
 from stages.data.raw.facts import FACTS
 from stages.runtime.files import sha256, write_json
+from stages.runtime.params_file import read_params
 from stages.runtime.tables import read_table, write_table
+from stages.runtime.yaml_text import dump_yaml
 
 GOALS = {"seconds": 180.0, "peak_gb": 6.0, "page_mb": 5.0}
 FIRST, SECOND = "imagenet", "fresh"
@@ -86,9 +87,9 @@ def make_batch(folder: Path, name: str, rows: int, seed: int) -> Planted:
 
 def run_round(folder: Path, batches: list[str], planted: list[Planted]) -> dict[str, Any]:
     """Runs the stage on the batches made so far; figures, and `missed`: the goals that it missed."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params = read_params(ROOT / "params.yaml")
     params["batches"] = {name: {"role": "pretrain", "source": "made-up"} for name in batches}
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    (folder / "params.yaml").write_text(dump_yaml(params), encoding="utf-8")
     seconds, peak, cpu = _timed([sys.executable, "-m", "stages.validate"], folder)
     report = json.loads((folder / "reports/validation.json").read_text(encoding="utf-8"))
     figures: dict[str, Any] = {

@@ -22,12 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bench.rounds import ROOT, Bound, Candidate, Table, arguments, machine, measure, report, versions
 from pipelines.environment import settings
 from stages.runtime.command import StageError, run
 from stages.runtime.files import sha256
+from stages.runtime.params_file import read_params
+from stages.runtime.yaml_text import dump_yaml
 
 FRESH_EVERY = 100
 """One image of so many comes in the fresh batch."""
@@ -216,13 +216,13 @@ def our_history(images: Sequence[Path], folder: Path, workers: int | None = None
 
 def _stages(checkout: Checkout, batches: Mapping[str, Any]) -> str:
     path = checkout.root / "params.yaml"
-    params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    params = read_params(path)
     params["batches"] = dict(batches)
     # Few images of a class, or none before: whatever the folder, it is bytes that are counted here.
     params["split"] = {"val_fraction": 0, "test_fraction": 0, "fresh_fraction": 0}
     params["validate"] |= {"min_images_per_class": 1, "allow_new_classes": True, "max_quarantined": 1}
     params["shard"]["finetune"]["resize"] = 256
-    path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    path.write_text(dump_yaml(params), encoding="utf-8")
     checkout.run("dvc", "repro", "shard")
     return checkout.commit("data up to its shards")
 
