@@ -121,9 +121,9 @@ def scanned(folder: Path) -> None:
 
 def test_a_class_folder_with_no_readable_image(folder: Path) -> None:
     for number in range(20):
-        picture(folder / f"data/incoming/pets/train/cat/{number}.jpg", number)
+        picture(folder / f"data/incoming/pets/train/{('cat', 'cow')[number % 2]}/{number}.jpg", number)
     (folder / "data/incoming/pets/train/dog").mkdir()
-    (folder / "data/incoming/pets/train/dog/readme.txt").write_text("no dog here", encoding="utf-8")
+    (folder / "data/incoming/pets/train/dog/1.jpg").write_text("no dog here", encoding="utf-8")
     write_params(folder, batch("pets"))
     scanned(folder)
     assert "dog" in failed(folder, validate.main)
@@ -132,7 +132,7 @@ def test_a_class_folder_with_no_readable_image(folder: Path) -> None:
 
 def test_every_image_corrupt(folder: Path) -> None:
     for number in range(20):
-        path = folder / f"data/incoming/pets/train/cat/{number}.jpg"
+        path = folder / f"data/incoming/pets/train/{('cat', 'cow')[number % 2]}/{number}.jpg"
         picture(path, number)
         path.write_bytes(path.read_bytes()[:-200])
     write_params(folder, batch("pets"))
@@ -186,7 +186,7 @@ def test_an_architecture_that_does_not_exist(folder: Path) -> None:
 def test_a_damaged_shard(folder: Path) -> None:
     raw = folder / "data/raw/finetune/mine"
     for number in range(4):
-        picture(folder / f"data/incoming/pets/cat/{number}.jpg", number)
+        picture(folder / f"data/incoming/pets/{('cat', 'cow')[number % 2]}/{number}.jpg", number)
     write_params(folder, batch("pets"))
     scanned(folder)
     facts = read_table(folder / "data/facts/finetune/mine.parquet")

@@ -374,6 +374,7 @@ class _LayoutReading:
                 if not each.all_images and each.others + each.others_below:
                     self._dropped[path] = BESIDE
                     del found[path]
+                    self._notes[f"{'/'.join(path)}/ is no class: no file in it looks like an image"] = None
         return found
 
     def _placed(self, root: Root, classes: dict[Path, Inside], train: set[str]) -> Root | None:
@@ -400,7 +401,7 @@ class _LayoutReading:
         for path, inside in layout.classes.items():
             if not inside.all_images + inside.others + inside.others_below:
                 shown = "/".join(path)
-                raise StageError(f"{where}/{shown}: the class folder {path[-1]} has no file; fill it or remove it")
+                raise StageError(f"{where}/{shown}: the class folder {shown} has no file; fill it or remove it")
         if layout.unlabelled:
             return
         if self._options.class_level is None:
@@ -437,8 +438,8 @@ class _LayoutReading:
         raise StageError(
             f"{self._tree.where} can be read in two ways. Either its {len(names)} folders ({some(names)}) are the "
             f"classes: add ?class_level={level}. Or those inside them are, as {lone[-1]}/ holds {len(below)} "
-            f"({some(below)}): add ?class_level={level + 1 + len(lone) - len(path)}, or name one of them as the source; "
-            f"?leave_out=NAME,NAME leaves folders out"
+            f"({some(below)}): add ?class_level={level + 1 + len(lone) - len(path)}, or name one of them as the "
+            f"source, or leave some out with ?leave_out=NAME,NAME"
         )
 
     def _is_inner(self, nested: dict[Path, Inside]) -> bool:
