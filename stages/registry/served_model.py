@@ -44,6 +44,10 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """By EXIF orientation."""
+BACKGROUND = (255, 255, 255, 255)
+"""What transparent pixels show: white, as on a page. Part of what a model learns, so serving repeats it."""
+LEAST_WHITE = 2**14
+"""16-bit grey whose largest value is below is rather of 10, 12 or 14 bits than of a very dark scene."""
 BATCH = 64
 
 
@@ -59,7 +63,7 @@ def read_pixels(data: bytes, resize: int, image_size: int) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-            upright = _eight_bit(_upright(image)).convert("RGB")
+            upright = _on_background(_upright(image), data)
     except UnidentifiedImageError as error:
         raise ValueError(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except DAMAGED as error:
@@ -74,11 +78,62 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey keeps its high byte: PIL's own conversion would clip everything above 255 to white."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    return image
+def _eight_bit(image: Image.Image, data: bytes) -> Image.Image:
+    """16-bit grey keeps its 8 highest bits: PIL's own conversion would clip everything above 255 to white.
+
+    Raises:
+        ValueError: what stands for white is not known.
+    """
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers of no known range; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        if data[:4] == b"\x89PNG" and data[24] == 16:  # Pillow has kept the high bytes
+            colours = image.convert(image.mode.rstrip("Aa") or image.mode).getextrema()
+            _refuse_few_bits(int(np.max(colours)) << 8)
+        return image
+    pixels = np.asarray(image).astype(np.int64)
+    low, high = (int(pixels.min()), int(pixels.max())) if pixels.size else (0, 0)
+    if low < 0 or high >> 16:
+        raise ValueError(f"pixels from {low} to {high} are beyond 16 bits; save it with 8 or 16 bits")
+    bits = _significant_bits(data)
+    if not bits or high >> bits:  # samples are scaled to 16 bits, as the specification wants it
+        bits = 16
+        _refuse_few_bits(high)
+    return Image.fromarray((pixels << 8 >> bits).astype(np.uint8))
+
+
+def _refuse_few_bits(high: int) -> None:
+    if 0 < high < LEAST_WHITE:
+        raise ValueError(
+            f"16-bit pixels use only {high.bit_length()} bits and nothing says what is white: they would come out "
+            "nearly black; save it with 8 bits, or scaled to 16"
+        )
+
+
+def _significant_bits(data: bytes) -> int:
+    """Of a grey PNG, as its chunk sBIT says (PNG specification, 11.3.2.3); 0 where there is none."""
+    at = 8
+    while data[:4] == b"\x89PNG" and (name := data[at + 4 : at + 8]) not in (b"", b"IDAT"):
+        length = int.from_bytes(data[at : at + 4], "big")
+        if name == b"sBIT":
+            return data[at + 8] if length == 1 and data[at + 8] <= 16 else 0
+        at += 12 + length
+    return 0
+
+
+def _on_background(image: Image.Image, data: bytes) -> Image.Image:
+    """8-bit RGB; what is transparent shows `BACKGROUND`."""
+    key = image.info.get("transparency") if image.mode.startswith("I") else None
+    opaque = None if key is None else Image.fromarray(np.where(np.asarray(image) == key, 0, 255).astype(np.uint8))
+    image = _eight_bit(image, data)
+    if opaque is not None:
+        image.putalpha(opaque)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    ground = Image.new("RGBA", image.size, BACKGROUND)
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
 def _resize_shorter(image: Image.Image, side: int) -> Image.Image:

@@ -60,6 +60,12 @@ def odd_exif() -> bytes:
     return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + tags + bytes(4)
 
 
+def half_transparent() -> Image.Image:
+    image = colours(90, 80).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
 FILES = {
     "JPEG": encoded(colours(101, 80), "JPEG"),
     "tall JPEG": encoded(colours(75, 300), "JPEG"),
@@ -72,6 +78,12 @@ FILES = {
     "16 bits, turned": sixteen_bit(exif=orientation(6)),
     "palette": encoded(colours(90, 80).convert("P"), "PNG"),
     "transparent": encoded(colours(90, 80).convert("RGBA"), "PNG"),
+    "half transparent": encoded(half_transparent(), "PNG"),
+    "half transparent WebP": encoded(half_transparent(), "WEBP", lossless=True),
+    "grey, half transparent": encoded(half_transparent().convert("LA"), "PNG"),
+    "transparent palette": encoded(colours(90, 80).convert("P"), "PNG", transparency=3),
+    "transparent GIF": encoded(half_transparent(), "GIF"),
+    "LAB": encoded(Image.merge("LAB", colours(90, 80).split()), "TIFF"),
     "WebP": encoded(colours(90, 80), "WEBP"),
     "BMP": encoded(colours(90, 80), "BMP"),
     "as stored": encoded(colours(72, 97), "JPEG"),
@@ -105,10 +117,11 @@ def test_every_orientation_is_turned_as_pillow_does_it(number: int) -> None:
         np.testing.assert_array_equal(np.asarray(to_rgb(turned)), np.asarray(ImageOps.exif_transpose(image)))
 
 
-@pytest.mark.parametrize("name", ["_upright", "_eight_bit"])
+@pytest.mark.parametrize("name", ["_upright", "_eight_bit", "_refuse_few_bits", "_significant_bits", "_on_background"])
 def test_what_is_repeated_is_the_same_line_by_line(name: str) -> None:
     assert inspect.getsource(getattr(served_model, name)) == inspect.getsource(getattr(images, name))
     assert served_model.TURNS == images.TURNS
+    assert (served_model.BACKGROUND, served_model.LEAST_WHITE) == (images.BACKGROUND, images.LEAST_WHITE)
     assert set(images.DAMAGED) - set(served_model.DAMAGED) == {ValueError}  # which is what it raises itself
 
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from stages.data.raw.images import (
     decode_strictly,
     difference_hash,
     read_header,
+    to_rgb,
     upright_pixels,
 )
 
@@ -213,3 +215,104 @@ def test_the_hash_says_where_it_gets_brighter_to_the_right() -> None:
     luminance = np.kron(np.tile(row, (8, 1)), np.ones((6, 5), np.uint8))
     assert difference_hash(luminance) == int("10101001" * 8, 2)
     assert difference_hash(np.full((50, 40), 7, np.uint8)) == 0
+
+
+def icon(mode: str) -> Image.Image:
+    """A black square on transparent black."""
+    image = Image.new("LA", (48, 48), (0, 0))
+    image.paste((0, 255), (16, 16, 32, 32))
+    return image.convert(mode)
+
+
+def with_chunk(png: bytes, name: bytes, content: bytes) -> bytes:
+    """A PNG with a chunk behind its header."""
+    chunk = struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return png[:33] + chunk + png[33:]
+
+
+TRANSPARENT = {
+    "RGBA PNG": encoded(icon("RGBA"), "PNG"),
+    "LA PNG": encoded(icon("LA"), "PNG"),
+    "RGBA TIFF": encoded(icon("RGBA"), "TIFF"),
+    "WebP": encoded(icon("RGBA"), "WEBP", lossless=True),
+    "GIF": encoded(icon("RGBA"), "GIF"),
+    "key colour": encoded(Image.eval(icon("LA").getchannel("A"), lambda level: 255 - level), "PNG", transparency=255),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_transparent_pixels_are_white(kind: str) -> None:
+    """Where pixels are read and where they are measured."""
+    data = TRANSPARENT[kind]
+    expected = np.full((48, 48), 255)
+    expected[16:32, 16:32] = 0
+    assert np.array_equal(np.asarray(to_rgb(data)), np.stack([expected] * 3, axis=-1))
+    assert np.array_equal(decode_strictly(data, read_header(data)), expected)
+
+
+def test_a_key_colour_of_16_bits_is_transparent() -> None:
+    data = with_chunk(encoded(ramp(16), "PNG"), b"tRNS", b"\0\0")
+    grey = np.asarray(to_rgb(data).convert("L"))
+    assert grey[0, 0] == 255
+    assert np.array_equal(grey.ravel()[1:], np.asarray(ramp(16)).ravel()[1:] >> 8)
+    assert np.array_equal(decode_strictly(data, read_header(data)), grey)
+
+
+def test_an_opaque_alpha_changes_nothing() -> None:
+    assert np.array_equal(np.asarray(to_rgb(encoded(scene().convert("RGBA"), "PNG"))), np.asarray(scene()))
+
+
+def ramp(bits: int, dtype: str = "<u2") -> Image.Image:
+    return Image.fromarray(np.linspace(0, 2**bits - 1, 4096).astype(dtype).reshape(64, 64))
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_few_bits_in_16_are_refused_where_nothing_says_what_is_white(bits: int, form: str) -> None:
+    data = encoded(ramp(bits), form)
+    for read in (to_rgb, lambda data: decode_strictly(data, read_header(data))):
+        with pytest.raises(ValueError, match=f"use only {bits} bits"):
+            read(data)
+
+
+@pytest.mark.parametrize("bits", [4, 10, 12, 14, 16])
+def test_a_png_says_how_many_bits_it_uses(bits: int) -> None:
+    data = with_chunk(encoded(ramp(bits), "PNG"), b"sBIT", bytes([bits]))
+    grey = np.asarray(to_rgb(data).convert("L"))
+    assert grey.max() == 256 - 2 ** max(0, 8 - bits)
+    assert np.array_equal(decode_strictly(data, read_header(data)), grey)
+
+
+def test_samples_scaled_to_16_bits_are_read_as_such_whatever_sbit_says() -> None:
+    data = with_chunk(encoded(ramp(16), "PNG"), b"sBIT", b"\x0c")
+    assert np.array_equal(np.asarray(to_rgb(data)), np.asarray(to_rgb(encoded(ramp(16), "PNG"))))
+
+
+@pytest.mark.parametrize(
+    ("image", "why"),
+    [
+        (ramp(0, "<f4"), "floating-point"),
+        (ramp(20, "<i4"), "beyond 16 bits"),
+        (Image.fromarray(np.full((40, 40), -5, "<i4")), "beyond 16 bits"),
+    ],
+)
+def test_numbers_of_no_known_range_are_refused(image: Image.Image, why: str) -> None:
+    data = encoded(image, "TIFF")
+    for read in (to_rgb, lambda data: decode_strictly(data, read_header(data))):
+        with pytest.raises(ValueError, match=why):
+            read(data)
+
+
+def test_measuring_is_not_stricter_than_reading() -> None:
+    data = encoded(Image.merge("LAB", scene().split()), "TIFF")
+    assert np.array_equal(decode_strictly(data, read_header(data)), np.asarray(to_rgb(data).convert("L")))
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_12_bits_in_16_are_refused_and_those_of_16_read(channels: int) -> None:
+    levels = np.random.default_rng(1).integers(0, 2**16, (40, 40, channels)).astype(np.uint16)
+    levels[:, :, 3:] = 2**16 - 1  # opaque
+    few, full = (cv2.imencode(".png", each)[1].tobytes() for each in (levels & np.uint16(2**12 - 1), levels))
+    assert np.array_equal(np.asarray(to_rgb(full)), levels[:, :, 2::-1] >> 8)
+    with pytest.raises(ValueError, match="use only 12 bits"):
+        to_rgb(few)
