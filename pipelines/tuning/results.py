@@ -25,7 +25,7 @@ from stages.runtime.files import write_text
 from stages.runtime.yaml_text import dump_yaml
 
 logger = logging.getLogger(__name__)
-_FLOAT, _NULL = "tag:yaml.org,2002:float", "tag:yaml.org,2002:null"
+_FLOAT = "tag:yaml.org,2002:float"
 
 
 def write_results(study: Study, folder: Path, tune: Tune, text: str, run: TrainingRun) -> None:
@@ -61,7 +61,6 @@ def _text_with(text: str, values: Mapping[str, Any]) -> str:
     """A params file with other values at dotted keys; its comments stay."""
     keeping = YAML()
     keeping.preserve_quotes, keeping.width = True, 200
-    keeping.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar(_NULL, "null"))
     keeping.representer.add_representer(float, lambda writer, each: writer.represent_scalar(_FLOAT, _number(each)))
     changed = keeping.load(text)
     put(changed, values)
