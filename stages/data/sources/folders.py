@@ -179,7 +179,10 @@ def image_folder(folder: Location, options: Options) -> Listed:
             parts += of_split
             left_out += without
         elif root.is_flat:
-            parts += _pieces(ClassFiles(root.split, "", tree.at(root.path), ""), tree.at(root.path).files_below())
+            entries = tree.at(root.path).files_below()
+            if not any(is_image(entry.name.rpartition("/")[2]) for entry in entries):
+                raise StageError(f"{tree.at(root.path)} holds no class folder (expected CLASS/*, or train/CLASS/*)")
+            parts += _pieces(ClassFiles(root.split, "", tree.at(root.path), ""), entries)
         else:
             parts += _classes(tree, layout, root)
     left_out += [*_outside(tree, layout), *hidden_files(tree.hidden)]

@@ -300,3 +300,11 @@ def test_an_archive_beside_folders_of_images_does_not_replace_them(tmp_path: Pat
     bring(tmp_path, *pets("train", "test"), "annotations.tar.gz", "meta.parquet")
     assert len(counts(read_source("in", tmp_path))) == 4
     assert left_out("in", tmp_path) == {"file outside of the class folders": 2}
+
+
+def test_a_folder_without_any_image_is_refused_when_it_is_listed(tmp_path: Path) -> None:
+    """So that a flow refuses such a delivery, and goes on with the others."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/_READY").touch()
+    with pytest.raises(StageError, match="holds no class folder"):
+        read_source("empty", tmp_path)

@@ -206,10 +206,12 @@ def test_a_connection_that_breaks_is_taken_up_again(
     files = large(tmp_path)
     checksum = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
     monkeypatch.setattr(locations.time, "sleep", lambda _: None)
-    # Where whole files are sent, five answers are ended by the reader, who needed their beginning alone.
-    server.ranges, server.breaks = ranges, 3 if ranges else 7
+    server.ranges = ranges
+    # Listed without a break: whether the server notices one in an answer that its reader has left depends on both.
+    source = read_source(f"{server.url}/{name}?sha256={checksum}", tmp_path)
+    server.breaks = 3
     with caplog.at_level("INFO"):
-        assert contents(f"{server.url}/{name}?sha256={checksum}") == files
+        assert contents(source) == files
     assert server.breaks == 0
     assert "trying again" in caplog.text
 
