@@ -4,7 +4,7 @@ import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long files first; within a file nothing changes."""
     items.sort(key=lambda item: -LONG.get(item.path.name, 0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_database_is_handed_on() -> Iterator[None]:
+    """MLflow writes the address of its database into the environment, for processes that a later test starts."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if before is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 Once = Callable[[str, Callable[[Path], None]], Path]
