@@ -10,6 +10,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, TiffImagePlugin
 
+from stages.data.raw.jpeg_warnings import mended
+
 # Above this nothing is decoded: a decompression bomb must not take the machine down (PIL's own limit).
 MAX_PIXELS = 178_956_970
 Image.MAX_IMAGE_PIXELS = None
@@ -82,6 +84,10 @@ class Header(NamedTuple):
     """A JPEG in one scan and without EXIF or XMP, as most are."""
 
 
+MOST_MENDS = 4
+"""Harmless oddities of one JPEG; it is decoded again after each."""
+
+
 def read_header(data: bytes) -> Header:
     """By magic number, never by name; an unknown format or a broken header gives the empty one."""
     if plain := _plain_jpeg_header(data):
@@ -119,10 +125,7 @@ def decode_strictly(data: bytes, header: Header) -> np.ndarray:
         raise ValueError(f"a TIFF in {strips} strips is more work than any picture needs")
     if header.format == "JPEG":
         _refuse_endless_scans(data, header)
-        side = THUMBNAIL_SIDE
-        luminance = _fast_decode(
-            data, "GRAY", fastdct=True, fastupsample=True, min_height=side, min_width=side, strict=True
-        )
+        luminance = _whole_jpeg(data)
         if luminance is not None:
             return luminance[:, :, 0]
     try:
@@ -219,6 +222,23 @@ def _fast_decode(data: bytes, colourspace: str, **options: Any) -> np.ndarray | 
         if "Could not determine subsampling" in str(error):
             return None
         raise
+
+
+def _whole_jpeg(data: bytes) -> np.ndarray | None:
+    """A JPEG at its smallest useful scale, as `_fast_decode` gives it; what libjpeg warns of must be harmless.
+
+    Raises:
+        ValueError: pixels are missing or wrong.
+    """
+    options = {"fastdct": True, "fastupsample": True, "min_height": THUMBNAIL_SIDE, "min_width": THUMBNAIL_SIDE}
+    for _ in range(MOST_MENDS):
+        try:
+            return _fast_decode(data, "GRAY", strict=True, **options)
+        except ValueError as error:
+            if (without := mended(data, str(error))) is None:
+                raise
+            data = without
+    raise ValueError(f"libjpeg still warns after {MOST_MENDS} harmless oddities")
 
 
 def _plain_jpeg_header(data: bytes) -> Header | None:
