@@ -429,7 +429,7 @@ def test_deliveries_good_and_bad(project: Project) -> None:
     for said in (
         "2026-11-20 (changed after it was accepted",
         "2026-11-21 (refused before: batch d-2026-11-21: a bad file)",
-        "empty (refused before: source empty: ",
+        "empty (refused before: ",
     ):
         assert said in output
     assert "phase: prepare" not in output
