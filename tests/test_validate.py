@@ -90,12 +90,12 @@ def _reasons(result: ValidationResult) -> dict[str, tuple[str, str]]:
 
 def test_of_two_duplicates_the_later_batch_yields_also_across_roles() -> None:
     rows = [*_pool("new"), *_pool("old")]  # names and rows against the order of arrival
-    rows += [_image("new", "all", "a", "copy.jpg", "same"), _image("old", "all", "b", "copy.jpg", "same")]
+    rows += [_image("new", "all", "a", "copy.jpg", "same"), _image("old", "all", "a", "copy.jpg", "same")]
     for roles in ({"old": "finetune", "new": "finetune"}, {"old": "pretrain", "new": "finetune"}):
         result = _judge(rows, _batches(**roles))
-        sides = result.images.set_index("key")["split"][["old/all/b/copy.jpg", "new/all/a/copy.jpg"]].tolist()
+        sides = result.images.set_index("key")["split"][["old/all/a/copy.jpg", "new/all/a/copy.jpg"]].tolist()
         name = "no_leak_of_test" if sides[0] != "train" and sides[1] == "train" else "no_exact_duplicate"
-        assert _reasons(result) == {"new/all/a/copy.jpg": (name, "old/all/b/copy.jpg")}
+        assert _reasons(result) == {"new/all/a/copy.jpg": (name, "old/all/a/copy.jpg")}
 
 
 def test_of_two_near_duplicates_the_later_yields_where_pixels_agree() -> None:
@@ -114,11 +114,11 @@ def test_of_two_near_duplicates_the_later_yields_where_pixels_agree() -> None:
 @pytest.mark.parametrize(("stays", "yields"), [("test", "val"), ("test", "train"), ("val", "train")])
 def test_inside_a_batch_test_beats_val_beats_train(stays: str, yields: str) -> None:
     rows = [row for split in ("train", "val", "test") for row in _pool("b", split=split)]
-    # By key alone the other one would stay: its class comes first.
-    rows += [_image("b", stays, "b", "x.jpg", "same"), _image("b", yields, "a", "x.jpg", "same")]
+    # By name alone the other one would stay.
+    rows += [_image("b", stays, "a", "y.jpg", "same"), _image("b", yields, "a", "x.jpg", "same")]
     reasons = _reasons(_judge(rows, _batches(b="finetune")))
     name = "no_leak_of_test" if yields == "train" else "no_exact_duplicate"
-    assert reasons == {f"b/{yields}/a/x.jpg": (name, f"b/{stays}/b/x.jpg")}
+    assert reasons == {f"b/{yields}/a/x.jpg": (name, f"b/{stays}/a/y.jpg")}
 
 
 def test_it_is_our_split_that_counts_not_the_sources() -> None:
@@ -342,6 +342,78 @@ def test_copies_and_damaged_images_do_not_take_the_places_of_a_small_class() -> 
     assert sorted(_judge(rows, _batches(new="finetune")).accepted["split"]) == ["test", "train", "val"]
 
 
+# ------------------------------------------------------------------------------------------------ conflicts of labels
+
+
+def _conflicts(result: ValidationResult) -> dict[str, str]:
+    return {key: of for key, (reason, of) in _reasons(result).items() if reason == "no_label_conflict"}
+
+
+@pytest.mark.parametrize("contents", [("same", "same"), ("one", "other")])
+def test_one_picture_with_two_classes_in_a_batch_stays_out_with_both(contents: tuple[str, str]) -> None:
+    looks = {"hash": 0x123456789ABCDEF0}
+    rows = [*_pool("b"), *(_image("b", "all", c, "x.jpg", of, **looks) for c, of in zip("ab", contents, strict=True))]
+    rows += [
+        _image("b", "all", "a", "again.jpg", contents[0], **looks),
+        _image("b", "all", "", "x.jpg", "same", **looks),
+    ]
+    result = _judge(rows, _batches(b="pretrain"))
+    # The unlabelled one conflicts with nobody, and as the others are out, it stays.
+    first = "b/all/a/again.jpg"
+    assert _reasons(result).keys() == {"b/all/a/x.jpg", "b/all/b/x.jpg", first}
+    assert {of for _, of in _reasons(result).values()} <= {"b/all/a/x.jpg", "b/all/b/x.jpg", first}
+    assert result.failed["no_label_conflict"] == 3
+    report = summary(result, _batches(b="pretrain"), LENIENT)
+    assert report["label_conflicts"] == [{"role": "pretrain", "classes": ["a", "b"], "images": 3}]
+    assert report["quarantined_by"] == {"no_label_conflict": 3}
+
+
+@pytest.mark.parametrize("contents", [("same", "same"), ("one", "other")])
+def test_across_batches_of_a_role_only_the_later_image_of_a_conflict_stays_out(contents: tuple[str, str]) -> None:
+    looks = {"hash": 0x123456789ABCDEF0}
+    old = [*_pool("old"), _image("old", "all", "b", "x.jpg", contents[0], **looks)]
+    new = [*_pool("new"), _image("new", "all", "a", "x.jpg", contents[1], **looks)]
+    assert _reasons(_judge(old, _batches(old="finetune"))) == {}
+    result = _judge([*new, *old], _batches(old="finetune", new="finetune"))
+    assert _reasons(result) == {"new/all/a/x.jpg": ("no_label_conflict", "old/all/b/x.jpg")}
+
+
+def test_classes_of_two_roles_may_differ() -> None:
+    rows = [*_pool("up"), *_pool("target"), _image("up", "all", "b", "x.jpg", "same")]
+    result = _judge([*rows, _image("target", "all", "a", "x.jpg", "same")], _batches(up="pretrain", target="finetune"))
+    assert _reasons(result).keys() == {"target/all/a/x.jpg"} and _conflicts(result) == {}
+
+
+def test_a_picture_that_was_in_conflict_before_still_is_when_it_comes_again() -> None:
+    old = [_image("old", "all", name, "x.jpg", "same") for name in "ab"]
+    new = [_image("new", "all", "b", "x.jpg", "same"), _image("new", "all", "", "y.jpg", "same")]
+    result = _judge([*_pool("old"), *old, *_pool("new"), *new], _batches(old="pretrain", new="pretrain"))
+    assert _conflicts(result).keys() == {"old/all/a/x.jpg", "old/all/b/x.jpg", "new/all/b/x.jpg"}
+    assert _conflicts(result)["new/all/b/x.jpg"] == "old/all/a/x.jpg"
+
+
+def test_a_conflict_that_is_only_noted_leaves_the_rules_of_duplicates() -> None:
+    rows = [*_pool("b"), *(_image("b", "all", name, "x.jpg", "same") for name in "ab")]
+    lenient = LENIENT.model_copy(update={"severity": Severities(no_label_conflict="note")})
+    result = _judge(rows, _batches(b="pretrain"), lenient)
+    assert len(_reasons(result)) == 1 and result.failed["no_label_conflict"] == 2
+    assert len(_noted(result, "no_label_conflict")) == 1
+    assert summary(result, _batches(b="pretrain"), lenient)["label_conflicts"][0]["images"] == 2
+
+
+def test_the_stop_for_too_much_quarantined_names_what_took_most_and_what_loosens_it() -> None:
+    looks = [{"hash": 0x123456789ABCDEF0, "brightness": value} for value in (100.0, 101.0)]
+    rows = [
+        *_pool("b", 5),
+        *(_image("b", "all", name, "x.jpg", **look) for name, look in zip("ab", looks, strict=True)),
+    ]
+    (stop,) = _judge(rows, _batches(b="pretrain"), LENIENT.model_copy(update={"max_quarantined": 0.1})).stops
+    assert "no_label_conflict takes most" in stop and "validate.near_duplicate_local" in stop
+    rows = [*_pool("b", 5), *(_image("b", "all", "a", f"{n}.png", decodes=False, error="cut") for n in range(4))]
+    (stop,) = _judge(rows, _batches(b="pretrain"), LENIENT.model_copy(update={"max_quarantined": 0.1})).stops
+    assert "decodes takes most, and no parameter" in stop
+
+
 # ------------------------------------------------------------------------------------------------ more than duplicates
 
 
@@ -353,11 +425,11 @@ def test_a_train_image_that_is_a_test_image_is_a_leak_and_counted_as_such(evalua
     contents = ("one", "other") if near else ("same", "same")
     for split, content in zip((evaluated, "train"), contents, strict=True):
         rows.append(_image("b", split, "a", "x.jpg", content, **looks))
-    rows += [_image("b", "train", name, "twin.jpg", "twin") for name in "ab"]
+    rows += [_image("b", "train", "b", f"twin{number}.jpg", "twin") for number in range(2)]
     result = _judge(rows, _batches(b="pretrain"))
     assert _reasons(result) == {
         "b/train/a/x.jpg": ("no_leak_of_test", f"b/{evaluated}/a/x.jpg"),
-        "b/train/b/twin.jpg": ("no_exact_duplicate", "b/train/a/twin.jpg"),
+        "b/train/b/twin1.jpg": ("no_exact_duplicate", "b/train/b/twin0.jpg"),
     }
     assert [result.failed[name] for name in ("no_leak_of_test", "no_exact_duplicate", "no_near_duplicate")] == [
         1,

@@ -42,6 +42,7 @@ class Severities(Section):
     not_flat: OfImages = "quarantine"
     usual_resolution: OfImages = "note"
     usual_brightness: OfImages = "note"
+    no_label_conflict: OfImages = "quarantine"
     no_leak_of_test: OfImages = "quarantine"
     no_exact_duplicate: OfImages = "quarantine"
     no_near_duplicate: OfImages = "quarantine"
@@ -117,6 +118,12 @@ class Validate(Section):
     near_duplicate_correlation: Share = 0.95
     """And only from this correlation of the thumbnails on. On ImageNet, recoded, resized (to a quarter) and brightened
     copies lie above 0.96, the most similar pair of different pictures below 0.93."""
+    near_duplicate_local: Positive | None = 10.0
+    """And only if no place (a 32nd of the side, both ways) differs by more than so many levels where it is even, three
+    times as many along edges, and grain is shared: two photographs of one scene are two pictures. null: not asked.
+
+    Measured by `python -m bench.near_duplicates_local`; docs/decisions.md has the error rates.
+    """
     max_quarantined: Share = 0.1
     """Maximum share of a batch."""
     min_images_per_class: Count = 5

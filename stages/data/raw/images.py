@@ -108,11 +108,11 @@ def read_header(data: bytes) -> Header:
         return Header()
 
 
-def decode_strictly(data: bytes, header: Header) -> np.ndarray:
+def decode_strictly(data: bytes, header: Header, side: int = THUMBNAIL_SIDE) -> np.ndarray:
     """Luminance thumbnail (H, W), uint8, orientation not applied, of an image that decodes to its last byte.
 
-    JPEGs are decoded at the smallest scale that keeps both sides from 32 px on: it reads the whole stream, so it finds
-    every truncation, at a fraction of the cost of all pixels.
+    JPEGs are decoded at the smallest scale that keeps both sides from `side` pixels on: it reads the whole stream, so
+    it finds every truncation, at a fraction of the cost of all pixels.
 
     Raises:
         ValueError: the image is damaged, is none, or has more than `MAX_PIXELS`; the message says which.
@@ -125,7 +125,7 @@ def decode_strictly(data: bytes, header: Header) -> np.ndarray:
         raise ValueError(f"a TIFF in {strips} strips is more work than any picture needs")
     if header.format == "JPEG":
         _refuse_endless_scans(data, header)
-        luminance = _whole_jpeg(data)
+        luminance = _whole_jpeg(data, side)
         if luminance is not None:
             return luminance[:, :, 0]
     try:
@@ -224,13 +224,13 @@ def _fast_decode(data: bytes, colourspace: str, **options: Any) -> np.ndarray | 
         raise
 
 
-def _whole_jpeg(data: bytes) -> np.ndarray | None:
-    """A JPEG at its smallest useful scale, as `_fast_decode` gives it; what libjpeg warns of must be harmless.
+def _whole_jpeg(data: bytes, side: int) -> np.ndarray | None:
+    """A JPEG at the smallest scale with both sides from `side` pixels on, as `_fast_decode` gives it; what libjpeg warns of must be harmless.
 
     Raises:
         ValueError: pixels are missing or wrong.
     """
-    options = {"fastdct": True, "fastupsample": True, "min_height": THUMBNAIL_SIDE, "min_width": THUMBNAIL_SIDE}
+    options = {"fastdct": True, "fastupsample": True, "min_height": side, "min_width": side}
     for _ in range(MOST_MENDS):
         try:
             return _fast_decode(data, "GRAY", strict=True, **options)

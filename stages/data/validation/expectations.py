@@ -13,7 +13,7 @@ from stages.params.validate import Severity, Validate
 Step = Literal["image", "outlier", "duplicate", "batch", "batch class", "class", "group", "drift"]
 """What the rows of the checked table are. Images are judged in three steps: each alone, sound ones as outliers of their
 batch, sound ones as duplicates."""
-LEAK, EXACT, NEAR = "no_leak_of_test", "no_exact_duplicate", "no_near_duplicate"
+CONFLICT, LEAK, EXACT, NEAR = "no_label_conflict", "no_leak_of_test", "no_exact_duplicate", "no_near_duplicate"
 
 Check = tuple[str, dict[str, Any]]
 """A Great Expectations class and its keywords."""
@@ -80,6 +80,15 @@ class Expectation:
         return "image" if self.step in ("outlier", "duplicate") else self.step
 
     @property
+    def loosened_by(self) -> str:
+        """What to set so that fewer images are quarantined by it, for people."""
+        if self.name == "decodes":
+            return "no parameter, as such files cannot be read"
+        if self.name in (CONFLICT, NEAR):
+            return f"a smaller `{self.parameter}`, or `validate.near_duplicate_distance: null`"
+        return f"`{self.parameter}`" if self.parameter else f"`validate.severity.{self.name}: note`"
+
+    @property
     def limit(self) -> str:
         """What is demanded of the column, for people: `≥ 16`, `JPEG, PNG`, `none`."""
         _, arguments = self.check
@@ -125,12 +134,16 @@ def expectations(limits: Validate, *steps: Step) -> list[Expectation]:
         outlier("usual_brightness", "brightness_outlying", at_most(limits.outliers.brightness or 0),
                 "validate.outliers.brightness", fault="unusually dark or bright",
                 reason="Far darker or brighter than its batch: a shot at night, a document, a broken exposure."),
+        duplicate(CONFLICT, "conflict_with", none(), "validate.near_duplicate_local",
+                  fault="conflicts of labels",
+                  reason="The same picture as one with another class, in its batch or an earlier one of its role: one "
+                         "of the two labels is wrong, and nothing says which. Within a batch all of them stay out."),
         duplicate(LEAK, "leak_of", none(), "validate.near_duplicate_distance", fault="leaks of test images into train",
                   reason="An image of train is the same picture as one of test, fresh or val that stays: the score "
                          "would count what was learnt by heart."),
         duplicate(EXACT, "duplicate_of", none(), "", fault="exact duplicates",
                   reason="The same bytes as an image that stays: it would count twice, or test what was trained on."),
-        duplicate(NEAR, "near_duplicate_of", none(), "validate.near_duplicate_distance", fault="near-duplicates",
+        duplicate(NEAR, "near_duplicate_of", none(), "validate.near_duplicate_local", fault="near-duplicates",
                   reason="The same picture as an image that stays (resized, recoded, brightened); confirmed on "
                          "pixels."),
         batch("some_accepted", "accepted", at_least(1), "",
@@ -139,7 +152,8 @@ def expectations(limits: Validate, *steps: Step) -> list[Expectation]:
         batch("few_quarantined", "share_quarantined", at_most(limits.max_quarantined), "validate.max_quarantined",
               reason="So much of a batch is bad that something went wrong before it came here.",
               message=Message("batch", "{where}: {share_quarantined:.1%} are quarantined, {quarantined:,} of "
-                                       "{images:,} images ({limit}, {parameter}){worst}", only="accepted > 0")),
+                                       "{images:,} images ({limit}, {parameter}){worst}", only="accepted > 0",
+                              remedy="{most}")),
         batch("labelled", "unlabelled", at_most(0), "",
               reason="Fine-tuning learns from labels; an image without one is of no use to it.",
               message=Message("batch", "{where}: {unlabelled:,} images have no class; label them, or leave them out: "

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from stages.data.validation.drift import FACTS, FactDrift, compare
-from stages.data.validation.expectations import EXACT, LEAK, NEAR, Expectation, Step, expectations
+from stages.data.validation.expectations import CONFLICT, EXACT, LEAK, NEAR, Expectation, Step, expectations
 from stages.data.validation.great_expectations import failures
 from stages.data.validation.groups import group_table
 from stages.data.validation.measures import outlying, with_measures
@@ -30,7 +30,8 @@ class ValidationResult:
 
     `images` has, beyond the facts: role, arrival, split, label, reason (empty: accepted), duplicate_of (key of the same
     image that stays), resolution_outlying and brightness_outlying (NaN: not judged), and look (images of a class in a
-    batch that look alike have the same number; -1: not judged).
+    batch that look alike have the same number; -1: not judged). `conflict_with` is the key of the same picture with
+    another class (empty: none), which is also its `duplicate_of` if the conflict quarantines it.
     """
 
     images: pd.DataFrame
@@ -84,14 +85,14 @@ def judge(
         "drift": drift_table(drift, batches),
     }
     messages: dict[str, list[str]] = {"stop": [], "note": []}
+    whole = expectations(limits)
     for step, table in tables.items():
         of_step = expectations(limits, step)
         wrong = failures(table, of_step)
         failed |= wrong
         for expectation in of_step:
             if len(rows := wrong[expectation.name]):
-                messages[expectation.severity] += explain(expectation, table.iloc[rows], images)
-    whole = expectations(limits)
+                messages[expectation.severity] += explain(expectation, table.iloc[rows], images, whole)
     good = (images["reason"] == "").to_numpy()
     return ValidationResult(
         images=images,
@@ -155,20 +156,26 @@ def _judge_duplicates(images: pd.DataFrame, limits: Validate, confirmation: Conf
     images.loc[sound, "look"] = look_alikes(rows, found.same)
     yielding = np.flatnonzero(found.yields_to >= 0)
     below, above = sound[yielding], sound[found.yields_to[yielding]]
+    conflicting = np.flatnonzero(found.conflicts_with >= 0)
+    one, other = sound[conflicting], sound[found.conflicts_with[conflicting]]
     trains = (images["split"] == "train").to_numpy()
     leak, exact = trains[below] & ~trains[above], found.exact[yielding]
+    keys = images["key"].to_numpy(dtype=object)
     duplicate_of = np.full(len(images), "", dtype=object)
-    duplicate_of[below] = images["key"].iloc[above].to_numpy(dtype=object)
-    images["duplicate_of"] = duplicate_of
+    duplicate_of[one], duplicate_of[below] = keys[other], keys[above]  # what yields, though in conflict, is only noted
+    images["duplicate_of"], images["conflict_with"] = duplicate_of, ""
+    images.loc[one, "conflict_with"] = keys[other]
     columns = {name: np.full(len(images), None, dtype=object) for name in _DUPLICATE_COLUMNS.values()}
+    columns[_DUPLICATE_COLUMNS[CONFLICT]][one] = keys[other]
     for name, which in ((LEAK, leak), (EXACT, exact & ~leak), (NEAR, ~exact & ~leak)):
         columns[_DUPLICATE_COLUMNS[name]][below[which]] = duplicate_of[below[which]]
     return _judge_images(images, pd.DataFrame(columns), "duplicate", limits)
 
 
 _IN_TAR = ["tar", "offset", "bytes"]
-_FOR_DUPLICATES = ["arrival", "role", "batch", "class_name", "sha256", "hash", "brightness", "contrast", *_IN_TAR]
-_DUPLICATE_COLUMNS = {LEAK: "leak_of", EXACT: "duplicate_of", NEAR: "near_duplicate_of"}
+_LOOK = ["width", "height", "hash", "brightness", "contrast"]
+_FOR_DUPLICATES = ["arrival", "role", "batch", "class_name", "sha256", *_LOOK, *_IN_TAR]
+_DUPLICATE_COLUMNS = {CONFLICT: "conflict_with", LEAK: "leak_of", EXACT: "duplicate_of", NEAR: "near_duplicate_of"}
 
 
 def _raw_folders(images: pd.DataFrame) -> list[Path]:

@@ -32,21 +32,24 @@ SamePicture = Callable[[np.ndarray, np.ndarray], np.ndarray]
 class Duplicates(NamedTuple):
     """Per image: position of the image that it yields to (-1: it stays), and whether the bytes are the same.
 
-    `same` are pairs (P, 2) of positions that are the same picture, enough to lead from each to all that it is like.
+    `conflicts_with` is the position of the same picture with another class, or -1. `same` are pairs (P, 2) of positions
+    that are the same picture, enough to lead from each to all that it is like.
     """
 
     yields_to: np.ndarray
     exact: np.ndarray
+    conflicts_with: np.ndarray
     same: np.ndarray
 
 
 def find_duplicates(rows: pd.DataFrame, limits: Validate, same_picture: SamePicture) -> Duplicates:
     """From the top down, each image yields to the first one above it that stays and is the same picture.
 
-    What happens to a row depends on the rows above it alone, so more rows below never change it.
+    Images that `label_conflicts` finds neither yield nor stay, unless that is only noted. What happens to a row depends
+    on the rows above it, and for conflicts on those of its batch, so later batches never change it.
 
     Args:
-        rows: images in order of precedence, columns sha256, hash, brightness, contrast.
+        rows: images in order of precedence, columns sha256, hash, brightness, contrast, arrival, role, class_name.
         limits: what counts as near.
         same_picture: confirms hash matches on pixels; never asked about images with the same bytes.
     """
@@ -54,13 +57,63 @@ def find_duplicates(rows: pd.DataFrame, limits: Validate, same_picture: SamePict
     _, first = np.unique(codes, return_index=True)
     original = first[codes]  # factorize numbers by first appearance, so this is the topmost row with these bytes
     distinct = np.flatnonzero(original == np.arange(len(rows)))
-    yields_to, near = _near_duplicates(rows, distinct, limits, same_picture)
+    near = _near_duplicates(rows, distinct, limits, same_picture)
     copy = original != np.arange(len(rows))
-    original_yields = yields_to[original] >= 0
-    exact = copy & ~original_yields
-    yields_to[copy] = np.where(original_yields, yields_to[original], original)[copy]
     same = np.concatenate([near, np.stack([original[copy], np.flatnonzero(copy)], axis=1)])
-    return Duplicates(yields_to, exact, same)
+    conflicts_with = label_conflicts(rows, original, near)
+    judged = (conflicts_with < 0) | (limits.severity.no_label_conflict != "quarantine")
+    yields_to, exact = _yielding(original, near, judged)
+    return Duplicates(yields_to, exact, conflicts_with, same)
+
+
+def label_conflicts(rows: pd.DataFrame, original: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Position of the first image of the same role that is the same picture and has another class, (N,); -1: none.
+
+    Only images of the same batch or an earlier one count: of two batches the later one's image is in conflict, within a
+    batch all are. Images without a class conflict with nobody.
+
+    Args:
+        rows: as given to `find_duplicates`.
+        original: position of the first image with the same bytes, (N,).
+        near: pairs (P, 2) of such first images that are the same picture.
+    """
+    labelled = pd.DataFrame({name: rows[name].to_numpy() for name in ("arrival", "role", "class_name")}).assign(
+        position=np.arange(len(rows)), content=original
+    )
+    labelled = labelled[labelled["class_name"] != ""]
+    # The first image of each class is of the earliest batch, so the others of the class need no look.
+    other = labelled.drop_duplicates(["content", "role", "class_name"])
+    itself = np.repeat(np.unique(original)[:, None], 2, axis=1)
+    alike = pd.DataFrame(np.concatenate([itself, near, near[:, ::-1]]), columns=["content", "content_other"])
+    met = labelled.merge(alike, on="content").merge(
+        other.rename(columns={"content": "content_other"}), on=["content_other", "role"], suffixes=("", "_other")
+    )
+    met = met[(met["class_name"] != met["class_name_other"]) & (met["arrival_other"] <= met["arrival"])]
+    found = met.groupby("position")["position_other"].min()
+    conflicts_with = np.full(len(rows), -1, dtype=np.int64)
+    conflicts_with[found.index.to_numpy(np.int64)] = found.to_numpy(np.int64)
+    return conflicts_with
+
+
+def _yielding(original: np.ndarray, near: np.ndarray, judged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Position that each of the images `judged` yields to (-1: none), and whether for the same bytes, (N,) each."""
+    count = len(original)
+    # The first judged image with the same bytes stands for them; `count` where there is none.
+    stands = np.full(count + 1, count, dtype=np.int64)
+    np.minimum.at(stands, original[judged], np.flatnonzero(judged))
+    pairs = np.sort(stands[near], axis=1)
+    pairs = pairs[pairs[:, 1] < count]
+    yields_to = np.full(count, -1, dtype=np.int64)
+    for above, below in pairs[np.lexsort(pairs.T)].tolist():
+        if yields_to[below] < 0 and yields_to[above] < 0:
+            yields_to[below] = above
+    first = stands[original]
+    copy = judged & (first != np.arange(count))
+    of_first = yields_to[first[copy]]
+    exact = np.zeros(count, dtype=bool)
+    exact[copy] = of_first < 0
+    yields_to[copy] = np.where(of_first < 0, first[copy], of_first)
+    return yields_to, exact
 
 
 def look_alikes(rows: pd.DataFrame, same: np.ndarray) -> np.ndarray:
@@ -97,22 +150,15 @@ def look_alikes(rows: pd.DataFrame, same: np.ndarray) -> np.ndarray:
 
 def _near_duplicates(
     rows: pd.DataFrame, distinct: np.ndarray, limits: Validate, same_picture: SamePicture
-) -> tuple[np.ndarray, np.ndarray]:
-    """Position of the image that each yields to, (N,); and the pairs (P, 2) that pixels confirm."""
-    yields_to = np.full(len(rows), -1, dtype=np.int64)
+) -> np.ndarray:
+    """The pairs (P, 2) that pixels confirm."""
     if limits.near_duplicate_distance is None:
-        return yields_to, np.empty((0, 2), dtype=np.int64)
+        return np.empty((0, 2), dtype=np.int64)
     looks = rows[["hash", "brightness", "contrast"]].iloc[distinct]
     upper, lower = (
         distinct[side] for side in near_pairs(looks, limits.near_duplicate_distance, limits.near_duplicate_difference)
     )
-    same = same_picture(upper, lower)
-    upper, lower = upper[same], lower[same]
-    by_row = np.lexsort((upper, lower))
-    for above, below in zip(upper[by_row].tolist(), lower[by_row].tolist(), strict=True):
-        if yields_to[below] < 0 and yields_to[above] < 0:
-            yields_to[below] = above
-    return yields_to, np.stack([upper, lower], axis=1)
+    return np.stack([upper, lower], axis=1)[same_picture(upper, lower)]
 
 
 def near_pairs(looks: pd.DataFrame, distance: int, difference: float) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import pandas as pd
 from stages.data.raw.images import DAMAGED, to_rgb
 from stages.data.raw.tars import read_at
 from stages.data.validation.charts import CHARTED, SPLITS, class_chart, fact_charts
-from stages.data.validation.expectations import LEAK
+from stages.data.validation.expectations import CONFLICT, LEAK
 from stages.pages import templates
 from stages.pages.images import image_thumbnail
 from stages.runtime.command import StageError
@@ -65,9 +65,12 @@ def render(
     for expectation in report["expectations"]:
         name, column = expectation["name"], expectation["column"]
         if report["quarantined_by"].get(name):
-            by_reason[name] = exhibits(images[images["reason"] == name], images, raw, SHOWN_PER_REASON)
+            rows = images[images["reason"] == name]
+            by_reason[name] = exhibits(once(rows) if name == CONFLICT else rows, images, raw, SHOWN_PER_REASON)
         if len(noted.get(name, ())):
             rows = images.iloc[noted[name]]
+            if name == CONFLICT:
+                rows = once(rows.assign(duplicate_of=rows["conflict_with"]))
             if column.endswith("_outlying"):  # what lies furthest out comes first
                 rows = rows.nlargest(SHOWN_PER_NOTE, column, keep="first")
             by_note[name] = exhibits(rows, images, raw, SHOWN_PER_NOTE)
@@ -102,6 +105,12 @@ def exhibits(rows: pd.DataFrame, images: pd.DataFrame, raw: Path, most: int) -> 
         other = stays.get(row["duplicate_of"])
         shown.append(Exhibit(tile(row, raw), tile(other, raw) if other else None, remarks(row, other)))
     return shown
+
+
+def once(rows: pd.DataFrame) -> pd.DataFrame:
+    """Conflicts of labels without those that are another's seen from the other side."""
+    pairs = [tuple(sorted(pair)) for pair in zip(rows["key"], rows["duplicate_of"], strict=True)]
+    return rows[~pd.Series(pairs, rows.index, dtype=object).duplicated()]
 
 
 def remarks(row: dict[Any, Any], stays: dict[Any, Any] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whether two images are the same picture, by thumbnails of their luminance.
+"""Whether two images are the same picture: by thumbnails of their luminance, and what these confirm by local_match.py.
 
 Thumbnails are cached between runs: after a new batch, or a change of limits, only new images are decoded.
 """
@@ -6,7 +6,7 @@ Thumbnails are cached between runs: after a new batch, or a change of limits, on
 import hashlib
 import logging
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 from stages.data.raw import images as raw_images
 from stages.data.raw.images import decode_strictly, read_header
 from stages.data.raw.tars import read_at
+from stages.data.validation import local_match
 from stages.data.validation.near_duplicates import SamePicture
 from stages.params.validate import Validate
 from stages.runtime.command import StageError
@@ -44,9 +45,9 @@ def pixel_confirmation(
     """A `SamePicture` that reads the images themselves.
 
     Args:
-        rows: images as given to `find_duplicates`, columns sha256, tar, offset, bytes.
+        rows: images as given to `find_duplicates`, columns sha256, tar, offset, bytes, width, height.
         raw: folder of the raw tars of each row.
-        limits: when two thumbnails are the same picture.
+        limits: when two images are the same picture.
         cache: file of thumbnails made before; afterwards it holds those that this run needs, and no others.
     """
 
@@ -54,7 +55,15 @@ def pixel_confirmation(
         wanted = np.unique(np.concatenate([left, right]))
         images, folders = rows.iloc[wanted], [raw[position] for position in wanted]
         pictures = _cached_thumbnails(images, folders, cache) if cache else thumbnails(images, folders)
-        return same_thumbnails(pictures, np.searchsorted(wanted, left), np.searchsorted(wanted, right), limits)
+        same = same_thumbnails(pictures, np.searchsorted(wanted, left), np.searchsorted(wanted, right), limits)
+        if limits.near_duplicate_local is not None and same.any():
+            alike = np.stack([left[same], right[same]], axis=1)
+            wanted, pairs = np.unique(alike, return_inverse=True)
+            images, folders = rows.iloc[wanted], [raw[position] for position in wanted]
+            sides = local_match.picture_sides(images)
+            larger = _pictures(images.assign(side=sides), folders, _larger, (local_match.SIDE, local_match.SIDE))
+            same[same] = local_match.same_locally(larger, sides, pairs.reshape(-1, 2), limits.near_duplicate_local)
+        return same
 
     return same_picture
 
@@ -133,30 +142,51 @@ def thumbnails(rows: pd.DataFrame, raw: Sequence[Path]) -> np.ndarray:
     Raises:
         StageError: a raw tar is gone, or does not hold what the facts say.
     """
-    places = pd.DataFrame({name: rows[name].to_numpy() for name in ("tar", "offset", "bytes")})
+    return _pictures(rows.assign(side=SIDE), raw, _thumbnail, (SIDE * SIDE,))
+
+
+def _pictures(
+    rows: pd.DataFrame, raw: Sequence[Path], make: Callable[[bytes, int], np.ndarray], shape: tuple[int, ...]
+) -> np.ndarray:
+    """What `make` makes of each image's bytes and its column `side`, (N, *shape) uint8."""
+    places = pd.DataFrame({name: rows[name].to_numpy() for name in ("tar", "offset", "bytes", "side")})
     places["folder"] = [str(folder) for folder in raw]
     places = places.sort_values(["folder", "tar", "offset"])
     parts = np.array_split(np.arange(len(places)), max(len(places) // IMAGES_A_TASK, 1))
-    pictures = np.zeros((len(rows), SIDE * SIDE), dtype=np.uint8)
+    pictures = np.zeros((len(rows), *shape), dtype=np.uint8)
+
+    def made_of(some: pd.DataFrame) -> np.ndarray:
+        columns = (some[name].tolist() for name in ("folder", "tar", "offset", "bytes", "side"))
+        made = [
+            _made(Path(folder) / tar, at, size, side, make)
+            for folder, tar, at, size, side in zip(*columns, strict=True)
+        ]
+        return np.array(made, dtype=np.uint8).reshape(len(some), *shape)
+
     with ThreadPoolExecutor(worker_count()) as pool:  # decoding lets go of the interpreter's lock
-        made = pool.map(_thumbnails_of, (places.iloc[part] for part in parts))
+        made = pool.map(made_of, (places.iloc[part] for part in parts))
         for part, some in progress(zip(parts, made, strict=True), len(parts), "comparing pixels"):
             pictures[places.index[part]] = some
     return pictures
 
 
-def _thumbnails_of(places: pd.DataFrame) -> np.ndarray:
-    columns = (places[name].tolist() for name in ("folder", "tar", "offset", "bytes"))
-    pictures = [
-        _thumbnail(Path(folder) / tar, offset, size) for folder, tar, offset, size in zip(*columns, strict=True)
-    ]
-    return np.array(pictures, dtype=np.uint8).reshape(len(places), SIDE * SIDE)
-
-
-def _thumbnail(tar: Path, offset: int, size: int) -> np.ndarray:
+def _made(tar: Path, offset: int, size: int, side: int, make: Callable[[bytes, int], np.ndarray]) -> np.ndarray:
     data = read_at(tar, offset, size)
     try:
-        luminance = decode_strictly(data, read_header(data))
+        return make(data, side)
     except ValueError as error:
         raise StageError(f"{tar} has changed since it was scanned ({error}); `dvc checkout` restores it") from error
-    return np.asarray(Image.fromarray(luminance).resize((SIDE, SIDE), Image.Resampling.BOX)).reshape(-1)
+
+
+def _thumbnail(data: bytes, side: int) -> np.ndarray:
+    return _square(decode_strictly(data, read_header(data)), side).reshape(-1)
+
+
+def _larger(data: bytes, side: int) -> np.ndarray:
+    picture = _square(decode_strictly(data, read_header(data), local_match.DECODED), side)
+    times = local_match.SIDE // side
+    return picture.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def _square(luminance: np.ndarray, side: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(luminance).resize((side, side), Image.Resampling.BOX))

@@ -1,6 +1,7 @@
 """reports/validation.json: what was judged, in counts."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ def summary(
         "quarantined": int((~good).sum()),
         "quarantined_by": {name: int(count) for name, count in images.loc[~good, "reason"].value_counts().items()},
         "noted_by": {name: len(rows) for name, rows in result.noted.items() if len(rows)},
+        "label_conflicts": _conflicts(images),
         "order": list(batches),
         "batches": {
             name: {
@@ -74,6 +76,16 @@ def summary(
         "stops": result.stops,
         "notes": result.notes,
     }
+
+
+def _conflicts(images: pd.DataFrame) -> list[dict[str, Any]]:
+    """Images, quarantined or noted, by the two classes (sorted) that one picture has, most first."""
+    found = images.loc[images["conflict_with"] != "", ["role", "class_name", "conflict_with"]]
+    class_of = images.loc[images["key"].isin(set(found["conflict_with"])), ["key", "class_name"]]
+    others: pd.Series = found["conflict_with"].map(dict(class_of.itertuples(index=False)))
+    pairs = [(role, *sorted(two)) for role, *two in zip(found["role"], found["class_name"], others, strict=True)]
+    counted = sorted(Counter(pairs).items(), key=lambda item: (-item[1], item[0]))
+    return [{"role": role, "classes": two, "images": count} for (role, *two), count in counted]
 
 
 def _counts(counts: pd.Series, batch: str) -> dict[str, int]:

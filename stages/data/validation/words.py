@@ -1,6 +1,6 @@
 """Messages about batches, classes and drift: what failed, where, and which parameter governs it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,13 +11,16 @@ SHOWN = 5
 """Files and classes that a message names."""
 
 
-def explain(expectation: Expectation, wrong: pd.DataFrame, images: pd.DataFrame) -> list[str]:
+def explain(
+    expectation: Expectation, wrong: pd.DataFrame, images: pd.DataFrame, of_images: Sequence[Expectation] = ()
+) -> list[str]:
     """One message per batch, or per role, about the rows of a table that fail `expectation`.
 
     Args:
         expectation: one with a `message`.
         wrong: failing rows of the table of its step (tables.py).
         images: all of them, with reason (empty: accepted).
+        of_images: the expectations that may be such a reason.
     """
     message = expectation.message
     assert message is not None, f"no message for {expectation.name}"
@@ -36,6 +39,7 @@ def explain(expectation: Expectation, wrong: pd.DataFrame, images: pd.DataFrame)
         if message.per == "batch":
             batch, role = records[0]["batch"], records[0]["role"]
             values |= {"where": f"batch `{batch}` ({role})", "worst": _worst(images, batch)}
+            values["most"] = _most(images, batch, of_images)
         messages.append(template.format_map(records[0] | values))
     return messages
 
@@ -49,6 +53,15 @@ def _first(items: Iterable[str]) -> str:
     names = list(items)
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(map(printable, names[:SHOWN])) + more
+
+
+def _most(images: pd.DataFrame, batch: str, of_images: Sequence[Expectation]) -> str:
+    """The expectation that took most of a batch, and what loosens it."""
+    taken = images.loc[(images["batch"] == batch) & (images["reason"] != ""), "reason"].value_counts().to_dict()
+    most = max(of_images, key=lambda each: taken.get(each.name, 0), default=None)
+    if most is None or not taken.get(most.name):
+        return ""
+    return f". If those are sound: {most.name} takes most, and {most.loosened_by} loosens it"
 
 
 def _worst(images: pd.DataFrame, batch: str) -> str:

@@ -76,8 +76,10 @@ def test_limits_come_from_params() -> None:
 
 def test_duplicates_are_expectations_too() -> None:
     columns = {"leak_of": [None, None, "c"], "duplicate_of": [None, "a", None], "near_duplicate_of": ["b", None, None]}
+    columns["conflict_with"] = [None, "d", "e"]
     failed = failures(pd.DataFrame(columns, dtype=object), expectations(Validate(), "duplicate"))
     assert {name: rows.tolist() for name, rows in failed.items()} == {
+        "no_label_conflict": [1, 2],
         "no_leak_of_test": [2],
         "no_exact_duplicate": [1],
         "no_near_duplicate": [0],

@@ -29,8 +29,11 @@ def _looks(hashes: list[int] | np.ndarray, brightness: float = 100.0, contrast: 
     return pd.DataFrame({"hash": np.array(hashes, np.uint64), "brightness": brightness, "contrast": contrast})
 
 
+UNLABELLED = {"arrival": 0, "role": "pretrain", "class_name": ""}
+
+
 def _rows(hashes: list[int], contents: list[str] | None = None) -> pd.DataFrame:
-    return _looks(hashes).assign(sha256=contents or [str(number) for number in range(len(hashes))])
+    return _looks(hashes).assign(sha256=contents or [str(number) for number in range(len(hashes))], **UNLABELLED)
 
 
 def _clustered(count: int, seed: int) -> pd.DataFrame:
@@ -44,7 +47,7 @@ def _clustered(count: int, seed: int) -> pd.DataFrame:
         hashes = np.where(flipped, hashes ^ (np.uint64(1) << rng.integers(0, 64, count, dtype=np.uint64)), hashes)
     hashes[: count // 20] = 0
     brightness, contrast = rng.uniform(60, 120, count), rng.uniform(20, 60, count)
-    return pd.DataFrame({"hash": hashes, "brightness": brightness, "contrast": contrast})
+    return pd.DataFrame({"hash": hashes, "brightness": brightness, "contrast": contrast, **UNLABELLED})
 
 
 def _brute_force(looks: pd.DataFrame, distance: int, difference: float) -> set[tuple[int, int]]:
@@ -191,9 +194,11 @@ def _archive(folder: Path, images: list[bytes]) -> pd.DataFrame:
                     "hash": difference_hash(luminance),
                     "brightness": luminance.mean(),
                     "contrast": luminance.std(),
+                    "width": read_header(data).width,
+                    "height": read_header(data).height,
                 }
             )
-    return pd.DataFrame(rows).astype({"hash": np.uint64})
+    return pd.DataFrame(rows).astype({"hash": np.uint64}).assign(**UNLABELLED)
 
 
 def test_recoded_resized_and_brightened_copies_are_found_and_other_pictures_are_not(tmp_path: Path) -> None:
