@@ -85,7 +85,8 @@ class Expectation:
         if self.name == "decodes":
             return "no parameter, as such files cannot be read"
         if self.name in (CONFLICT, NEAR):
-            return f"a smaller `{self.parameter}`, or `validate.near_duplicate_distance: null`"
+            less = f"a smaller `{self.parameter}`, or `validate.near_duplicate_distance: null`"
+            return less if self.name == NEAR else f"other labels, or where the pictures differ {less},"
         return f"`{self.parameter}`" if self.parameter else f"`validate.severity.{self.name}: note`"
 
     @property

@@ -16,6 +16,11 @@ EDGES = 1.5
 """Levels more that may differ for each level of detail (standard deviation) in a place: resizing shifts edges."""
 MOST = 3.0
 """The most that may differ, however much detail there is, as a multiple of `near_duplicate_local`."""
+PEAK, PEAK_BASE = 1.4, 4.0
+"""The largest difference of 2 x 2 pixels, as a share of `PEAK_BASE` levels and `EDGES` of detail, may be as many times
+that of all but 5 % of them as `near_duplicate_local` times this: what is nowhere else is no coding."""
+LEAST_PEAK = 0.1
+"""Below this share of a difference nothing is counted: a picture without any noise differs in one place only."""
 CLIPPED = 8, 247
 """Levels near black and white, which say nothing of brightness and contrast: a copy may be cut off there."""
 GRAIN = 0.25
@@ -69,7 +74,9 @@ def _agree(one: np.ndarray, other: np.ndarray, limit: float) -> np.ndarray:
     )
     # What one of them cut off at black or white the other may still have, so one of both directions is enough.
     near = [
-        _worst_place(np.clip(fitted, 0, 255), with_it, limit) <= 1 for fitted, with_it in ((forth, other), (back, one))
+        (_worst_place(np.clip(fitted, 0, 255), with_it, limit) <= 1)
+        & (_peak(np.clip(fitted, 0, 255), with_it) <= PEAK * limit)
+        for fitted, with_it in ((forth, other), (back, one))
     ]
     return (near[0] | near[1]) & (_shared_detail(one, back) >= SHARED)
 
@@ -97,14 +104,27 @@ def _places(pixels: np.ndarray) -> np.ndarray:
 
 def _worst_place(one: np.ndarray, other: np.ndarray, limit: float) -> np.ndarray:
     """The largest difference of the means of a place, as a share of what may differ there, (P,)."""
-    places = _places(one), _places(other)
-    means = [place.mean(axis=2) for place in places]
-    variances = [
-        np.maximum((place * place).mean(axis=2) - mean * mean, 0) for place, mean in zip(places, means, strict=True)
-    ]
-    allowed = limit + EDGES * np.sqrt(np.minimum(*variances))
-    difference = np.abs(means[0] - means[1])
+    allowed = limit + EDGES * _common_detail(one, other)
+    difference = np.abs(_places(one).mean(axis=2) - _places(other).mean(axis=2))
     return (difference / np.maximum(np.minimum(allowed, MOST * limit), 1e-6)).max(axis=1)
+
+
+def _peak(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """How far the largest difference of 2 x 2 pixels stands out from the rest, (P,)."""
+    count, half = len(one), one.shape[1] // 2
+    differences = np.abs((one - other).reshape(count, half, 2, half, 2).mean(axis=(2, 4)))
+    detail = _common_detail(one, other).reshape(count, half // 2, half // 2).repeat(2, axis=1).repeat(2, axis=2)
+    shares = np.sort((differences / (PEAK_BASE + EDGES * detail)).reshape(count, -1), axis=1)
+    return shares[:, -1] / np.maximum(shares[:, shares.shape[1] * 19 // 20], LEAST_PEAK)
+
+
+def _common_detail(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Standard deviation in each place of the smoother of both pictures, (P, places)."""
+    variances = []
+    for place in (_places(one), _places(other)):
+        mean = place.mean(axis=2)
+        variances.append(np.maximum((place * place).mean(axis=2) - mean * mean, 0))
+    return np.sqrt(np.minimum(*variances))
 
 
 def _shared_detail(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -61,12 +61,14 @@ def render(
         noted: positions in `images` of what is noted of accepted images, by expectation.
         collapsed: classes that look like one picture: batch, arrival, class_name, look, alike, images.
     """
-    by_reason, by_note = {}, {}
+    by_reason, by_note, left = {}, {}, {}
     for expectation in report["expectations"]:
         name, column = expectation["name"], expectation["column"]
         if report["quarantined_by"].get(name):
             rows = images[images["reason"] == name]
-            by_reason[name] = exhibits(once(rows) if name == CONFLICT else rows, images, raw, SHOWN_PER_REASON)
+            rows = once(rows) if name == CONFLICT else rows
+            by_reason[name] = exhibits(rows, images, raw, SHOWN_PER_REASON)
+            left[name] = len(rows) - len(by_reason[name])
         if len(noted.get(name, ())):
             rows = images.iloc[noted[name]]
             if name == CONFLICT:
@@ -74,12 +76,14 @@ def render(
             if column.endswith("_outlying"):  # what lies furthest out comes first
                 rows = rows.nlargest(SHOWN_PER_NOTE, column, keep="first")
             by_note[name] = exhibits(rows, images, raw, SHOWN_PER_NOTE)
+            left.setdefault(name, len(noted[name]) - len(by_note[name]))
     accepted = images.loc[images["reason"] == "", ["batch", *CHARTED]]
     return templates.render(
         Path(__file__).with_name("page.html.j2"),
         report=report,
         splits=SPLITS,
         exhibits=by_reason,
+        left=left,
         noted=by_note,
         collapsed=[(row, look_alikes(row, images, raw)) for row in collapsed.head(SHOWN_COLLAPSED).to_dict("records")],
         classes={role: class_chart(counts) for role, counts in report["classes"].items() if counts},

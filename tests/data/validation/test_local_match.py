@@ -86,6 +86,17 @@ def test_another_exposure_of_an_even_scene_is_another_picture_and_its_copy_is_no
     assert all(_same(_coded(one, "PNG"), _coded(one, quality=quality)) for quality in (30, 60, 95))
 
 
+@pytest.mark.parametrize("length", [8, 20])
+@pytest.mark.parametrize("quality", [60, 90])
+def test_a_small_scratch_on_a_part_drawn_without_noise_is_another_picture(length: int, quality: int) -> None:
+    part = Image.new("RGB", (256, 256), (70, 70, 70))
+    ImageDraw.Draw(part).ellipse((40, 40, 216, 216), fill=(170, 170, 170))
+    scratched = part.copy()
+    ImageDraw.Draw(scratched).line((90, 120, 90 + length, 124), fill=(230, 230, 230), width=2)
+    assert not _same(_coded(part, quality=quality), _coded(scratched, quality=quality))
+    assert _same(_coded(part, quality=quality), _coded(part, "PNG"))
+
+
 def test_a_picture_of_few_shapes_is_the_same_as_itself_and_no_other() -> None:
     shapes = []
     for at in (8, 14):
