@@ -4,8 +4,12 @@ Coding, resizing and brightening change a picture a little everywhere, or along 
 in one place; another exposure has grain of its own, while a copy has the original's or none.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pandas as pd
+
+from stages.runtime.progress import progress, worker_count
 
 SIDE = 128
 """Of the pictures compared, in pixels: those of smaller images are 64, 32, 16 or 8 wide, each pixel repeated."""
@@ -29,7 +33,7 @@ SHARED = 0.5
 """Two exposures share less of their detail. Of recoded photographs each shares at least 0.81 with the original, of
 photographs of one part under one camera, with noise of 4 levels at 256 pixels, at most 0.12."""
 FEW = 16  # places with detail; fewer say nothing
-PAIRS_AT_ONCE = 64
+PAIRS_AT_ONCE = 32
 STEPS = 16.0
 """Fitted levels are rounded to this part of one, so that all sums are exact in whatever order a machine adds."""
 
@@ -52,33 +56,51 @@ def same_locally(pictures: np.ndarray, sides: np.ndarray, pairs: np.ndarray, lim
     """
     same = np.zeros(len(pairs), dtype=bool)
     common = sides[pairs].min(axis=1)
-    for side in np.unique(common).tolist():
-        (of_side,) = np.nonzero(common == side)
-        for start in range(0, len(of_side), PAIRS_AT_ONCE):
-            some = of_side[start : start + PAIRS_AT_ONCE]
-            one, other = (_shrunk(pictures[pairs[some, column]], side) for column in (0, 1))
-            same[some] = _agree(one, other, limit)
+
+    def judge(some: np.ndarray) -> None:
+        side = int(common[some[0]])
+        one, other = (_shrunk(pictures[pairs[some, column]], side) for column in (0, 1))
+        same[some] = _agree(one, other, limit)
+
+    of_side = [np.flatnonzero(common == side) for side in np.unique(common)]
+    parts = [some[start : start + PAIRS_AT_ONCE] for some in of_side for start in range(0, len(some), PAIRS_AT_ONCE)]
+    with ThreadPoolExecutor(worker_count()) as pool:  # array operations let go of the interpreter's lock
+        for _ in progress(pool.map(judge, parts), len(parts), "comparing places"):
+            pass
     return same
 
 
 def _shrunk(pictures: np.ndarray, side: int) -> np.ndarray:
     """(P, side, side) float64; means of whole numbers over a power of 2, so they are exact."""
-    factor = pictures.shape[1] // side
-    return pictures.reshape(len(pictures), side, factor, side, factor).mean(axis=(2, 4))
+    return _means(pictures.astype(np.float64), pictures.shape[1] // side)
+
+
+def _means(pixels: np.ndarray, by: int) -> np.ndarray:
+    """(P, side, side) -> (P, side / by, side / by): means of `by` x `by` pixels, by a power of 2."""
+    while by > 1:
+        rows = pixels[:, ::2] + pixels[:, 1::2]
+        pixels, by = (rows[:, :, ::2] + rows[:, :, 1::2]) / 4, by // 2
+    return pixels
 
 
 def _agree(one: np.ndarray, other: np.ndarray, limit: float) -> np.ndarray:
+    same = _shared_detail(one, other) >= SHARED  # the cheaper question first
+    if not same.any():
+        return same
+    one, other = one[same], other[same]
     gain, offset = _fit(one, other)
     forth, back = (
         np.round(fitted * STEPS) / STEPS for fitted in (gain * one + offset, (other - offset) / np.maximum(gain, 1e-6))
     )
     # What one of them cut off at black or white the other may still have, so one of both directions is enough.
-    near = [
-        (_worst_place(np.clip(fitted, 0, 255), with_it, limit) <= 1)
-        & (_peak(np.clip(fitted, 0, 255), with_it) <= PEAK * limit)
-        for fitted, with_it in ((forth, other), (back, one))
-    ]
-    return (near[0] | near[1]) & (_shared_detail(one, back) >= SHARED)
+    near = np.zeros(len(one), dtype=bool)
+    for fitted, with_it in ((forth, other), (back, one)):
+        fitted = np.clip(fitted, 0, 255)
+        detail = np.minimum(_detail(fitted), _detail(with_it))
+        difference = fitted - with_it
+        near |= (_worst_place(difference, detail, limit) <= 1) & (_peak(difference, detail) <= PEAK * limit)
+    same[same] = near
+    return same
 
 
 def _fit(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,51 +117,48 @@ def _fit(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return gain[:, None, None], offset[:, None, None]
 
 
-def _places(pixels: np.ndarray) -> np.ndarray:
-    """(P, places, CELL * CELL)."""
-    count, cells = len(pixels), pixels.shape[1] // CELL
-    grid = pixels.reshape(count, cells, CELL, cells, CELL).swapaxes(2, 3)
-    return grid.reshape(count, cells * cells, CELL * CELL)
+def _detail(pixels: np.ndarray) -> np.ndarray:
+    """Standard deviation in each place, (P, side / CELL, side / CELL)."""
+    means = _means(pixels, CELL)
+    return np.sqrt(np.maximum(_means(pixels * pixels, CELL) - means * means, 0))
 
 
-def _worst_place(one: np.ndarray, other: np.ndarray, limit: float) -> np.ndarray:
-    """The largest difference of the means of a place, as a share of what may differ there, (P,)."""
-    allowed = limit + EDGES * _common_detail(one, other)
-    difference = np.abs(_places(one).mean(axis=2) - _places(other).mean(axis=2))
-    return (difference / np.maximum(np.minimum(allowed, MOST * limit), 1e-6)).max(axis=1)
+def _worst_place(difference: np.ndarray, detail: np.ndarray, limit: float) -> np.ndarray:
+    """The largest mean difference of a place, as a share of what may differ there, (P,)."""
+    allowed = np.minimum(limit + EDGES * detail, MOST * limit)
+    return (np.abs(_means(difference, CELL)) / allowed).max(axis=(1, 2))
 
 
-def _peak(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _peak(difference: np.ndarray, detail: np.ndarray) -> np.ndarray:
     """How far the largest difference of 2 x 2 pixels stands out from the rest, (P,)."""
-    count, half = len(one), one.shape[1] // 2
-    differences = np.abs((one - other).reshape(count, half, 2, half, 2).mean(axis=(2, 4)))
-    detail = _common_detail(one, other).reshape(count, half // 2, half // 2).repeat(2, axis=1).repeat(2, axis=2)
-    shares = np.sort((differences / (PEAK_BASE + EDGES * detail)).reshape(count, -1), axis=1)
-    return shares[:, -1] / np.maximum(shares[:, shares.shape[1] * 19 // 20], LEAST_PEAK)
-
-
-def _common_detail(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Standard deviation in each place of the smoother of both pictures, (P, places)."""
-    variances = []
-    for place in (_places(one), _places(other)):
-        mean = place.mean(axis=2)
-        variances.append(np.maximum((place * place).mean(axis=2) - mean * mean, 0))
-    return np.sqrt(np.minimum(*variances))
+    allowed = (PEAK_BASE + EDGES * detail).repeat(CELL // 2, axis=1).repeat(CELL // 2, axis=2)
+    shares = (np.abs(_means(difference, 2)) / allowed).reshape(len(difference), -1)
+    most = shares.shape[1] * 19 // 20
+    return shares.max(axis=1) / np.maximum(np.partition(shares, most, axis=1)[:, most], LEAST_PEAK)
 
 
 def _shared_detail(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """How much of the detail of the smoother picture the other one has too, (P,): the median of all places with detail.
 
-    The covariance of the pixels of a place over the smaller of both variances: near 1 where one is a copy that lost
-    detail, near 0 where each has its own.
+    The covariance of the pixels of a place over the smaller of both variances, contrast fitted: near 1 where one is a
+    copy that lost detail, near 0 where each has its own.
     """
-    places = [place - place.mean(axis=2, keepdims=True) for place in (_places(one), _places(other))]
-    covariance = (places[0] * places[1]).mean(axis=2)
-    smaller = np.minimum(*((place * place).mean(axis=2) for place in places))
+    means = [_means(pixels, CELL) for pixels in (one, other)]
+    variances = [_means(pixels * pixels, CELL) - mean * mean for pixels, mean in zip((one, other), means, strict=True)]
+    covariance = _means(one * other, CELL) - means[0] * means[1]
+    spread = [np.sqrt(_spread(pixels))[:, None, None] for pixels in (one, other)]
+    gain = np.divide(spread[0], spread[1], out=np.ones_like(spread[0]), where=spread[1] > 0)
+    smaller = np.minimum(variances[0], variances[1] * gain * gain)
     detailed = smaller > GRAIN
-    share = np.divide(covariance, smaller, out=np.full(smaller.shape, np.nan), where=detailed)
-    enough = detailed.sum(axis=1) >= FEW
-    shared = np.ones(len(one))
-    if enough.any():
-        shared[enough] = np.nanmedian(share[enough], axis=1)
-    return shared
+    share = np.divide(covariance * gain, smaller, out=np.full(smaller.shape, np.inf), where=detailed)
+    count = detailed.sum(axis=(1, 2))
+    ranked = np.sort(share.reshape(len(one), -1), axis=1)
+    median = ranked[np.arange(len(one)), np.maximum(count - 1, 0) // 2]
+    return np.where(count >= FEW, median, 1.0)
+
+
+def _spread(pixels: np.ndarray) -> np.ndarray:
+    """The variance of each picture, (P,), from exact sums."""
+    count = pixels[0].size
+    total = pixels.sum(axis=(1, 2))
+    return (count * (pixels * pixels).sum(axis=(1, 2)) - total * total) / count**2
