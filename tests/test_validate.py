@@ -244,7 +244,7 @@ def _grouped(
 
 def _sides(result: ValidationResult, batch: str) -> dict[str, set[str]]:
     rows = result.images[result.images["batch"] == batch]
-    return {group: set(part["split"]) for group, part in rows.groupby("group")}
+    return {str(group): set(part["split"]) for group, part in rows.groupby("group")}
 
 
 PATIENTS = [f"p{number}" for number in range(20)]
@@ -402,7 +402,7 @@ def test_a_conflict_that_is_only_noted_leaves_the_rules_of_duplicates() -> None:
 
 
 def test_the_stop_for_too_much_quarantined_names_what_took_most_and_what_loosens_it() -> None:
-    looks = [{"hash": 0x123456789ABCDEF0, "brightness": value} for value in (100.0, 101.0)]
+    looks: list[dict[str, Any]] = [{"hash": 0x123456789ABCDEF0, "brightness": value} for value in (100.0, 101.0)]
     rows = [
         *_pool("b", 5),
         *(_image("b", "all", name, "x.jpg", **look) for name, look in zip("ab", looks, strict=True)),

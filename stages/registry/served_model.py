@@ -88,8 +88,10 @@ def _eight_bit(image: Image.Image, data: bytes) -> Image.Image:
         raise ValueError("pixels are floating-point numbers of no known range; save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
         if data[:4] == b"\x89PNG" and data[24] == 16:  # Pillow has kept the high bytes
-            colours = image.convert(image.mode.rstrip("Aa") or image.mode).getextrema()
-            _refuse_few_bits(int(np.max(colours)) << 8)
+            # Where pixels are transparent, all colours may be black; how opaque they are uses the same range.
+            lows, highs = np.atleast_2d(image.getextrema()).T
+            opaque = image.mode[-1] in "Aa" and lows[-1] == 255
+            _refuse_few_bits(int(max(highs[:-1] if opaque else highs)) << 8 | 255)
         return image
     pixels = np.asarray(image).astype(np.int64)
     low, high = (int(pixels.min()), int(pixels.max())) if pixels.size else (0, 0)

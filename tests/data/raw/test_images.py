@@ -316,3 +316,22 @@ def test_colours_of_12_bits_in_16_are_refused_and_those_of_16_read(channels: int
     assert np.array_equal(np.asarray(to_rgb(full)), levels[:, :, 2::-1] >> 8)
     with pytest.raises(ValueError, match="use only 12 bits"):
         to_rgb(few)
+
+
+def colour_png(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits: pixels (H, W, C), written by OpenCV, which takes blue first."""
+    return cv2.imencode(".png", pixels.astype(np.uint16))[1].tobytes()
+
+
+@pytest.mark.parametrize("bits", [6, 8, 12])
+def test_colours_of_sixteen_bits_that_use_few_are_refused(bits: int) -> None:
+    data = colour_png(np.random.default_rng(1).integers(0, 1 << bits, (40, 40, 3)))
+    with pytest.raises(ValueError, match=r"use only \d+ bits"):
+        decode_strictly(data, read_header(data))
+
+
+def test_a_black_icon_of_sixteen_bits_is_seen() -> None:
+    pixels = np.zeros((40, 40, 4))
+    pixels[10:30, 10:30, 3] = 65535
+    found = np.asarray(to_rgb(colour_png(pixels)))
+    assert found[20, 20].tolist() == [0, 0, 0] and found[0, 0].tolist() == [255, 255, 255]

@@ -103,8 +103,9 @@ def test_a_picture_of_few_shapes_is_the_same_as_itself_and_no_other() -> None:
         shape = Image.new("L", (32, 32), 0)
         ImageDraw.Draw(shape).rectangle((at, 6, at + 5, 26), fill=240)
         shapes.append(_coded(shape, "PNG"))
-    assert _same(shapes[0], shapes[0]) and not _same(*shapes)
-    assert _same(*[_coded(Image.new("L", (40, 40), 80), "PNG")] * 2)
+    assert _same(shapes[0], shapes[0]) and not _same(shapes[0], shapes[1])
+    flat = _coded(Image.new("L", (40, 40), 80), "PNG")
+    assert _same(flat, flat)
 
 
 def test_pairs_are_judged_alike_alone_and_among_others() -> None:

@@ -3,6 +3,7 @@
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,7 @@ def _looks(hashes: list[int] | np.ndarray, brightness: float = 100.0, contrast: 
     return pd.DataFrame({"hash": np.array(hashes, np.uint64), "brightness": brightness, "contrast": contrast})
 
 
-UNLABELLED = {"arrival": 0, "role": "pretrain", "class_name": ""}
+UNLABELLED: dict[str, Any] = {"arrival": 0, "role": "pretrain", "class_name": ""}
 
 
 def _rows(hashes: list[int], contents: list[str] | None = None) -> pd.DataFrame:

@@ -28,7 +28,8 @@ def _rows(names: list[str], hashes: list[int], **columns: Any) -> pd.DataFrame:
     split = np.where(np.arange(len(names)) % 5 == 0, "test", "train")
     rows = pd.DataFrame({"key": [f"new/all/{name}" for name in names], "hash": np.array(hashes, np.uint64)})
     rows["class_name"] = [name.partition("/")[0] for name in names]
-    return rows.assign(**{"arrival": 0, "split": split, "decodes": True, "group": ""} | columns)
+    values: dict[str, Any] = {"arrival": 0, "split": split, "decodes": True, "group": ""} | columns
+    return rows.assign(**values)
 
 
 def _named(pattern: str, count: int) -> list[str]:
