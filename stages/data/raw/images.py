@@ -225,7 +225,7 @@ def _fast_decode(data: bytes, colourspace: str, **options: Any) -> np.ndarray | 
 
 
 def _whole_jpeg(data: bytes, side: int) -> np.ndarray | None:
-    """A JPEG at the smallest scale with both sides from `side` pixels on, as `_fast_decode` gives it; what libjpeg warns of must be harmless.
+    """A JPEG scaled to sides from `side` pixels on, as `_fast_decode` gives it; warnings of libjpeg must be harmless.
 
     Raises:
         ValueError: pixels are missing or wrong.
