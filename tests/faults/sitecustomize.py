@@ -22,6 +22,8 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     global _seen
     if event != _EVENT or _TEXT not in str(arguments) or _PROGRAM not in " ".join(sys.orig_argv):
         return
+    if ".pyc" in str(arguments):  # Python's own, of code in stages/data/shards, and it does without
+        return
     _seen += 1
     if _seen != int(_COUNT):
         return
