@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -142,6 +143,8 @@ def s3_server() -> Iterator[tuple[str, dict[str, str]]]:
         os.environ.update(credentials)  # for looking into it from this process
         host, port = server.get_host_and_port()
         endpoint = f"http://{host}:{port}"
+        # What an earlier server of this process held: moto keeps it beyond that server's end.
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")).close()
         s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True).mkdir("team")
         yield endpoint, credentials
     finally:
