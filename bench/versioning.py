@@ -14,8 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.request
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
